@@ -1,0 +1,1 @@
+"""Edgewise: seven DVC stages, and beside them one folder for each domain they work in."""

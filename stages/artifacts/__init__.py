@@ -1,0 +1,1 @@
+"""The model artifact: the only code that writes or reads one."""

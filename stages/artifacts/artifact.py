@@ -1,0 +1,199 @@
+"""A folder that explains itself and can be opened safely: `model.json` beside `model.safetensors`, never a pickle.
+
+`model.safetensors` holds the tensors as they are stored: int8 weights with their scales where a layer is packed.
+`model.json` holds a `Description`. Compressed artifacts have `model.onnx` as well, written by the quantize stage.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.common.files import atomic_folder, read_json, sha256_of, write_json
+from stages.networks.build import NetworkSpec, build_network
+from stages.networks.dynamic_int8 import pack_layer, packed_layers, unpack_layer
+from stages.networks.pointwise import replace_module
+from stages.networks.preprocess import Classifier, Preprocess
+
+VERSION = 1
+TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
+
+
+@dataclass
+class LayerStorage:
+    """How one layer's weight is stored and computed; layers that are not listed are float32."""
+
+    weight_bits: int
+    activation_bits: int
+    scheme: str
+    """`symmetric_per_channel` or `symmetric_per_tensor`."""
+
+
+@dataclass
+class Description:
+    """`model.json`: what the tensors are, where they come from and what they were made with."""
+
+    name: str
+    stage: str
+    model: str
+    """The entry of `models` that it descends from."""
+    network: NetworkSpec
+    classes: list[str]
+    image_size: int
+    """Side in pixels of the stored images, which `model.onnx` takes."""
+    input_size: int
+    """Side in pixels that the network sees, after scaling."""
+    mean: list[float]
+    std: list[float]
+    data: dict[str, str]
+    """`name` and `sha256` of the images that it was made from."""
+    parameters: dict[str, Any]
+    """The stage's own parameters."""
+    seed: int
+    parent: dict[str, str] | None = None
+    """`name` and `sha256` of the artifact that it was made from."""
+    layers: dict[str, LayerStorage] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Figures on validation images; never on test images."""
+    onnx: dict[str, Any] = field(default_factory=dict)
+    """`sha256`, `bytes` and `opset` of `model.onnx`."""
+    versions: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    """`sha256` and `bytes` of `model.safetensors`."""
+    version: int = VERSION
+
+    def preprocess(self) -> Preprocess:
+        return Preprocess(self.mean, self.std, self.input_size)
+
+
+def save_artifact(
+    folder: Path, network: nn.Module, description: Description, extra: Callable[[Path], dict[str, Any]] | None = None
+) -> None:
+    """Write an artifact whole or not at all, then load it back and compare a forward pass.
+
+    Args:
+        folder: its final place; what was there is replaced.
+        network: float, or with layers packed by `networks.dynamic_int8`; left as it is.
+        description: `tensors` and `versions` are filled in here.
+        extra: called with the unfinished folder, before `model.json` is written, to add `model.onnx`; what it
+            returns becomes `description.onnx`.
+
+    Raises:
+        UserError: if a weight is NaN or infinite, or what was written does not load to the same network.
+    """
+    state = _stored_tensors(network)
+    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: not saved (lower the learning rate?)")
+    with atomic_folder(folder) as unfinished:
+        save_file(state, unfinished / TENSORS)
+        description.tensors = _hash_and_size(unfinished / TENSORS)
+        description.versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
+        if extra is not None:
+            description.onnx = extra(unfinished) | _hash_and_size(unfinished / ONNX)
+        write_json(unfinished / DESCRIPTION, asdict(description))
+        _compare(network, unfinished, description)
+
+
+def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
+    """The network, in evaluation mode on the CPU, and its description.
+
+    Raises:
+        UserError: if a file is missing, of another version, changed since it was written, or does not fit.
+    """
+    description = read_description(folder)
+    path = folder / TENSORS
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro` or `dvc pull`")
+    if (found := sha256_of(path)) != description.tensors["sha256"]:
+        raise UserError(f"{path} has sha256 {found[:12]}…, model.json says {description.tensors['sha256'][:12]}…: not the file it describes")
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
+    network = build_network(description.network)
+    packed = {
+        name: {part: state.pop(f"{name}.{part}") for part in ("weight", "weight_scale", "bias") if f"{name}.{part}" in state}
+        for name in description.layers
+    }
+    prefixes = tuple(f"{name}." for name in packed)
+    expected = {n: t.shape for n, t in network.state_dict().items() if not (prefixes and n.startswith(prefixes))}
+    for name in sorted(expected.keys() | state.keys()):
+        if (given := state[name].shape if name in state else None) != expected.get(name):
+            raise UserError(f"{path}: {name} has shape {_shape(given)}, the network described needs {_shape(expected.get(name))}")
+    network.load_state_dict(state, strict=False)
+    for name, tensors in packed.items():
+        own = dict(network.named_modules()).get(name)
+        if not isinstance(own, nn.Linear) or "weight_scale" not in tensors or tensors["weight"].shape != own.weight.shape:
+            raise UserError(f"{path}: packed layer {name} is not in the network described, or lacks its weight or scale")
+        replace_module(network, name, pack_layer(tensors))
+    return network.eval(), description
+
+
+def load_classifier(folder: Path) -> tuple[Classifier, Description]:
+    """As `load_artifact`, with the preprocessing in front: takes uint8 pixels `[N, H, W, 3]`."""
+    network, description = load_artifact(folder)
+    return Classifier(description.preprocess(), network).eval(), description
+
+
+def read_description(folder: Path) -> Description:
+    """`model.json` alone, checked for version and keys."""
+    path = folder / DESCRIPTION
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("version") != VERSION:
+        found = raw.get("version") if isinstance(raw, dict) else None
+        raise UserError(f"{path}: artifact version {found!r}, this program reads {VERSION}: make it again with `dvc repro`")
+    known = {f.name for f in fields(Description)}
+    if odd := sorted(known ^ raw.keys()):
+        raise UserError(f"{path}: keys missing or unknown: {', '.join(odd)}")
+    try:
+        raw["network"] = NetworkSpec(**raw["network"])
+        raw["layers"] = {name: LayerStorage(**layer) for name, layer in raw["layers"].items()}
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Description(**raw)
+
+
+def parent_of(folder: Path, description: Description) -> dict[str, str]:
+    """How a child names this artifact; `model.json` holds the hashes of all the rest."""
+    return {"name": description.name, "sha256": sha256_of(folder / DESCRIPTION)}
+
+
+def _stored_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    packed = packed_layers(network)
+    prefixes = tuple(f"{name}." for name in packed)
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+        if not (prefixes and name.startswith(prefixes))
+    }
+    for name, layer in packed.items():
+        state |= {f"{name}.{part}": tensor.contiguous() for part, tensor in unpack_layer(layer).items()}
+    return dict(sorted(state.items()))
+
+
+def _compare(network: nn.Module, folder: Path, description: Description) -> None:
+    loaded, _ = load_artifact(folder)
+    size = description.input_size
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    mode, device = network.training, next((p.device for p in network.parameters()), torch.device("cpu"))
+    network.eval().cpu()
+    with torch.no_grad():
+        same = torch.allclose(network(x), loaded(x), rtol=1e-4, atol=1e-5)
+    network.train(mode).to(device)
+    if not same:
+        raise UserError(f"{description.name}: the saved network gives another output than the one in memory: not saved")
+
+
+def _hash_and_size(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))

@@ -1,0 +1,1 @@
+"""The ground floor: typed params, paths, atomic files, errors and progress."""

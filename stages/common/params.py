@@ -1,0 +1,365 @@
+"""Typed parameters: `params.yaml` read, checked as a whole and refused with one readable message.
+
+`python -m stages.common.params [file]` checks a file and prints the plan that it describes.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages.common import paths
+from stages.common.errors import UserError, run_stage
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names become folders and DVC keys: no dots
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Base(Section):
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads for training and accuracy; 0 takes all cores. Timing has its own: `edge_benchmark.threads`."""
+
+
+class Data(Section):
+    name: str
+    source: Literal["digits", "cifar10", "parquet", "folder"]
+    location: str | None = None
+    """A folder, file or URL for `parquet` and `folder`; for `cifar10` optionally the official archive on disk."""
+    sha256: dict[str, str] = {}
+    """Expected checksums, by file name; a file that is not listed is taken as it comes."""
+    image_size: Annotated[int, Field(ge=4, le=1024)]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Only where the source brings no test part of its own."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    allow_unreadable: bool = False
+
+    @model_validator(mode="after")
+    def location_is_given(self) -> "Data":
+        if self.source in ("parquet", "folder") and not self.location:
+            raise ValueError(f"source: {self.source} needs a location (a folder, a file or a URL)")
+        return self
+
+
+class Model(Section):
+    library: Literal["timm", "torchvision"]
+    architecture: str
+    arguments: dict[str, Any] = {}
+    input_size: Annotated[int, Field(ge=8, le=1024)]
+    weights: str = "none"
+    """`none`, `pretrained` (asks the library's hub) or the path of a weights file."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Instead of `base.seed`: the same settings under another seed are another entry."""
+
+
+class Finetune(Section):
+    epochs: Count
+    batch_size: Count
+    optimizer: Literal["adamw", "sgd", "muon"]
+    learning_rate: Positive
+    """AdamW's or SGD's; with `muon`, of all that Muon does not take."""
+    muon_learning_rate: Positive = 0.02
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    muon_weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    schedule: Literal["cosine", "linear"] = "cosine"
+    label_smoothing: Fraction = 0.1
+    horizontal_flip: bool = True
+    crop_padding: Annotated[int, Field(ge=0)] = 4
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Exponential moving average of the weights; 0 switches it off."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class NonePruner(Section):
+    method: Literal["none"]
+
+
+class Training(Section):
+    """What every pruner that trains has: its budget. All else of the recipe is `finetune`'s."""
+
+    epochs: Count
+    learning_rate_factor: Positive
+    """Times `finetune`'s learning rates, at the peak of the schedule."""
+
+
+class NoneContinued(Training):
+    method: Literal["none_continued"]
+
+
+class Importance(Section):
+    """Weights of HESSO's importance scores (arXiv 2409.09085); each score is normalised before it is weighted."""
+
+    magnitude: Annotated[float, Field(ge=0)] = 0.2
+    average_magnitude: Annotated[float, Field(ge=0)] = 0.2
+    cosine_similarity: Annotated[float, Field(ge=0)] = 0.2
+    taylor_first_order: Annotated[float, Field(ge=0)] = 0.2
+    taylor_second_order: Annotated[float, Field(ge=0)] = 0.2
+
+    @model_validator(mode="after")
+    def some_weight(self) -> "Importance":
+        if not any(self.model_dump().values()):
+            raise ValueError("at least one weight must be above 0")
+        return self
+
+
+class Oto(Training):
+    method: Literal["oto"]
+    group_sparsity: Fraction
+    start_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps before the first pruning period."""
+    end_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the steps by which the last pruning period has ended; the rest is recovery."""
+    pruning_periods: Count = 5
+    importance: Importance = Importance()
+
+    @model_validator(mode="after")
+    def periods_fit(self) -> "Oto":
+        if self.start_fraction >= self.end_fraction:
+            raise ValueError("start_fraction must be less than end_fraction")
+        return self
+
+
+class Unstructured(Training):
+    method: Literal["l1_unstructured", "random_unstructured"]
+    sparsity: Fraction
+    scope: Literal["global", "layer"] = "global"
+
+
+class Fp32(Section):
+    method: Literal["fp32"]
+
+
+class Int8Dynamic(Section):
+    method: Literal["int8_dynamic"]
+    per_channel: bool = True
+
+
+Pruner = Annotated[NonePruner | NoneContinued | Oto | Unstructured, Field(discriminator="method")]
+Quantizer = Annotated[Fp32 | Int8Dynamic, Field(discriminator="method")]
+
+
+class Pruning(Section):
+    model: Name
+    pruner: Name
+
+
+class Variant(Section):
+    pruning: Name
+    quantizer: Name
+
+
+class Profile(Section):
+    batch_size: Count = 256
+
+
+class EdgeBenchmark(Section):
+    threads: Count = 1
+    warmup_runs: Count = 20
+    windows: Annotated[int, Field(ge=2)] = 10
+    window_seconds: Positive = 0.3
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Report(Section):
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    headline_max_drop: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The headline variant is the smallest whose validation top-1 is at most this much under the baseline's."""
+
+
+class Params(Section):
+    root: str = "."
+    base: Base
+    data: Data
+    finetune: Finetune
+    models: Annotated[dict[Name, Model], Field(min_length=1)]
+    prune: dict[Name, Pruner]
+    prunings: dict[Name, Pruning]
+    quantize: dict[Name, Quantizer]
+    variants: dict[Name, Variant]
+    profile: Profile = Profile()
+    edge_benchmark: EdgeBenchmark = EdgeBenchmark()
+    report: Report = Report()
+
+    def seed_of(self, model: str) -> int:
+        own = self.models[model].seed
+        return self.base.seed if own is None else own
+
+    def model_of(self, variant: str) -> str:
+        return self.prunings[self.variants[variant].pruning].model
+
+    def pruner_of(self, variant: str) -> str:
+        return self.prunings[self.variants[variant].pruning].pruner
+
+    def baseline_of(self, variant: str) -> str:
+        """The dense float variant of the same model: what a variant is compared with."""
+        return f"{self.model_of(variant)}-none-fp32"
+
+
+def load_params(path: Path = paths.PARAMS) -> Params:
+    """Read and check a whole file.
+
+    Raises:
+        UserError: with one line for each problem: the key's path, the value given, what is allowed.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.absolute()} is missing: run from the top folder or from profiles/<name>") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold sections (a mapping), not {type(raw).__name__}")
+    try:
+        params = Params.model_validate(raw)
+        problems = _broken_references(params)
+    except ValidationError as error:
+        problems = [_readable(detail, raw) for detail in error.errors()]
+    if problems:
+        raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems))
+    return params
+
+
+def check_architectures(params: Params) -> None:
+    """Refuse an architecture that its library does not know, with the nearest names (imports the libraries)."""
+    problems = []
+    for name, model in params.models.items():
+        known = _architectures(model.library)
+        if model.architecture not in known:
+            near = difflib.get_close_matches(model.architecture, known, n=5, cutoff=0.5)
+            problems.append(
+                f"models.{name}.architecture = {model.architecture!r}: {model.library} has no such classifier"
+                + (f"; nearest: {', '.join(near)}" if near else f"; `{model.library}.list_models()` names all")
+            )
+    if problems:
+        raise UserError(f"{paths.PARAMS}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems))
+
+
+def _architectures(library: str) -> list[str]:
+    if library == "timm":
+        import timm
+
+        return timm.list_models()
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _broken_references(params: Params) -> list[str]:
+    problems = []
+
+    def reference(key: str, value: str, section: str, known: dict) -> bool:
+        if value not in known:
+            problems.append(f"{key} = {value!r}: not listed under {section} ({', '.join(known) or 'which is empty'})")
+        return value in known
+
+    def joined(section: str, key: str, expected: str) -> None:
+        if key != expected:
+            problems.append(f"{section}.{key}: the key must be its joined parts, {expected!r}")
+
+    for key, pruning in params.prunings.items():
+        reference(f"prunings.{key}.model", pruning.model, "models", params.models)
+        reference(f"prunings.{key}.pruner", pruning.pruner, "prune", params.prune)
+        joined("prunings", key, f"{pruning.model}-{pruning.pruner}")
+    for key, variant in params.variants.items():
+        reference(f"variants.{key}.pruning", variant.pruning, "prunings", params.prunings)
+        reference(f"variants.{key}.quantizer", variant.quantizer, "quantize", params.quantize)
+        joined("variants", key, f"{variant.pruning}-{variant.quantizer}")
+    if problems:
+        return problems
+
+    for key, method, section in [("none", "none", params.prune), ("fp32", "fp32", params.quantize)]:
+        if key in section and section[key].method != method:
+            problems.append(f"{'prune' if key == 'none' else 'quantize'}.{key}.method: {key!r} names the baseline: {method}")
+    for model in params.models:
+        if f"{model}-none-fp32" not in params.variants:
+            problems.append(f"models.{model}: its baseline is missing: list {model}-none under prunings and {model}-none-fp32 under variants")
+        pruners = [params.prune[p.pruner] for p in params.prunings.values() if p.model == model]
+        trained = {p.epochs for p in pruners if isinstance(p, Training) and p.method != "none_continued"}
+        control = {p.epochs for p in pruners if p.method == "none_continued"}
+        if missing := sorted(trained - control):
+            problems.append(
+                f"models.{model}: pruners train for {missing[0]} more epochs, so a none_continued pruner with"
+                f" epochs: {missing[0]} must be listed for it (the control: the same steps without pruning)"
+            )
+    return problems
+
+
+def _readable(detail: dict, raw: Any) -> str:
+    """One line for pydantic's error: the path as it stands in the file (pydantic adds its own tags to it)."""
+    where, value = [], raw
+    for position, part in enumerate(detail["loc"]):
+        last = position == len(detail["loc"]) - 1
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        elif part == "[key]" or not last or detail["type"] != "missing":
+            continue
+        where.append(str(part))
+    key = ".".join(where) or "the file"
+    match detail["type"]:
+        case "missing":
+            return f"{key}: is required and missing"
+        case "extra_forbidden":
+            return f"{key} = {value!r}: unknown key{_known_keys(where)}"
+        case "union_tag_invalid":
+            return f"{key}.method = {value.get('method')!r}: must be one of {detail['ctx']['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{key}.method: is required and missing"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    return f"{key}{shown}: must be {message}" if detail["msg"].startswith("Input should") else f"{key}{shown}: {message}"
+
+
+def _known_keys(where: list[str]) -> str:
+    """What stands beside an unknown key, where its section has fixed keys."""
+    section: Any = Params
+    for part in where[:-1]:
+        field = section.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return ""
+        section = field.annotation
+    near = difflib.get_close_matches(where[-1], section.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(section.model_fields)}"
+
+
+def plan(params: Params) -> str:
+    """What `dvc repro` would make, for a person to read."""
+    lines = [f"data      {params.data.name} from {params.data.source}, {params.data.image_size} px"]
+    for name, model in params.models.items():
+        lines.append(
+            f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px, weights {model.weights},"
+            f" seed {params.seed_of(name)}, {params.finetune.epochs} epochs"
+        )
+    for key, pruning in params.prunings.items():
+        pruner = params.prune[pruning.pruner]
+        settings = ", ".join(f"{k} {v}" for k, v in pruner.model_dump(exclude={"method", "importance"}).items())
+        lines.append(f"pruning   {key}: {pruner.method}" + (f" ({settings})" if settings else ""))
+    for key, variant in params.variants.items():
+        lines.append(f"variant   {key}: {params.quantize[variant.quantizer].method}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    params = load_params(Path(sys.argv[1]) if len(sys.argv) > 1 else paths.PARAMS)
+    check_architectures(params)
+    print(plan(params))
+
+
+if __name__ == "__main__":
+    run_stage(main)

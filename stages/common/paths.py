@@ -1,0 +1,34 @@
+"""Where everything lies, relative to the folder that holds `params.yaml` (the top, or `profiles/<name>`)."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+IMAGES = Path("data/images")
+REPORTS = Path("reports")
+EDGE = REPORTS / "edge"
+PLOTS = REPORTS / "plots"
+SCRATCH = Path(".scratch")  # checkpoints of unfinished work; ignored by git and DVC, outside all outs
+
+
+def dense(model: str) -> Path:
+    return Path("models/dense") / model
+
+
+def pruned(pruning: str) -> Path:
+    return Path("models/pruned") / pruning
+
+
+def compressed(variant: str) -> Path:
+    return Path("models/compressed") / variant
+
+
+def dense_curve(model: str) -> Path:
+    return REPORTS / "curves/dense" / f"{model}.csv"
+
+
+def pruned_curve(pruning: str) -> Path:
+    return REPORTS / "curves/pruned" / f"{pruning}.csv"
+
+
+def profile(variant: str) -> Path:
+    return REPORTS / "profile" / variant

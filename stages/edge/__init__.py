@@ -1,0 +1,1 @@
+"""Edge CPUs: runtimes, the timing protocol and what it records."""

@@ -1,0 +1,1 @@
+"""Export: model.onnx from any artifact, and the session that runs it."""

@@ -1,0 +1,1 @@
+"""Networks: built from timm or torchvision, made prunable, reshaped to pruned widths, packed to int8."""

@@ -1,0 +1,124 @@
+"""Build any timm or torchvision classifier by name, at the widths that pruning left, with or without weights."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.common.params import Model
+from stages.networks.layer_scale import fold_layer_scale
+from stages.networks.pointwise import pointwise_to_linear
+from stages.networks.reshape import reshape
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """All that is needed to build a network again without its weights; stands in `model.json` under `network`."""
+
+    library: str
+    architecture: str
+    arguments: dict[str, Any]
+    classes: int
+    layer_scale_folded: bool = False
+    pointwise_as_linear: bool = False
+    widths: dict[str, dict[str, int]] = field(default_factory=dict)
+    """For each module that pruning has narrowed, its attributes: `{"head.fc": {"in_features": 96}}`."""
+    layer_norm_widths: dict[str, int] = field(default_factory=dict)
+    """For each narrowed LayerNorm, the original width, by which it goes on dividing."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def spec_of(model: Model, classes: int) -> NetworkSpec:
+    return NetworkSpec(model.library, model.architecture, dict(model.arguments), classes)
+
+
+def build_network(spec: NetworkSpec) -> nn.Module:
+    """A float network with freshly initialised weights, in training mode.
+
+    Raises:
+        UserError: if the library refuses the constructor's arguments.
+    """
+    network = _construct(spec)
+    if spec.layer_scale_folded:
+        fold_layer_scale(network)
+    if spec.widths or spec.layer_norm_widths:
+        reshape(network, spec.widths, spec.layer_norm_widths)
+    if spec.pointwise_as_linear:
+        pointwise_to_linear(network)
+    return network
+
+
+def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[str]:
+    """Load `pretrained` weights from the library's hub, or those of a file, in place.
+
+    The last layer may have another number of classes and then keeps its fresh weights.
+
+    Returns:
+        The names of the tensors that were not loaded.
+
+    Raises:
+        UserError: if the hub cannot be reached, or the file is missing, broken or of another network.
+    """
+    state = _hub_state(spec) if weights == "pretrained" else _file_state(Path(weights))
+    own = network.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise UserError(
+            f"weights {weights!r} are not those of {spec.library} {spec.architecture} with these arguments:"
+            f" {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
+        )
+    other = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
+    if wrong := [name for name in other if own[name].shape[1:] != state[name].shape[1:] or own[name].shape[0] != spec.classes]:
+        name = wrong[0]
+        raise UserError(
+            f"weights {weights!r}: {name} has shape {tuple(state[name].shape)}, this network's is {tuple(own[name].shape)}"
+        )
+    network.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)
+    return other
+
+
+def _construct(spec: NetworkSpec) -> nn.Module:
+    try:
+        if spec.library == "timm":
+            return timm.create_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
+        return torchvision.models.get_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{spec.library} {spec.architecture} does not take arguments {spec.arguments}: {error or type(error).__name__}"
+        ) from None
+
+
+def _hub_state(spec: NetworkSpec) -> dict[str, torch.Tensor]:
+    try:
+        if spec.library == "timm":
+            return timm.create_model(spec.architecture, pretrained=True, **spec.arguments).state_dict()
+        return torchvision.models.get_model(spec.architecture, weights="DEFAULT", **spec.arguments).state_dict()
+    except Exception as error:  # each hub client has its own errors, and all mean the same to the user
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"pretrained weights of {spec.library} {spec.architecture} could not be fetched ({reason}): without network,"
+            " download the file elsewhere and set `weights:` to its path (.safetensors, or a .pth state dict)"
+        ) from None
+
+
+def _file_state(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"weights {str(path)!r}: no such file (relative to the folder of params.yaml), nor one of: none, pretrained")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors and torch each raise their own kinds for a broken file
+        raise UserError(f"weights {str(path)!r} cannot be read as tensors: {str(error).splitlines()[0]}") from None
+    for key in ("state_dict", "model"):  # common wrappings of a published state dict
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    return state

@@ -1,0 +1,44 @@
+"""From stored pixels to a network's input, the same in training, evaluation and the exported file."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Preprocess(nn.Module):
+    """uint8 pixels `[N, H, W, 3]` to normalised float32 `[N, 3, S, S]`.
+
+    Args:
+        mean, std: of each channel, for pixels scaled to [0, 1].
+        input_size: side S in pixels; images of another size are scaled bilinearly.
+    """
+
+    def __init__(self, mean: list[float], std: list[float], input_size: int) -> None:
+        super().__init__()
+        scale = 1 / (255 * torch.tensor(std))  # (x / 255 - mean) / std as one multiplication and one addition
+        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), persistent=False)
+        self.input_size = input_size
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 `[N, H, W, 3]` to normalised float32 `[N, 3, H, W]`, in channels-last memory."""
+        return pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+
+    def resize(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2:] == (self.input_size, self.input_size):
+            return x
+        return F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", align_corners=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.resize(self.normalise(pixels))
+
+
+class Classifier(nn.Module):
+    """What ships: stored pixels in, logits `[N, classes]` out."""
+
+    def __init__(self, preprocess: Preprocess, network: nn.Module) -> None:
+        super().__init__()
+        self.preprocess, self.network = preprocess, network
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network(self.preprocess(pixels))

@@ -1,0 +1,1 @@
+"""Honest counts: parameters, multiply-accumulates, bit operations and bytes."""

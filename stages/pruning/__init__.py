@@ -1,0 +1,1 @@
+"""Pruning: what is removed, when and how; each pruner is one module."""

@@ -1,0 +1,1 @@
+"""Quantization: which layers get how many bits, and how their scales are found."""

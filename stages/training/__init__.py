@@ -1,0 +1,1 @@
+"""The one training loop: finetune, pruning and recovery share it."""
