@@ -1,0 +1,76 @@
+"""Fine-tune a dense classifier on the images: the network that everything else is compared with.
+
+In: `data/images` (train and validation parts; never test), the params sections `base`, `finetune`, `models.<model>`.
+Out: the artifact `models/dense/<model>/` with the weights of the best epoch by validation top-1, and its training
+curve `reports/curves/dense/<model>.csv`. Killed at any moment, the next run goes on from the last finished epoch.
+
+    python -m stages.finetune <model>
+"""
+
+import sys
+
+import torch
+
+from stages.artifacts.artifact import Description, save_artifact
+from stages.common import paths
+from stages.common.errors import run_stage
+from stages.common.files import write_csv
+from stages.common.params import Params, check_architectures, load_params
+from stages.datasets.store import Info, open_part, read_info
+from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of
+from stages.training.checkpoint import checkpoint_folder
+from stages.training.loop import CURVE_COLUMNS, train
+
+
+def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Description:
+    """The artifact's description before training."""
+    model = params.models[key]
+    return Description(
+        name=key,
+        stage="finetune",
+        model=key,
+        network=spec,
+        classes=info.classes,
+        image_size=info.image_size,
+        input_size=model.input_size,
+        mean=info.mean,
+        std=info.std,
+        data=info.as_parent(),
+        parameters={"model": model.model_dump(), "finetune": params.finetune.model_dump()},
+        seed=params.seed_of(key),
+    )
+
+
+def main() -> None:
+    params = load_params()
+    key = sys.argv[1]
+    check_architectures(params)
+    info = read_info(paths.IMAGES)
+    spec = spec_of(params.models[key], len(info.classes))
+    description = describe(params, key, spec, info)
+    torch.manual_seed(description.seed)
+    network = build_network(spec)
+    weights = params.models[key].weights
+    if weights != "none":
+        print(f"{key}: loaded {weights}; fresh: {', '.join(load_weights(network, spec, weights)) or 'nothing'}")
+    identity = {"data": info.sha256, "parameters": description.parameters, "seed": description.seed, "base": params.base.model_dump()}
+    with checkpoint_folder(paths.SCRATCH / "finetune" / key, identity) as checkpoints:
+        trained = train(
+            network,
+            open_part(paths.IMAGES, "train"),
+            open_part(paths.IMAGES, "validation"),
+            description.preprocess(),
+            params.finetune,
+            base=params.base,
+            seed=description.seed,
+            title=f"finetune {key}",
+            checkpoints=checkpoints,
+        )
+        description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
+        save_artifact(paths.dense(key), trained.network, description)
+        write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
+    print(f"{key}: epoch {trained.epoch} of {params.finetune.epochs}, validation top-1 {100 * trained.validation_top1:.2f} %")
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,43 @@
+"""The machine that trains: device, threads, precision, and an allocator that keeps its memory."""
+
+import contextlib
+import ctypes
+
+import torch
+
+from stages.common.errors import UserError
+from stages.common.params import Base
+
+
+def prepare_host(base: Base) -> torch.device:
+    """Set threads and allocator as `base` says, and name the device to train on.
+
+    Raises:
+        UserError: if `base.device` asks for CUDA where there is none.
+    """
+    if base.threads:
+        torch.set_num_threads(base.threads)
+    _keep_memory()
+    if base.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("base.device = 'cuda': this machine has no usable CUDA device; set it to auto or cpu")
+    return torch.device("cuda" if base.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def use_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether to train under bfloat16 autocast: `auto` says yes where the hardware multiplies bfloat16 itself."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent names: not known to this torch
+    return any(getattr(torch.cpu, name, bool)() for name in native)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep freed memory: each step allocates the same large tensors, and returning them costs page faults."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt's parameters in malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to set, training is only slower
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+        mallopt(top_pad, 256 * 2**20)

@@ -1,0 +1,95 @@
+"""The optimizers of a recipe behind one small face, and the learning-rate schedule."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.common.params import Finetune
+
+
+class Optimizers:
+    """AdamW, SGD, or Muon for the hidden matrices with AdamW for all else.
+
+    Parameters of one dimension (biases, norms) get no weight decay.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Finetune) -> None:
+        matrices = hidden_matrices(network) if recipe.optimizer == "muon" else []
+        taken = {id(p) for p in matrices}
+        rest = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
+        groups = [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        if recipe.optimizer == "sgd":
+            main = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+        else:
+            betas = (0.9, 0.99) if recipe.optimizer == "muon" else (0.9, 0.999)
+            main = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
+        self._all: list[torch.optim.Optimizer] = [main]
+        self._flat: list[tuple[nn.Parameter, nn.Parameter]] = []
+        if matrices:
+            self._flat = [(p, nn.Parameter(_as_matrix(p.data))) for p in matrices]
+            if copied := [p for p, flat in self._flat if flat.data_ptr() != p.data_ptr()]:
+                raise RuntimeError(f"{len(copied)} weights are not dense in memory: Muon would train copies of them")
+            self._all.append(
+                torch.optim.Muon(
+                    [flat for _, flat in self._flat],
+                    lr=recipe.muon_learning_rate,
+                    weight_decay=recipe.muon_weight_decay,
+                    momentum=0.95,
+                )
+            )
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._all]
+
+    def set_factor(self, factor: float) -> None:
+        """Scale every learning rate to `factor` of its peak."""
+        for optimizer, peaks in zip(self._all, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    def step(self) -> None:
+        for parameter, flat in self._flat:
+            flat.grad = None if parameter.grad is None else _as_matrix(parameter.grad)
+        for optimizer in self._all:
+            optimizer.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self._all]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self._all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon is for: weights of Linear layers and ungrouped convolutions, but for the first and the last layer.
+
+    Raises:
+        UserError: if there are none.
+    """
+    layers = [
+        m for m in network.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+    ]
+    if len(layers) < 3:
+        raise UserError("finetune.optimizer = 'muon': this network has no hidden matrices; use adamw or sgd")
+    return [layer.weight for layer in layers[1:-1]]
+
+
+def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """`[out, in * kernel]` over the same memory (torch's Muon takes two dimensions only)."""
+    if weight.dim() == 4 and not weight.is_contiguous():
+        weight = weight.permute(0, 2, 3, 1)  # channels-last memory is dense in this order
+    return weight.reshape(weight.shape[0], -1)
+
+
+def schedule(step: int, steps: int, recipe: Finetune) -> float:
+    """Factor of the peak learning rate: linear warm-up, then cosine or linear decay to 0 at the end."""
+    warmup = max(1, round(recipe.warmup_fraction * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup + 1) / max(1, steps - warmup + 1)
+    return 1 - progress if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
