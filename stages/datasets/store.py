@@ -20,7 +20,10 @@ PartName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the data: `images` uint8 `[N, H, W, 3]` (memory-mapped, read only), `labels` int64 `[N]`."""
+    """One part of the data: `images` uint8 `[N, H, W, 3]` (memory-mapped, read only), `labels` int64 `[N]`.
+
+    They stand in the order of their source, which may be sorted by class: draw a sample, never take the first ones.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -31,7 +34,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Info:
-    """`images.json`. `mean` and `std` are those of each channel over the train part, pixels scaled to [0, 1]."""
+    """`images.json`. `mean` and `std` are those of each channel over the train part, pixels scaled to [0, 1].
+
+    A channel that never changes gets a `std` of 1, so that it can be normalised.
+    """
 
     name: str
     source: str
@@ -46,7 +52,7 @@ class Info:
     files: dict[str, str]
     """sha256 of each array file."""
     sha256: str
-    """Of all arrays together: names the data in artifacts and reports."""
+    """Of all arrays together (what `sha256sum *.npy | sha256sum` prints): names the data in artifacts and reports."""
     unreadable: list[str]
     """Images that were left out under `data.allow_unreadable`."""
 

@@ -1,0 +1,180 @@
+"""Write any source in the layout of `store.py`: one pass, a few images in memory at a time."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from stages.common.errors import UserError
+from stages.common.files import sha256_of, write_json
+from stages.common.params import Data
+from stages.datasets.decode import decode
+from stages.datasets.source import RawImage, Source
+from stages.datasets.split import split
+from stages.datasets.store import INFO, PARTS, Info, PartName
+
+CHUNK = 64  # images that are decoded together
+
+
+class PartFile:
+    """`<part>_images.npy` while it grows. Plain appends: on a full disk a memory map would end in a bus error."""
+
+    def __init__(self, path: Path, image_size: int) -> None:
+        self.path = path
+        self.image_size = image_size
+        self.labels: list[int] = []
+        self.histogram = np.zeros((3, 256), dtype=np.int64)
+        self.file = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        # NumPy pads the header so that its first dimension can grow in place.
+        shape = (len(self.labels), self.image_size, self.image_size, 3)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, pixels: np.ndarray, label: int) -> None:
+        self.file.write(pixels.tobytes())
+        self.labels.append(label)
+        for channel in range(3):
+            self.histogram[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
+
+    def finish(self, labels_path: Path) -> None:
+        self.file.seek(0)
+        self._write_header()
+        self.file.close()
+        np.save(labels_path, np.array(self.labels, dtype=np.int64))
+
+
+def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> Info:
+    """Decode, split and write all images of `source` into the empty folder `folder`, and describe them.
+
+    A part that the source brings stays as it is; `data.test_fraction` and then `data.validation_fraction` of what is
+    left are cut from its training images, class by class. Within a part images keep the source's order. The same
+    source and `data` give the same bytes, whatever `threads` is.
+
+    Raises:
+        UserError: on an unreadable image (unless `data.allow_unreadable`), a class that cannot fill a part, or a
+            full disk.
+    """
+    if len(source.classes) < 2:
+        raise UserError(f"{source.description}: {len(source.classes)} class(es), a classifier needs two or more")
+    fractions: dict[PartName, float] = {"test": data.test_fraction, "validation": data.validation_fraction}
+    cut = {part: fraction for part, fraction in fractions.items() if part not in source.labels}
+    assignment = {part: np.full(len(labels), PARTS.index(part)) for part, labels in source.labels.items()}
+    assignment["train"] = split(source.labels["train"], source.classes, cut, data.split_seed)
+    _check_room(folder, sum(len(labels) for labels in source.labels.values()) * data.image_size**2 * 3)
+
+    formats: set[str] = set()
+    unreadable: list[str] = []
+    files = {part: PartFile(folder / f"{part}_images.npy", data.image_size) for part in PARTS}
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for native, labels in source.labels.items():
+                decoded = _decoded(source.images(native), data.image_size, pool)
+                for part, label, (image, result) in zip(assignment[native], labels, decoded, strict=True):
+                    if isinstance(result, Exception):
+                        if not data.allow_unreadable:
+                            raise _unreadable(image, result, data.location or data.name) from result
+                        unreadable.append(image.name)
+                        continue
+                    pixels, image_format = result
+                    if image_format:
+                        formats.add(image_format)
+                    files[PARTS[part]].append(pixels, int(label))
+        for part, file in files.items():
+            file.finish(folder / f"{part}_labels.npy")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}: make room and run again") from None
+    finally:
+        for file in files.values():
+            with suppress(OSError):  # a full disk has been told already
+                file.file.close()
+    _check_filled(files, source.classes, ["train", *cut], len(unreadable))
+
+    hashes = {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))}
+    mean, std = mean_and_std(files["train"].histogram)
+    info = Info(
+        name=data.name,
+        source=", ".join([source.description, *([f"{' and '.join(sorted(formats))} images"] if formats else [])]),
+        licence=source.licence,
+        image_size=data.image_size,
+        classes=source.classes,
+        counts={part: len(file.labels) for part, file in files.items()},
+        mean=mean,
+        std=std,
+        files=hashes,
+        sha256=hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes.items()).encode()).hexdigest(),
+        unreadable=unreadable,
+    )
+    write_json(folder / INFO, asdict(info))
+    return info
+
+
+def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and (population) standard deviation of each channel, pixels scaled to [0, 1].
+
+    Args:
+        histogram: int64 `[3, 256]`, how often each value occurs. From integers, so that the order of the images
+            cannot change the result; rounded to six decimals, so that the machine cannot either.
+    """
+    values = np.arange(256) / 255
+    mean = (histogram * values).sum(1) / histogram.sum(1)
+    variance = (histogram * (values - mean[:, None]) ** 2).sum(1) / histogram.sum(1)
+    std = np.where(variance > 0, np.sqrt(variance), 1.0)  # a constant channel can then still be normalised
+    return [round(float(value), 6) for value in mean], [round(float(value), 6) for value in std]
+
+
+def _decoded(
+    images: Iterator[RawImage], size: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[RawImage, tuple[np.ndarray, str | None] | Exception]]:
+    while chunk := list(islice(images, CHUNK)):
+        yield from zip(chunk, pool.map(partial(_try_decode, size=size), chunk), strict=True)
+
+
+def _try_decode(image: RawImage, size: int) -> tuple[np.ndarray, str | None] | Exception:
+    if image.content is None:
+        return ValueError("the source names it but does not hold it")
+    try:
+        return decode(image.content, size)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow has no common class for broken files
+        return error
+
+
+def _unreadable(image: RawImage, error: Exception, where: str) -> UserError:
+    # Pillow's text for unknown formats ends in a memory address.
+    reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    return UserError(
+        f"{where}: {image.name}: unreadable image ({reason}): mend or remove it,"
+        " or set `data.allow_unreadable: true` to leave such images out and list them"
+    )
+
+
+def _check_room(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise UserError(
+            f"the images need {needed_bytes / 1e6:,.0f} MB, {folder.parent} has {free_bytes / 1e6:,.0f} MB left:"
+            " make room, or lower data.image_size"
+        )
+
+
+def _check_filled(files: dict[PartName, PartFile], classes: list[str], parts: list[PartName], lost: int) -> None:
+    """Leaving out unreadable images must not leave a class without any in a part that every class has to fill."""
+    for part in parts:
+        counts = np.bincount(files[part].labels, minlength=len(classes))
+        if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
+            raise UserError(
+                f"class {empty[0]!r} has no readable image in {part} ({lost} were left out): mend some, add images,"
+                " or draw the parts again with another data.split_seed"
+            )

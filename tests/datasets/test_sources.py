@@ -1,0 +1,462 @@
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from stages.common.errors import UserError
+from stages.common.params import Data
+from stages.datasets.decode import decode
+from stages.datasets.sources.cifar10 import Release, cifar10_source, load_plain, official_release
+from stages.datasets.sources.digits import digits_source
+from stages.datasets.sources.folder import folder_source
+from stages.datasets.sources.parquet import parquet_source
+from stages.datasets.writer import write_images
+
+RNG = np.random.default_rng(0)
+
+
+def picture(image_format: str = "PNG", grey: int = 0, size: int = 6) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (grey, grey, grey)).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+# digits
+
+
+def test_digits_are_the_1797_of_scikit_learn_from_black_to_white() -> None:
+    source = digits_source({})
+    pixels = np.stack([image.content for image in source.images("train")])
+
+    assert source.classes == [str(digit) for digit in range(10)]
+    assert len(source.labels["train"]) == len(pixels) == 1797
+    assert list(source.labels) == ["train"]
+    assert (pixels.min(), pixels.max(), pixels.dtype) == (0, 255, np.uint8)
+    assert np.bincount(source.labels["train"]).min() > 170
+    assert "CC BY 4.0" in source.licence
+
+
+def test_digits_have_no_files_whose_checksum_could_be_listed() -> None:
+    with pytest.raises(UserError, match=r"data.sha256 lists 'digits.csv', which source digits does not have"):
+        digits_source({"digits.csv": "0" * 64})
+
+
+# cifar10
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes what Python 2 wrote: the published batches hold its byte strings, where Python 3 has text and bytes."""
+
+    dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)
+
+    def save_bytes_as_python2(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
+
+    def save_text_as_python2(self, value: str) -> None:
+        self.save_bytes_as_python2(value.encode("latin1"))
+
+    dispatch[bytes] = save_bytes_as_python2
+    dispatch[str] = save_text_as_python2
+
+
+def python2_pickle(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _Python2Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue().replace(b"numpy._core", b"numpy.core")
+
+
+@pytest.fixture(scope="module")
+def cifar_pixels() -> np.ndarray:
+    return RNG.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, cifar_pixels: np.ndarray) -> tuple[Release, Path]:
+    """A release in miniature, packed as the official one is: two train batches and one test batch of 20 images."""
+    folder = tmp_path / "published/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    files = {"batches.meta": {"label_names": ["airplane", "automobile"], "num_vis": 3072}}
+    for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
+        chosen = cifar_pixels[number * 20 : number * 20 + 20]
+        planes = chosen.transpose(0, 3, 1, 2).reshape(20, 3072)
+        files[name] = {"data": planes, "labels": [index % 2 for index in range(20)], "batch_label": "testing"}
+    md5 = {}
+    for name, value in files.items():
+        (folder / name).write_bytes(python2_pickle(value))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    archive = tmp_path / "published/cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as opened:
+        opened.add(folder, folder.name)
+    release = Release(
+        url="http://127.0.0.1:9/cifar-10-python.tar.gz",
+        archive_md5=hashlib.md5(archive.read_bytes()).hexdigest(),
+        folder=folder.name,
+        train=[(name, md5[name]) for name in ("data_batch_1", "data_batch_2")],
+        test=[("test_batch", md5["test_batch"])],
+        meta=("batches.meta", md5["batches.meta"]),
+    )
+    return release, archive
+
+
+def test_cifar_is_read_from_its_archive_or_what_it_unpacks_to(
+    cifar: tuple[Release, Path], cifar_pixels: np.ndarray, tmp_path: Path
+) -> None:
+    release, archive = cifar
+    unpacked = archive.parent / release.folder
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / archive.name).hardlink_to(archive)
+
+    for location in (archive, alone, unpacked):
+        source = cifar10_source(str(location), {}, tmp_path / "scratch", release)
+
+        assert source.classes == ["airplane", "automobile"]
+        assert source.labels["train"].tolist() == [0, 1] * 20
+        assert source.labels["test"].tolist() == [0, 1] * 10
+        np.testing.assert_array_equal([image.content for image in source.images("train")], cifar_pixels[:40])
+        np.testing.assert_array_equal([image.content for image in source.images("test")], cifar_pixels[40:])
+
+
+def test_the_official_release_is_torchvisions() -> None:
+    release = official_release()
+
+    assert release.url == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+    assert release.archive_md5 == "c58f30108f718f92721af3b95e74349a"
+    assert [name for name, _ in release.train] == [f"data_batch_{number}" for number in range(1, 6)]
+    assert [name for name, _ in release.test] == ["test_batch"]
+
+
+def test_a_cifar_archive_with_a_wrong_checksum_is_not_even_unpacked(
+    cifar: tuple[Release, Path], tmp_path: Path
+) -> None:
+    _, archive = cifar
+
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: wrong checksum: md5 is .*expected c58f3010"):
+        cifar10_source(str(archive), {}, tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_changed_or_missing_batch_is_named(cifar: tuple[Release, Path], tmp_path: Path) -> None:
+    release, archive = cifar
+    batch = archive.parent / release.folder / "data_batch_2"
+    batch.write_bytes(batch.read_bytes()[:-1])
+
+    with pytest.raises(UserError, match="data_batch_2: wrong checksum: md5"):
+        cifar10_source(str(batch.parent), {}, tmp_path / "scratch", release)
+    batch.unlink()
+    with pytest.raises(UserError, match=r"data_batch_2 is missing: data.location must be the CIFAR-10 python archive"):
+        cifar10_source(str(batch.parent), {}, tmp_path / "scratch", release)
+
+
+def test_without_network_cifar_tells_how_to_give_the_archive(
+    cifar: tuple[Release, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: cannot be reached .*give its path as data.location"):
+        cifar10_source(None, {}, tmp_path / "scratch", cifar[0])
+
+
+class _Attack:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("attacked"),)
+
+
+def test_a_pickle_that_asks_for_code_is_refused_before_anything_runs(
+    cifar: tuple[Release, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    release, archive = cifar
+    batch = archive.parent / release.folder / "data_batch_1"
+    batch.write_bytes(pickle.dumps({"data": 0, "labels": [_Attack()]}))
+    forged = replace(release, train=[("data_batch_1", hashlib.md5(batch.read_bytes()).hexdigest())])
+
+    with pytest.raises(UserError, match=r"data_batch_1: no CIFAR batch .*asks for (builtins.getattr|pathlib)"):
+        cifar10_source(str(batch.parent), {}, tmp_path / "scratch", forged)
+    assert not Path("attacked").exists()
+
+
+@pytest.mark.parametrize("name", ["os system", "builtins eval", "numpy.core.multiarray scalar", "numpy load"])
+def test_the_unpickler_admits_arrays_and_nothing_else(name: str) -> None:
+    content = b"c" + name.replace(" ", "\n").encode() + b"\n."
+
+    with pytest.raises(pickle.UnpicklingError, match="which no batch needs"):
+        load_plain(content)
+    np.testing.assert_array_equal(load_plain(pickle.dumps(np.arange(3, dtype=np.uint8), protocol=4)), [0, 1, 2])
+
+
+# parquet
+
+
+def parquet(
+    path: Path,
+    labels: list[int | None],
+    names: list[str] | None = None,
+    column: str = "img",
+    content: bytes = picture(),
+    licence: str | None = None,
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({column: [{"bytes": content, "path": f"{i}.png"} for i in range(len(labels))], "label": labels})
+    if names:
+        features = {column: {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        info = {"features": features, **({"license": licence} if licence else {})}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": info})})
+    pq.write_table(table, path, row_group_size=8)
+    return path
+
+
+def test_parquet_parts_classes_and_licence_come_from_names_and_metadata(tmp_path: Path) -> None:
+    for name, labels in [
+        ("train-00000-of-00002", [0] * 8),
+        ("train-00001-of-00002", [1] * 9),
+        ("validation-00000-of-00001", [0, 1, 1]),
+        ("test-00000-of-00001", [0, 1]),
+    ]:
+        parquet(tmp_path / f"{name}.parquet", labels, ["cat", "dog"], licence="CC0")
+
+    source = parquet_source(str(tmp_path), {}, tmp_path / "scratch")
+
+    assert source.classes == ["cat", "dog"]
+    assert source.licence == "CC0"
+    assert source.labels["train"].tolist() == [0] * 8 + [1] * 9
+    assert {part: len(labels) for part, labels in source.labels.items()} == {"train": 17, "validation": 3, "test": 2}
+    images = list(source.images("train"))
+    assert len(images) == 17
+    assert images[9].name == "train-00001-of-00002.parquet: row 1 (1.png)"
+    assert images[9].content == picture()
+    assert source.remark == ""
+
+
+def test_a_single_parquet_file_without_metadata_names_classes_by_number(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "flowers.parquet", [0, 2, 1, 2], column="image")
+
+    source = parquet_source(str(path), {}, tmp_path / "scratch")
+
+    assert source.classes == ["0", "1", "2"]
+    assert source.labels["train"].tolist() == [0, 2, 1, 2]
+    assert len(list(source.images("train"))) == 4
+
+
+def test_parquet_files_in_folders_called_after_parts_belong_to_them(tmp_path: Path) -> None:
+    parquet(tmp_path / "data/train/0000.parquet", [0, 1])
+    parquet(tmp_path / "data/test/0000.parquet", [1])
+
+    source = parquet_source(str(tmp_path / "data"), {}, tmp_path / "scratch")
+
+    assert {part: len(labels) for part, labels in source.labels.items()} == {"train": 2, "test": 1}
+    assert source.remark == "test lacks images of 1 of 2 classes, such as '0'"
+
+
+def test_several_data_sets_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
+    parquet(tmp_path / "fine/train.parquet", [0, 1])
+    parquet(tmp_path / "coarse/train.parquet", [0, 1])
+
+    with pytest.raises(UserError, match=r"several data sets \(coarse, fine\): name one of them in data.location"):
+        parquet_source(str(tmp_path), {}, tmp_path / "scratch")
+
+
+def test_jpeg_bytes_are_called_jpeg_so_that_they_do_not_pass_for_the_lossless_original(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "train.parquet", [0, 1] * 5, content=picture("JPEG"))
+    data = Data(name="toy", source="parquet", location=str(path), image_size=8, validation_fraction=0.2)
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    info = write_images(parquet_source(str(path), {}, tmp_path / "scratch"), data, folder)
+
+    assert info.source == "parquet, JPEG images"
+    assert info.counts == {"train": 6, "validation": 2, "test": 2}
+
+
+def test_an_unreadable_image_in_parquet_is_named_by_file_and_row(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "train.parquet", [0, 1] * 5, content=picture()[:30])
+    data = Data(name="toy", source="parquet", location=str(path), image_size=8, validation_fraction=0.2)
+
+    with pytest.raises(UserError, match=r"train.parquet: row 0 \(0.png\): unreadable image"):
+        write_images(parquet_source(str(path), {}, tmp_path / "scratch"), data, tmp_path)
+
+
+def test_parquet_with_other_columns_says_what_it_needs_and_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"picture": [b"x"], "label": ["cat"]}), tmp_path / "train.parquet")
+
+    with pytest.raises(UserError, match=r"needs columns `img` or `image` .* it has picture: binary, label: string"):
+        parquet_source(str(tmp_path), {}, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, -1], r"test.parquet\): row 2 has label -1, the classes are 0 to 1: .*leave out an unlabelled part"),
+        ([0, 2], r"row 1 has label 2, the classes are 0 to 1"),
+        ([0, None], r"test.parquet: 1 rows have no label"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused(labels: list[int | None], message: str, tmp_path: Path) -> None:
+    parquet(tmp_path / "train.parquet", [0, 1], ["cat", "dog"])
+    parquet(tmp_path / "test.parquet", labels, ["cat", "dog"])
+
+    with pytest.raises(UserError, match=message):
+        parquet_source(str(tmp_path), {}, tmp_path / "scratch")
+
+
+def test_parquet_files_that_name_different_classes_are_refused(tmp_path: Path) -> None:
+    parquet(tmp_path / "train.parquet", [0, 1], ["cat", "dog"])
+    parquet(tmp_path / "test.parquet", [0, 1], ["dog", "cat"])
+
+    with pytest.raises(UserError, match=r"test.parquet names other classes than .*train.parquet"):
+        parquet_source(str(tmp_path), {}, tmp_path / "scratch")
+
+
+def test_broken_missing_and_trainless_parquet_are_told_apart(tmp_path: Path) -> None:
+    whole = parquet(tmp_path / "whole/test.parquet", [0, 1] * 50)
+    (tmp_path / "broken.parquet").write_bytes(whole.read_bytes()[:-10])
+
+    with pytest.raises(UserError, match=r"broken.parquet: broken parquet file .*: get it again"):
+        parquet_source(str(tmp_path / "broken.parquet"), {}, tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"there is no train part: its parquet files are named for test"):
+        parquet_source(str(whole), {}, tmp_path / "scratch")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty holds no .parquet files: check data.location"):
+        parquet_source(str(tmp_path / "empty"), {}, tmp_path / "scratch")
+
+
+def test_a_parquet_class_without_a_training_image_is_refused_by_name(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "train.parquet", [0, 1] * 5, ["cat", "dog", "unicorn"])
+    data = Data(name="toy", source="parquet", location=str(path), image_size=8, validation_fraction=0.2)
+
+    with pytest.raises(UserError, match="class 'unicorn' has 0 training images"):
+        write_images(parquet_source(str(path), {}, tmp_path / "scratch"), data, tmp_path)
+
+
+# folder
+
+
+def tree(root: Path, *names: str) -> Path:
+    for index, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture("JPEG" if path.suffix == ".jpg" else "PNG", grey=index * 10))
+    return root
+
+
+def read_folder(root: Path, tmp_path: Path) -> dict[str, list[tuple[str, str]]]:
+    """(class, image) in each part."""
+    source = folder_source(str(root), {}, tmp_path / "scratch")
+    return {
+        part: [(source.classes[label], image.name) for label, image in zip(labels, source.images(part), strict=True)]
+        for part, labels in source.labels.items()
+    }
+
+
+def test_one_folder_for_each_class(tmp_path: Path) -> None:
+    root = tree(tmp_path / "pets", "cat/2.png", "cat/1.JPG", "dog/deep/er/3.png", "cat/.hidden.png", "dog/.git/x.png")
+
+    assert read_folder(root, tmp_path) == {
+        "train": [("cat", "cat/1.JPG"), ("cat", "cat/2.png"), ("dog", "dog/deep/er/3.png")]
+    }
+
+
+def test_folders_for_parts_above_the_classes(tmp_path: Path) -> None:
+    names = [f"{part}/{name}/1.png" for part in ("train", "test", "val") for name in ("cat", "dog")]
+
+    found = read_folder(tree(tmp_path / "pets", *names), tmp_path)
+
+    assert {part: [name for name, _ in images] for part, images in found.items()} == {
+        "train": ["cat", "dog"],
+        "test": ["cat", "dog"],
+        "validation": ["cat", "dog"],
+    }
+    assert found["validation"][1] == ("dog", "val/dog/1.png")
+
+
+def test_an_archive_with_one_folder_around_the_rest(tmp_path: Path) -> None:
+    root = tree(tmp_path / "made/pets", "train/cat/1.png", "train/dog/1.png", "__MACOSX/cat/1.png")
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for path in root.rglob("*.png"):
+            archive.write(path, path.relative_to(root.parent))
+
+    source = folder_source(str(tmp_path / "pets.zip"), {}, tmp_path / "scratch")
+
+    assert source.classes == ["cat", "dog"]
+    assert [image.name for image in source.images("train")] == ["train/cat/1.png", "train/dog/1.png"]
+    assert decode(next(source.images("train")).content, 4)[1] == "PNG"
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    found = read_folder(tree(tmp_path / "vehicles", "train/1.png", "bus/1.png"), tmp_path)
+
+    assert found == {"train": [("bus", "bus/1.png"), ("train", "train/1.png")]}
+
+
+def test_files_that_are_no_images_are_counted_and_told(tmp_path: Path) -> None:
+    root = tree(tmp_path / "pets", "cat/1.png", "dog/1.png")
+    (root / "cat/notes.txt").write_text("whiskers")
+
+    source = folder_source(str(root), {}, tmp_path / "scratch")
+
+    assert len(source.labels["train"]) == 2
+    assert source.remark == "files passed over because they are no images: 1"
+
+
+def test_an_empty_class_is_refused_by_name(tmp_path: Path) -> None:
+    root = tree(tmp_path / "pets", "train/cat/1.png", "train/dog/1.png", "test/cat/1.png")
+    (root / "test/dog").mkdir()
+    (root / "test/dog/1.heic").write_bytes(b"")
+
+    with pytest.raises(UserError, match=r"class 'test/dog' holds no images; 1 other files, such as 1.heic: add"):
+        read_folder(root, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_in_one_part_only_is_refused_by_name(part: str, tmp_path: Path) -> None:
+    root = tree(tmp_path / "pets", "train/cat/1.png", "test/cat/1.png", "train/dog/1.png", "test/dog/1.png")
+    tree(root, f"{part}/eel/1.png")
+    other = {"train": "test", "test": "train"}[part]
+
+    with pytest.raises(UserError, match=rf"class 'eel' is in .*/{part} but not in .*/{other}"):
+        read_folder(root, tmp_path)
+
+
+def test_folders_that_are_no_parts_doubled_or_missing_are_refused(tmp_path: Path) -> None:
+    tree(tmp_path / "extra", "train/cat/1.png", "test/cat/1.png", "more/cat/1.png")
+    tree(tmp_path / "double", "train/cat/1.png", "val/cat/1.png", "valid/cat/1.png")
+    tree(tmp_path / "trainless", "test/cat/1.png", "val/cat/1.png")
+
+    for name, message in [
+        ("extra", "'more' stands beside the parts but is none"),
+        ("double", "'valid' and 'val' are both the validation part"),
+        ("trainless", "there is no train part beside"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_folder(tmp_path / name, tmp_path)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(picture())
+
+    with pytest.raises(UserError, match=r"image.png is neither a folder nor a zip or tar archive"):
+        read_folder(tmp_path / "image.png", tmp_path)
+
+
+def test_a_mixed_folder_is_described_by_its_formats_and_written_in_order(tmp_path: Path) -> None:
+    files = ["cat/1.png", "cat/2.jpg", "cat/3.png", "dog/1.png", "dog/2.jpg", "dog/3.png"]
+    root = tree(tmp_path / "pets", *(f"{part}/{name}" for part in ("train", "test") for name in files))
+    data = Data(name="pets", source="folder", location=str(root), image_size=4, validation_fraction=0.3)
+    (tmp_path / "out").mkdir()
+
+    info = write_images(folder_source(str(root), {}, tmp_path / "scratch"), data, tmp_path / "out", threads=2)
+
+    assert info.source == "folder, JPEG and PNG images"
+    assert info.licence == "not stated"
+    assert info.counts == {"train": 4, "validation": 2, "test": 6}
