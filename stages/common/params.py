@@ -253,7 +253,7 @@ def _architectures(library: str) -> list[str]:
     if library == "timm":
         import timm
 
-        return timm.list_models()
+        return timm.list_models() + timm.list_pretrained()  # with and without the tag of their weights
     import torchvision
 
     return torchvision.models.list_models(module=torchvision.models)

@@ -1,5 +1,6 @@
 """Build any timm or torchvision classifier by name, at the widths that pruning left, with or without weights."""
 
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[st
 def _construct(spec: NetworkSpec) -> nn.Module:
     try:
         if spec.library == "timm":
-            return timm.create_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
+            return _timm_model(spec, num_classes=spec.classes)
         return torchvision.models.get_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         raise UserError(
@@ -96,10 +97,17 @@ def _construct(spec: NetworkSpec) -> nn.Module:
         ) from None
 
 
+def _timm_model(spec: NetworkSpec, **more: Any) -> nn.Module:
+    """As `timm.create_model`, which drops arguments that are None: `ls_init_value: null` is a choice."""
+    name, _, tag = spec.architecture.partition(".")  # `convnext_tiny.in12k`: the tag says which pretrained weights
+    return timm.models.model_entrypoint(name)(pretrained_cfg=tag or None, **more, **spec.arguments)
+
+
 def _hub_state(spec: NetworkSpec) -> dict[str, torch.Tensor]:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at each retry; one error is enough
     try:
         if spec.library == "timm":
-            return timm.create_model(spec.architecture, pretrained=True, **spec.arguments).state_dict()
+            return _timm_model(spec, pretrained=True).state_dict()
         return torchvision.models.get_model(spec.architecture, weights="DEFAULT", **spec.arguments).state_dict()
     except Exception as error:  # each hub client has its own errors, and all mean the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -121,4 +129,6 @@ def _file_state(path: Path) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model"):  # common wrappings of a published state dict
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"weights {str(path)!r} do not hold a state dict (names and tensors)")
     return state

@@ -1,0 +1,246 @@
+"""Read what the pipeline measured for the listed variants, and refuse what does not belong together."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stages.common import paths
+from stages.common.errors import UserError
+from stages.common.files import read_csv, read_json
+from stages.common.params import Params
+
+COUNTS = ("params", "params_nonzero", "params_visible", "macs", "macs_visible", "bops")
+BYTES = ("artifact_bytes", "size_bytes", "size_gzip_bytes")
+PROFILE_NUMBERS = (
+    "seed",
+    "n_test",
+    "top1",
+    "agreement",
+    "validation_top1",
+    "image_size",
+    "input_size",
+    *COUNTS,
+    *BYTES,
+)
+PROFILE_TEXTS = ("variant", "model", "pruner", "quantizer", "onnx_sha256", "data_sha256", "data_name", "data_source")
+EDGE_NUMBERS = (
+    "latency_ms_p50",
+    "latency_ms_p95",
+    "latency_ms_min",
+    "latency_ratio",
+    "load_ms",
+    "first_inference_ms",
+    "peak_rss_bytes",
+)
+ONNX_RUNTIME, EAGER = "onnxruntime", "torch-eager"
+CURVE_COLUMNS = ("epoch", "training_loss", "validation_top1")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that the stages say of one listed variant."""
+
+    profile: dict
+    """`profile.json`: flat, deterministic."""
+    predicted: np.ndarray
+    """`[n_test]` integers: the class that `model.onnx` gives each test image."""
+    correct: np.ndarray
+    """`[n_test]` bool."""
+    layers: list[dict[str, str]]
+    """`layers.csv`, one row for each layer."""
+    description: dict
+    """`model.json` of the compressed artifact."""
+    edge: dict
+    """Its row of `edge.json`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the report is made from, checked to be of one run."""
+
+    params: Params
+    variants: dict[str, Measured]
+    labels: np.ndarray
+    """`[n_test]` integers, the same for all variants."""
+    classes: list[str]
+    edge: dict
+    """`edge.json` without its rows: run id, machine, protocol."""
+    eager: dict[str, dict]
+    """For each model, the row of its dense float network in PyTorch eager."""
+    curves: dict[str, list[dict[str, float]]]
+    """Training curves by run, dense models first; runs that trained nothing are left out."""
+
+    @property
+    def run_id(self) -> str:
+        return str(self.edge["run_id"])
+
+
+def read_run(params: Params) -> Run:
+    """Read the files of the listed variants, relative to the folder of `params.yaml`.
+
+    Raises:
+        UserError: if a file is missing or broken, or belongs to another data set, test set or run; it names the
+            variant and the remedy.
+    """
+    edge = _read_edge(paths.EDGE / "edge.json")
+    timed = {(row["variant"], row["runtime"]): row for row in edge["rows"]}
+    variants, labels = {}, None
+    for variant in params.variants:
+        folder = paths.profile(variant)
+        profile = _read_profile(folder / "profile.json", variant, params)
+        label, predicted = read_predictions(folder, variant)
+        labels = label if labels is None else labels
+        _refuse_other_images(variant, profile, label, predicted, labels, next(iter(variants.values()), None))
+        row = timed.get((variant, ONNX_RUNTIME))
+        if row is None:
+            raise UserError(f"{variant}: {paths.EDGE / 'edge.json'} has no {ONNX_RUNTIME} row for it: run `dvc repro`")
+        description = _read_description(folder / "model.json", variant)
+        _refuse_mixed_runs(variant, profile, row, description)
+        variants[variant] = Measured(
+            profile, predicted, predicted == label, read_csv(folder / "layers.csv"), description, row
+        )
+    eager = {}
+    for model in params.models:
+        row = timed.get((f"{model}-none-fp32", EAGER))
+        if row is None:
+            raise UserError(f"{model}-none-fp32: {paths.EDGE / 'edge.json'} has no {EAGER} row for it: run `dvc repro`")
+        eager[model] = row
+    classes = [str(name) for name in next(iter(variants.values())).profile["classes"]]
+    header = {key: value for key, value in edge.items() if key != "rows"}
+    return Run(params, variants, labels, classes, header, eager, _read_curves(params))
+
+
+def read_predictions(folder: Path, variant: str) -> tuple[np.ndarray, np.ndarray]:
+    """Label and predicted class of every test image, two arrays `[n_test]`, as the profile stage stored them."""
+    path = folder / "predictions.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            label, predicted = (np.asarray(stored[name]).astype(np.int64).ravel() for name in ("label", "predicted"))
+    except FileNotFoundError:
+        raise UserError(f"{variant}: {path} is missing: run `dvc repro` to make it") from None
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{variant}: {path} cannot be read ({error}): delete {folder} and run `dvc repro`") from None
+    return label, predicted
+
+
+def _read_profile(path: Path, variant: str, params: Params) -> dict:
+    profile = _mapping(path, variant)
+    _require(path, variant, profile, PROFILE_NUMBERS, PROFILE_TEXTS)
+    if not isinstance(profile.get("classes"), list) or not profile["classes"]:
+        raise UserError(f"{variant}: {path} lacks its class names: delete it and run `dvc repro`")
+    expected = {
+        "variant": variant,
+        "model": params.model_of(variant),
+        "pruner": params.pruner_of(variant),
+        "quantizer": params.variants[variant].quantizer,
+    }
+    for key, value in expected.items():
+        if profile[key] != value:
+            raise UserError(f"{variant}: {path} says {key} = {profile[key]!r}, params.yaml {value!r}: run `dvc repro`")
+    return profile
+
+
+def _refuse_other_images(
+    variant: str,
+    profile: dict,
+    label: np.ndarray,
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    first: Measured | None,
+) -> None:
+    n = profile["n_test"]
+    if len(label) != n or len(predicted) != n:
+        raise UserError(
+            f"{variant}: {len(predicted)} predictions and {len(label)} labels stored, profile.json says n_test = {n}:"
+            f" delete {paths.profile(variant)} and run `dvc repro`"
+        )
+    if abs(float((predicted == label).mean()) - profile["top1"]) > 0.5 / n:
+        raise UserError(
+            f"{variant}: the stored predictions give top-1 {(predicted == label).mean():.4f}, profile.json says"
+            f" {profile['top1']:.4f}: delete {paths.profile(variant)} and run `dvc repro`"
+        )
+    if first is None:
+        return
+    if profile["data_sha256"] != first.profile["data_sha256"]:
+        raise UserError(
+            f"{variant}: measured on images {profile['data_sha256'][:12]}, {first.profile['variant']} on"
+            f" {first.profile['data_sha256'][:12]}: a table holds one data set; run `dvc repro`"
+        )
+    if profile["classes"] != first.profile["classes"]:
+        raise UserError(f"{variant}: other class names than {first.profile['variant']}: run `dvc repro`")
+    if len(label) != len(labels):
+        raise UserError(
+            f"{variant}: {len(label)} test images, {first.profile['variant']} has {len(labels)}: run `dvc repro`"
+        )
+    if not np.array_equal(label, labels):
+        raise UserError(
+            f"{variant}: its test labels stand in another order than {first.profile['variant']}'s, so predictions"
+            " cannot be paired: run `dvc repro`"
+        )
+
+
+def _refuse_mixed_runs(variant: str, profile: dict, row: dict, description: dict) -> None:
+    stored = (description.get("onnx") or {}).get("sha256", profile["onnx_sha256"])
+    for where, other in (("edge.json timed", row["onnx_sha256"]), ("model.json describes", stored)):
+        if other != profile["onnx_sha256"]:
+            raise UserError(
+                f"{variant}: profile.json measured model.onnx {profile['onnx_sha256'][:12]}, {where} {str(other)[:12]}:"
+                " mixing of runs is refused; run `dvc repro` so that all figures come from the same files"
+            )
+
+
+def _read_edge(path: Path) -> dict:
+    edge = read_json(path)
+    if not isinstance(edge, dict) or not isinstance(edge.get("rows"), list) or not edge.get("run_id"):
+        raise UserError(f"{path} lacks its run_id or rows: delete it and run `dvc repro`")
+    for row in edge["rows"]:
+        variant = str(row.get("variant", "a row without a name")) if isinstance(row, dict) else "a broken row"
+        _require(path, variant, row if isinstance(row, dict) else {}, EDGE_NUMBERS, ("variant", "runtime"))
+        if row["runtime"] == ONNX_RUNTIME:
+            _require(path, variant, row, (), ("onnx_sha256",))
+    return edge
+
+
+def _read_description(path: Path, variant: str) -> dict:
+    description = _mapping(path, variant)
+    for key in ("name", "parent", "seed", "classes", "versions", "tensors"):
+        if key not in description:
+            raise UserError(f"{variant}: {path} lacks {key}: delete it and run `dvc repro`")
+    return description
+
+
+def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
+    files = {model: paths.dense_curve(model) for model in params.models}
+    files |= {pruning: paths.pruned_curve(pruning) for pruning in params.prunings}
+    curves = {}
+    for name, path in files.items():
+        rows = read_csv(path)
+        try:
+            curves[name] = [{column: float(row[column]) for column in CURVE_COLUMNS} for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{name}: {path} has a broken line or column ({error}): delete it and run `dvc repro`"
+            ) from None
+    return {name: rows for name, rows in curves.items() if rows}
+
+
+def _mapping(path: Path, variant: str) -> dict:
+    try:
+        value = read_json(path)
+    except UserError as error:
+        raise UserError(f"{variant}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{variant}: {path} must hold an object: delete it and run `dvc repro`")
+    return value
+
+
+def _require(path: Path, variant: str, value: dict, numbers: tuple[str, ...], texts: tuple[str, ...]) -> None:
+    for key in numbers:
+        number = value.get(key)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not np.isfinite(number):
+            raise UserError(f"{variant}: {path} has {key} = {number!r}, not a number: delete it and run `dvc repro`")
+    for key in texts:
+        if not isinstance(value.get(key), str) or not value[key]:
+            raise UserError(f"{variant}: {path} lacks {key}: delete it and run `dvc repro`")

@@ -1,0 +1,271 @@
+"""`reports/index.html`: one file that opens from disk without network (the template: `page.html.j2`)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.reporting.cards import describe, machine_text, p_equals
+from stages.reporting.claims import read_claims
+from stages.reporting.inputs import Run
+from stages.reporting.plots import Picture
+from stages.reporting.rows import Choices, Group, small_dense
+from stages.reporting.tables import confusion_rows
+from stages.reporting.text import (
+    bytes_text,
+    count_text,
+    ms_text,
+    p_text,
+    percent_text,
+    points_text,
+    ratio_text,
+)
+
+CONFUSION_TABLE = 20
+"""Up to so many classes the confusion matrix is a table; beyond that the picture alone."""
+VERDICT_CLASS = {
+    "holds": "yes",
+    "holds only as counted there": "partly",
+    "does not hold": "no",
+    "not tested": "open",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: what is read, and by what it sorts."""
+
+    text: str
+    key: float | str
+    small: str = ""
+    """A second line: the interval, the p-value or the visible count."""
+
+
+def render_page(
+    run: Run,
+    rows: list[dict],
+    groups: dict[str, Group],
+    choices: Choices,
+    claims: list[dict],
+    pictures: dict[str, Picture],
+) -> str:
+    """The whole page; the same inputs give the same bytes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    by_name = {row["variant"]: row for row in rows}
+    profile = next(iter(run.variants.values())).profile
+    return environment.get_template("page.html.j2").render(
+        title=f"{profile['data_name']}: which compressed classifier to ship",
+        data_name=profile["data_name"],
+        data_source=profile["data_source"],
+        n_test=f"{len(run.labels):,}",
+        machine=machine_text(run),
+        confidence=f"{run.params.report.confidence:.0%}",
+        headline=_headline(run, by_name, groups, choices),
+        alternatives=_alternatives(run, by_name, choices),
+        busy=bool(run.edge.get("busy")),
+        columns=COLUMNS,
+        variants=[(row, _cells(run, row), row["variant"] == choices.headline) for row in rows],
+        groups=_seed_rows(groups),
+        eager=[(model, ms_text(row["latency_ms_p50"])) for model, row in run.eager.items()],
+        pictures=pictures,
+        claims=_claims(claims),
+        verdict_class=VERDICT_CLASS,
+        confusion=confusion_rows(run, choices.headline) if len(run.classes) <= CONFUSION_TABLE else [],
+        headline_variant=choices.headline,
+        classes=run.classes,
+        per_class=_per_class(run, choices),
+        layers=_layers(run, choices.headline),
+        environment=_environment(run, profile),
+        settings=[("pruner", describe(name, section)) for name, section in run.params.prune.items()]
+        + [("quantizer", describe(name, section)) for name, section in run.params.quantize.items()],
+        folder=f"profiles/{Path.cwd().name}" if Path.cwd().parent.name == "profiles" else ".",
+        run_id=run.run_id,
+    )
+
+
+def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices: Choices) -> dict:
+    """The sentence that matters, in parts: what, how small, how fast, how accurate, how sure."""
+    row = rows[choices.headline]
+    baseline = rows[run.params.baseline_of(choices.headline)]
+    group = groups[row["group"]]
+    drop = run.params.report.headline_max_drop
+    if row["top1_delta"] is None:
+        change = "It is the dense network itself: no smaller variant stayed within the allowed drop."
+    else:
+        difference = group.difference
+        sure = row["p_value"] < 1 - run.params.report.confidence
+        change = (
+            f"{points_text(group.difference.delta)} points against the dense network"
+            f" [{points_text(difference.low)}, {points_text(difference.high)}], same test images, p"
+            f" {p_equals(row['p_value'])}: "
+            + ("a real difference." if sure else "no difference that this many images could show.")
+        )
+    if group.top1_deviation is None:
+        spread = "one seed, so the spread of training again is not known"
+    else:
+        seeds = len(group.variants)
+        spread = (
+            f"mean of {seeds} seeds {percent_text(group.top1)} \N{PLUS-MINUS SIGN} {100 * group.top1_deviation:.1f}"
+        )
+    smaller = ratio_text(baseline["size_bytes"] / row["size_bytes"])
+    interval = f"[{percent_text(row['top1_ci_low'])}, {percent_text(row['top1_ci_high'])}], n = {row['n_test']:,}"
+    return {
+        "variant": choices.headline,
+        "rule": f"the smallest file whose validation top-1 is at most {_points(drop)} under its dense network's",
+        "figures": [
+            (
+                "size",
+                bytes_text(row["size_bytes"]),
+                f"{smaller} smaller than dense float ({bytes_text(baseline['size_bytes'])})",
+            ),
+            (
+                "median latency",
+                ms_text(row["latency_ms_p50"]),
+                f"{ratio_text(row['latency_ratio'])} as fast as PyTorch eager; dense in ONNX Runtime:"
+                f" {ms_text(baseline['latency_ms_p50'])}",
+            ),
+            ("test top-1", percent_text(row["top1"]), f"{interval}; dense: {percent_text(baseline['top1'])}"),
+        ],
+        "change": change,
+        "spread": spread,
+    }
+
+
+def _alternatives(run: Run, rows: dict[str, dict], choices: Choices) -> list[tuple[str, str, str]]:
+    """What else a person would choose between: why, variant, and its figures in words."""
+    wanted = [
+        ("fastest within the same limit", choices.fastest),
+        ("most accurate on validation", choices.most_accurate),
+        ("simply a smaller dense network", small_dense(run)),
+        ("dense, not compressed", run.params.baseline_of(choices.headline)),
+    ]
+    found: dict[str, list[str]] = {}
+    for why, variant in wanted:
+        if variant is not None and variant != choices.headline:
+            found.setdefault(variant, []).append(why)
+    return [
+        (
+            "; ".join(why),
+            variant,
+            f"{bytes_text(rows[variant]['size_bytes'])}, {ms_text(rows[variant]['latency_ms_p50'])},"
+            f" {percent_text(rows[variant]['top1'])}",
+        )
+        for variant, why in found.items()
+    ]
+
+
+COLUMNS = (
+    ("variant", "Variant", ""),
+    ("top1", "Top-1", "test accuracy of model.onnx, with its interval"),
+    ("top1_delta", "Change", "points against the dense network of the same model and seed; corrected p-value"),
+    ("size_bytes", "Size", "model.onnx; below it, under gzip"),
+    ("params", "Parameters", "the truth; below it, what parameters() shows"),
+    ("macs", "MACs", "the truth for one image; below it, what thop shows"),
+    ("latency_ms_p50", "Latency", "median at batch 1; below it, the 95th percentile"),
+    ("latency_ratio", "Speed-up", "over the dense network in PyTorch eager"),
+    ("peak_rss_bytes", "Memory", "peak resident; below it, the time to load"),
+)
+"""Key, heading and explanation of each column of the variant table."""
+
+
+def _cells(run: Run, row: dict) -> list[Cell]:
+    delta = row["top1_delta"]
+    return [
+        Cell(
+            percent_text(row["top1"]),
+            row["top1"],
+            f"{100 * row['top1_ci_low']:.1f} to {100 * row['top1_ci_high']:.1f}",
+        ),
+        Cell("baseline", 0.0) if delta is None else Cell(points_text(delta), delta, f"p {p_equals(row['p_value'])}"),
+        Cell(bytes_text(row["size_bytes"]), row["size_bytes"], f"gzip {bytes_text(row['size_gzip_bytes'])}"),
+        Cell(count_text(row["params"]), row["params"], f"visible {count_text(row['params_visible'])}"),
+        Cell(count_text(row["macs"]), row["macs"], f"visible {count_text(row['macs_visible'])}"),
+        Cell(ms_text(row["latency_ms_p50"]), row["latency_ms_p50"], f"p95 {ms_text(row['latency_ms_p95'])}"),
+        Cell(ratio_text(row["latency_ratio"]), row["latency_ratio"]),
+        Cell(bytes_text(row["peak_rss_bytes"]), row["peak_rss_bytes"], f"load {ms_text(row['load_ms'])}"),
+    ]
+
+
+def _seed_rows(groups: dict[str, Group]) -> list[tuple[str, tuple[str, ...]]]:
+    """Group, then seeds, mean and deviation, difference with interval, p; empty where every group has one seed."""
+    if all(len(group.variants) == 1 for group in groups.values()):
+        return []
+    lines = []
+    for group in groups.values():
+        deviation = "" if group.top1_deviation is None else f" \N{PLUS-MINUS SIGN} {100 * group.top1_deviation:.2f}"
+        if group.difference is None:
+            change, interval, p = "baseline", "", ""
+        else:
+            spread = "" if group.delta_deviation is None else f" \N{PLUS-MINUS SIGN} {100 * group.delta_deviation:.2f}"
+            change = f"{points_text(group.difference.delta)}{spread}"
+            interval = f"{points_text(group.difference.low)} to {points_text(group.difference.high)}"
+            p = p_text(group.p_value)
+        figures = (str(len(group.variants)), f"{100 * group.top1:.2f}{deviation}", change, interval, p)
+        lines.append((group.name, figures))
+    return lines
+
+
+def _claims(entries: list[dict]) -> list[dict]:
+    """Entries of claims.json with their numbers in words."""
+    units = {claim.id: claim.unit for claim in read_claims()}
+
+    def words(value: float | None, unit: str) -> str:
+        if value is None:
+            return "\N{EN DASH}"
+        if unit == "points":
+            return f"{points_text(value)} points"
+        return f"{value:g} ms" if unit == "ms" else percent_text(value).replace("-", "\N{MINUS SIGN}")
+
+    keys = ("published", "ours_as_counted_there", "ours_honest")
+    return [entry | {f"{key}_text": words(entry[key], units[entry["id"]]) for key in keys} for entry in entries]
+
+
+def _per_class(run: Run, choices: Choices) -> list[tuple[str, str]]:
+    """The three classes that the headline variant finds least often."""
+    lines = sorted(confusion_rows(run, choices.headline), key=lambda line: line["recall"])
+    return [(line["name"], percent_text(line["recall"])) for line in lines[:3]]
+
+
+def _layers(run: Run, variant: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of the layer table of a variant, long numbers shortened."""
+    layers = run.variants[variant].layers
+    if not layers:
+        return [], []
+
+    def short(column: str, value: str) -> str:
+        large = value.isdigit() and int(value) >= 10_000
+        return count_text(int(value)) if large and not column.endswith("bits") else value
+
+    return list(layers[0]), [[short(column, value or "") for column, value in line.items()] for line in layers]
+
+
+def _environment(run: Run, profile: dict) -> list[tuple[str, str]]:
+    """What the figures depend on, as name and value."""
+    description = next(iter(run.variants.values())).description
+    lines = [("run", run.run_id), ("images", f"{profile['data_name']}, sha256 {profile['data_sha256'][:16]}")]
+    lines += [("licence of the images", profile.get("data_licence") or "not stated by their source")]
+    lines += [(name, str(version)) for name, version in description["versions"].items()]
+    for section, value in run.edge.items():
+        if isinstance(value, dict):
+            lines += [(f"{section}: {key}", _value(entry)) for key, entry in value.items()]
+        elif section != "run_id":
+            lines.append((section, _value(value)))
+    return [(name.replace("_", " "), value) for name, value in lines]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "not known"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _points(fraction: float) -> str:
+    return "1 point" if abs(fraction - 0.01) < 1e-12 else f"{100 * fraction:g} points"

@@ -1,0 +1,480 @@
+"""Pictures of the run, each as PNG (for files) and as SVG (for the page): one drawing for both.
+
+Colours are Okabe & Ito's, which colour-blind readers tell apart, and tell the pruner; the marker tells the quantizer.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from itertools import pairwise, product
+
+from stages.reporting.inputs import Run
+from stages.reporting.rows import Choices, mark_front
+from stages.reporting.text import bytes_text, count_text, ms_text, percent_text, short_name
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", ":", "-.")
+INK, FAINT = "#1b1f24", "#c3c9d2"
+"""Stand-ins that the SVG turns into the page's own text and line colours, so that dark mode works."""
+WIDTH = 5.2
+"""Inches of every figure: two stand side by side on a desktop, and one is still readable on a phone."""
+PNG_DPI = 150
+LABEL_GAPS = (5, 11, 19, 30, 44)
+"""Distances in points that a label may stand from its marker; the nearest that is free is taken."""
+CONFUSION_NUMBERS = 12
+"""Up to so many classes the cells of the confusion matrix hold numbers."""
+
+
+@dataclass
+class Picture:
+    """A finished drawing."""
+
+    name: str
+    title: str
+    alt: str
+    png: bytes
+    svg: str
+    labels: list = field(default_factory=list)
+    """Boxes of the direct labels in pixels (x0, y0, x1, y1), which must not overlap."""
+
+
+def draw_all(run: Run, rows: list[dict], choices: Choices) -> dict[str, Picture]:
+    """All pictures by file name; those with nothing to show are left out."""
+    with _style():
+        pictures = [
+            pareto(run, rows, choices, "size_bytes", "pareto_size"),
+            pareto(run, rows, choices, "latency_ms_p50", "pareto_latency"),
+            pareto(run, rows, choices, "macs", "pareto_macs"),
+            size_bars(run, rows),
+            params_bars(run, rows),
+            sparsity(run, rows),
+            training(run),
+            confusion(run, choices.headline),
+        ]
+    return {picture.name: picture for picture in pictures if picture is not None}
+
+
+COSTS = {
+    "size_bytes": ("size of model.onnx", "bytes", bytes_text),
+    "latency_ms_p50": ("median latency, batch 1", "ms", ms_text),
+    "macs": ("multiply-accumulates for one image", "MACs", count_text),
+}
+"""What a Pareto plot may have on its x axis: words, unit, and how a value is written."""
+
+
+def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -> Picture:
+    """Top-1 with its Wilson interval against a cost, the front as a line, labels that do not overlap."""
+    words, unit, write = COSTS[cost]
+    on_front = mark_front(rows, cost)
+    scale, unit = _scale([row[cost] for row in rows], unit)
+    figure, axes = _figure(4.3)
+    colors, markers = _looks(run)
+    xs = [row[cost] / scale for row in rows]
+    _cost_axis(axes, xs)
+    titles = {}
+    for index, (row, x) in enumerate(zip(rows, xs, strict=True)):
+        color, marker = colors[row["pruner"]], markers[row["quantizer"]]
+        y = 100 * row["top1"]
+        axes.plot([x, x], [100 * row["top1_ci_low"], 100 * row["top1_ci_high"]], color=color, lw=1, alpha=0.6)
+        chosen = row["variant"] == choices.headline
+        (point,) = axes.plot([x], [y], marker=marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.6)
+        point.set_markeredgecolor(INK if chosen else color)
+        point.set_zorder(3)
+        point.set_gid(f"{name}-point-{index}")
+        titles[f"{name}-point-{index}"] = (
+            f"{row['variant']}: top-1 {percent_text(row['top1'])}"
+            f" [{percent_text(row['top1_ci_low'])}, {percent_text(row['top1_ci_high'])}], {write(row[cost])}"
+            + (", on the front" if on_front[row["variant"]] else "")
+        )
+    line = sorted((x, 100 * row["top1"]) for row, x in zip(rows, xs, strict=True) if on_front[row["variant"]])
+    axes.plot(*zip(*line, strict=True), color=INK, lw=0.9, ls="--", drawstyle="steps-post", zorder=1)
+    axes.set_xlabel(f"{words} ({unit})")
+    axes.set_ylabel("test top-1 (%)")
+    axes.margins(y=0.12)
+    _legend(figure, axes, run, colors, markers)
+    boxes = _label_points(figure, axes, _labels(run, rows, xs, on_front, choices))
+    best = [row["variant"] for row in sorted(rows, key=lambda row: row[cost]) if on_front[row["variant"]]]
+    alt = (
+        f"Scatter plot of {len(rows)} variants: test top-1 accuracy with {run.params.report.confidence:.0%} Wilson"
+        f" interval against {words}. On the front, from cheapest: {', '.join(best)}."
+    )
+    return _finish(figure, name, f"Accuracy against {words}", alt, titles, boxes)
+
+
+def size_bars(run: Run, rows: list[dict]) -> Picture:
+    """What is loaded, and what is left of it under gzip (where unstructured zeros show)."""
+    series = [("model.onnx", "size_bytes"), ("its gzip", "size_gzip_bytes"), ("model.safetensors", "artifact_bytes")]
+    return _bars(run, rows, series, "bytes", "size", "Bytes of each variant", bytes_text)
+
+
+def params_bars(run: Run, rows: list[dict]) -> Picture:
+    """The truth beside what `model.parameters()` shows."""
+    series = [
+        ("parameters (true)", "params"),
+        ("not zero", "params_nonzero"),
+        ("visible to parameters()", "params_visible"),
+    ]
+    return _bars(run, rows, series, "parameters", "params", "Parameters: true, not zero, visible", count_text)
+
+
+def sparsity(run: Run, rows: list[dict]) -> Picture | None:
+    """Accuracy against the sparsity asked for, a line for each pruning method and quantizer; None without a choice."""
+    lines: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    for row in rows:
+        pruner = run.params.prune[row["pruner"]]
+        asked = getattr(pruner, "group_sparsity", getattr(pruner, "sparsity", None))
+        if asked is not None:
+            key = (pruner.method, row["quantizer"])
+            lines.setdefault(key, []).append((asked, row["top1"], row["variant"]))
+    lines = {key: sorted(points) for key, points in lines.items() if len({asked for asked, _, _ in points}) > 1}
+    if not lines:
+        return None
+    figure, axes = _figure(3.6)
+    methods, quantizers = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
+    titles = {}
+    for number, ((method, quantizer), points) in enumerate(lines.items()):
+        color = COLORS[methods.index(method) % len(COLORS)]
+        place = quantizers.index(quantizer)
+        means = {}
+        for asked, top1, _ in points:
+            means.setdefault(asked, []).append(100 * top1)
+        axes.plot(
+            list(means),
+            [sum(values) / len(values) for values in means.values()],
+            color=color,
+            ls=LINES[place % len(LINES)],
+            label=f"{method} {quantizer}",
+        )
+        for index, (asked, top1, variant) in enumerate(points):
+            (point,) = axes.plot([asked], [100 * top1], marker=MARKERS[place % len(MARKERS)], color=color, ms=5)
+            point.set_gid(f"sparsity-point-{number}-{index}")
+            titles[f"sparsity-point-{number}-{index}"] = f"{variant}: sparsity {asked:g}, top-1 {percent_text(top1)}"
+    axes.set_xlabel("sparsity asked for (groups or weights)")
+    axes.set_ylabel("test top-1 (%)")
+    _legend_below(figure, axes)
+    alt = f"Line plot of test top-1 accuracy against sparsity for {', '.join(methods)}."
+    return _finish(figure, "sparsity", "Accuracy against sparsity", alt, titles)
+
+
+def training(run: Run) -> Picture | None:
+    """Validation top-1 and training loss by epoch, a line for each run; None if nothing was trained."""
+    if not run.curves:
+        return None
+    figure, (upper, lower) = _figure(5.4, rows=2)
+    titles = {}
+    for index, (name, curve) in enumerate(run.curves.items()):
+        look = {
+            "color": COLORS[index % len(COLORS)],
+            "ls": LINES[(index // len(COLORS)) % len(LINES)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "ms": 3.5,
+            "lw": 1.3,
+            "markevery": max(1, len(curve) // 8),
+        }
+        epochs = [row["epoch"] for row in curve]
+        (line,) = upper.plot(epochs, [100 * row["validation_top1"] for row in curve], label=name, **look)
+        lower.plot(epochs, [row["training_loss"] for row in curve], **look)
+        line.set_gid(f"training-line-{index}")
+        best = max(row["validation_top1"] for row in curve)
+        titles[f"training-line-{index}"] = f"{name}: {len(curve)} epochs, best validation top-1 {percent_text(best)}"
+    upper.set_ylabel("validation top-1 (%)")
+    lower.set_ylabel("training loss")
+    lower.set_xlabel("epoch")
+    _whole_numbers(lower)
+    _legend_below(figure, upper)
+    alt = "Line plots of validation top-1 accuracy and training loss by epoch. " + "; ".join(titles.values()) + "."
+    return _finish(figure, "training", "Training curves", alt, titles)
+
+
+def confusion(run: Run, variant: str) -> Picture:
+    """Rows: the true class; columns: what the variant says; shares of the true class."""
+    import numpy as np
+
+    counts = confusion_counts(run, variant)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = _figure(4.9)
+    axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    axes.grid(visible=False)
+    few = len(run.classes) <= CONFUSION_NUMBERS
+    step = max(1, len(run.classes) // 20)
+    places = range(0, len(run.classes), step)
+    axes.set_xticks(places, [run.classes[place] for place in places], rotation=90)
+    axes.set_yticks(places, [run.classes[place] for place in places])
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if few:
+        for actual, predicted in product(range(len(run.classes)), repeat=2):
+            color = "white" if shares[actual, predicted] < 0.6 else "black"
+            text = str(counts[actual, predicted]) if counts[actual, predicted] else "\N{MIDDLE DOT}"
+            axes.text(predicted, actual, text, ha="center", va="center", color=color, fontsize=7)
+    alt = f"Confusion matrix of {variant} on {len(run.labels)} test images; the table beside it holds the same counts."
+    return _finish(figure, "confusion", f"Confusion matrix of {variant}", alt, {})
+
+
+def confusion_counts(run: Run, variant: str):
+    """`[classes, classes]` integers: true class by predicted class."""
+    import numpy as np
+
+    k = len(run.classes)
+    pairs = run.labels * k + run.variants[variant].predicted
+    return np.bincount(pairs, minlength=k * k)[: k * k].reshape(k, k)
+
+
+def _bars(
+    run: Run, rows: list[dict], series: list[tuple[str, str]], unit: str, name: str, title: str, write
+) -> Picture:
+    several_seeds = len({row["group"] for row in rows}) < len(rows)
+    shown = list({row["group"]: row for row in reversed(rows)}.values())[::-1] if several_seeds else rows
+    scale, unit = _scale([row[key] for row in shown for _, key in series], unit)
+    figure, axes = _figure(1.3 + 0.42 * len(shown))
+    titles, thickness = {}, 0.8 / len(series)
+    for place, (words, key) in enumerate(series):
+        for index, row in enumerate(shown):
+            y = index + (place - (len(series) - 1) / 2) * thickness
+            (bar,) = axes.barh(
+                y,
+                row[key] / scale,
+                height=thickness * 0.92,
+                color=COLORS[place],
+                label=words if index == 0 else None,
+                hatch=("", "///", "\\\\\\")[place],
+                edgecolor="white",
+                lw=0,
+            )
+            bar.set_gid(f"{name}-bar-{place}-{index}")
+            titles[f"{name}-bar-{place}-{index}"] = f"{row['variant']}: {words} {write(row[key])}"
+    axes.set_yticks(range(len(shown)), [short_name(run.params, row["variant"]) for row in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(unit)
+    _legend_below(figure, axes)
+    alt = "Bar chart. " + "; ".join(
+        f"{row['variant']}: " + ", ".join(f"{words} {write(row[key])}" for words, key in series) for row in shown
+    )
+    return _finish(figure, name, title, alt + ".", titles)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """matplotlib set up for the whole batch: no display, the same bytes each time, glyphs as outlines."""
+    import matplotlib
+
+    settings = {
+        "svg.hashsalt": "edgewise",
+        "svg.fonttype": "path",  # the same widths in every browser, so that what does not overlap here never does
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": FAINT,
+        "grid.linewidth": 0.5,
+        "hatch.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+    } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _figure(height: float, rows: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, 1, sharex=rows > 1)
+
+
+def _finish(figure, name: str, title: str, alt: str, titles: dict[str, str], boxes: Sequence = ()) -> Picture:
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Picture(name, title, alt, png.getvalue(), _for_page(svg.getvalue(), name, alt, titles), list(boxes))
+
+
+def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
+    """matplotlib's SVG as an element of a page: its colours the page's, its points named and reachable by keyboard."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sid="[A-Za-z.0-9]+_\d+"', "", svg)  # numbered ids repeat from picture to picture
+    svg = re.sub(r'(id="|url\(#|href="#)(?!' + name + "-)", rf"\g<1>{name}-", svg)
+    svg = svg.replace(INK, "currentColor").replace(FAINT, "var(--line)")
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", f'<svg role="group" aria-label="{escape(alt)}"', 1)
+    for gid, words in titles.items():
+        words = escape(words)
+        named = f'<g id="{gid}" class="mark" tabindex="0" role="img" aria-label="{words}"><title>{words}</title>'
+        svg = svg.replace(f'<g id="{gid}">', named, 1)
+    svg = re.sub(
+        r"(?<!scale\(0)(\.\d\d)\d+", r"\1", svg
+    )  # hundredths of a point are finer than any screen, at half the bytes
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+def _looks(run: Run) -> tuple[dict[str, str], dict[str, str]]:
+    """Colour of each pruner and marker of each quantizer, in the order of the params."""
+    used = run.params.variants.values()
+    pruners = [p for p in run.params.prune if any(run.params.prunings[v.pruning].pruner == p for v in used)]
+    quantizers = [q for q in run.params.quantize if any(v.quantizer == q for v in used)]
+    colors = {pruner: COLORS[index % len(COLORS)] for index, pruner in enumerate(pruners)}
+    return colors, {quantizer: MARKERS[index % len(MARKERS)] for index, quantizer in enumerate(quantizers)}
+
+
+def _scale(values: list[float], unit: str) -> tuple[float, str]:
+    """By what to divide so that the axis has short numbers, and the unit that results."""
+    if unit == "ms":
+        return 1.0, "ms"
+    prefixes = ((1e9, "G"), (1e6, "M"), (1e3, "K" if unit == "bytes" else "k"))
+    scale, prefix = next(((s, p) for s, p in prefixes if max(values) >= s), (1.0, ""))
+    if unit == "bytes":
+        return scale, f"{prefix}B" if prefix else "bytes"
+    words = {"G": "thousand millions of ", "M": "millions of ", "k": "thousands of ", "": ""}[prefix]
+    return scale, f"{words}{unit}"
+
+
+def _cost_axis(axes, xs: list[float]) -> None:
+    """Logarithmic where the cheapest and the dearest are far apart, with plain numbers at 1, 2, 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = min(xs), max(xs)
+    if high > 4 * low:
+        axes.set_xscale("log")
+        axes.set_xlim(low / (high / low) ** 0.1, high * (high / low) ** 0.1)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        room = (high - low) * 0.12 or 0.5 * high
+        axes.set_xlim(low - room, high + room)
+
+
+def _whole_numbers(axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend(figure, axes, run: Run, colors: dict[str, str], markers: dict[str, str]) -> None:
+    """Pruners by colour, quantizers by marker, and the front's line, under the plot."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=color, lw=5, label=pruner) for pruner, color in colors.items()]
+    handles += [
+        Line2D([], [], color=INK, marker=marker, ls="", ms=6, label=quantizer) for quantizer, marker in markers.items()
+    ]
+    handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=_columns([h.get_label() for h in handles]))
+
+
+def _legend_below(figure, axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels))
+
+
+def _columns(labels: list[str]) -> int:
+    """As many columns as fit the width of the figure at the legend's letter width."""
+    return max(1, min(len(labels), int(66 // (max(map(len, labels)) + 6))))
+
+
+def _labels(
+    run: Run, rows: list[dict], xs: list[float], on_front: dict[str, bool], choices: Choices
+) -> list[tuple[float, float, str]]:
+    """x, y and text, the most important first; one label for each group of seeds."""
+    order = []
+    for row, x in zip(rows, xs, strict=True):
+        variant = row["variant"]
+        baseline = variant == run.params.baseline_of(variant)
+        rank = (variant != choices.headline, not baseline, not on_front[variant])
+        order.append((rank, x, 100 * row["top1"], row))
+    labels, seen = [], set()
+    for _, x, y, row in sorted(order, key=lambda item: item[0]):
+        if row["group"] not in seen:
+            seen.add(row["group"])
+            labels.append((x, y, short_name(run.params, row["variant"])))
+    return labels
+
+
+def _label_points(figure, axes, labels: list[tuple[float, float, str]]) -> list[tuple[float, ...]]:
+    """Write labels beside their points where nothing is in the way; the last ones may find no room and are left out.
+
+    Greedy: each label takes the nearest free one of twelve directions at growing distances (Christensen, Marks &
+    Shieber 1995 give greedy placement as the baseline); one that stands away from its point gets a thin line to it.
+
+    Returns:
+        The boxes taken, in pixels.
+    """
+    from math import cos, pi, sin
+
+    figure.canvas.draw()  # settles the layout, so that data and pixels correspond
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()
+    point = figure.dpi / 72
+    inside = axes.get_window_extent(renderer)
+    obstacles = []
+    for line in axes.lines:
+        places = axes.transData.transform(line.get_xydata())
+        radius = 4.5 * point if line.get_marker() not in ("None", None, "") else 1.0
+        if line.get_drawstyle() == "steps-post":
+            corners = [corner for a, b in pairwise(places) for corner in (a, (b[0], a[1]), b)]
+            pieces = pairwise(corners)
+        else:
+            pieces = [(places.min(axis=0), places.max(axis=0))]
+        for a, b in pieces:
+            (x0, x1), (y0, y1) = sorted((a[0], b[0])), sorted((a[1], b[1]))
+            obstacles.append((x0 - radius, y0 - radius, x1 + radius, y1 + radius))
+    taken: list[tuple[float, ...]] = []
+    directions = [
+        0,
+        pi,
+        pi / 2,
+        -pi / 2,
+        pi / 6,
+        -pi / 6,
+        5 * pi / 6,
+        -5 * pi / 6,
+        pi / 3,
+        -pi / 3,
+        2 * pi / 3,
+        -2 * pi / 3,
+    ]
+    for x, y, words in labels:
+        text = axes.text(x, y, words, fontsize=8.5, zorder=4)
+        size = text.get_window_extent(renderer)
+        width, height = size.width, size.height
+        px, py = axes.transData.transform((x, y))
+        best = None
+        for gap, angle in product(LABEL_GAPS, directions):
+            reach = (gap + 4) * point
+            cx = px + reach * cos(angle) + (width / 2) * cos(angle)
+            cy = py + reach * sin(angle) + (height / 2) * sin(angle)
+            box = (cx - width / 2 - 1, cy - height / 2 - 1, cx + width / 2 + 1, cy + height / 2 + 1)
+            if box[0] < inside.x0 or box[2] > inside.x1 or box[1] < inside.y0 or box[3] > inside.y1:
+                continue
+            if not any(_overlap(box, other) for other in (*taken, *obstacles)):
+                best = (gap, box)
+                break
+        if best is None:
+            text.remove()
+            continue
+        gap, box = best
+        taken.append(box)
+        x0, y0 = axes.transData.inverted().transform((box[0] + 1, box[1] + 1))
+        text.set_position((x0, y0))
+        text.set_verticalalignment("bottom")
+        if gap > LABEL_GAPS[1]:
+            near = (min(max(px, box[0]), box[2]), min(max(py, box[1]), box[3]))
+            end = axes.transData.inverted().transform(near)
+            axes.plot([x, end[0]], [y, end[1]], color=INK, lw=0.5, alpha=0.6, zorder=1)
+    return taken
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

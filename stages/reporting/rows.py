@@ -1,0 +1,228 @@
+"""One row for each variant, one summary for each group of seeds, and the choice of the variants to headline."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.common.params import Params
+from stages.reporting.inputs import Run
+from stages.reporting.statistics import (
+    PairedDifference,
+    front,
+    holm,
+    mean_and_deviation,
+    paired_difference,
+    wilson_interval,
+)
+
+ROW_KEYS = (
+    "variant",
+    "model",
+    "pruner",
+    "quantizer",
+    "seed",
+    "group",
+    "run_id",
+    "n_test",
+    "top1",
+    "top1_ci_low",
+    "top1_ci_high",
+    "top1_delta",
+    "p_value",
+    "agreement",
+    "params",
+    "params_nonzero",
+    "params_visible",
+    "macs",
+    "macs_visible",
+    "bops",
+    "artifact_bytes",
+    "size_bytes",
+    "size_gzip_bytes",
+    "latency_ms_p50",
+    "latency_ms_p95",
+    "latency_ratio",
+    "peak_rss_bytes",
+    "load_ms",
+    "runtime",
+)
+"""What every row says, in this order (`variants.json`, `variants.csv`)."""
+
+ROUNDING = {"top1_ci_low": 6, "top1_ci_high": 6, "top1_delta": 6}
+"""Decimals kept of computed fractions: more would be noise in a diff."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same settings under one or several seeds."""
+
+    name: str
+    variants: list[str]
+    top1: float
+    """Mean over seeds."""
+    top1_deviation: float | None
+    """Sample standard deviation over seeds; None for one seed."""
+    delta_deviation: float | None
+    difference: PairedDifference | None
+    """Against the baselines of the same seeds, pooled by image; None for the baseline's own group."""
+    p_value: float | None
+    """Holm-corrected over all groups that are compared."""
+
+
+def model_family(params: Params, model: str) -> str:
+    """The first listed model with the same settings but for the seed."""
+    settings = params.models[model].model_dump(exclude={"seed"})
+    return next(name for name, other in params.models.items() if other.model_dump(exclude={"seed"}) == settings)
+
+
+def group_of(params: Params, variant: str) -> str:
+    """The name that a variant shares with the same settings under other seeds."""
+    family = model_family(params, params.model_of(variant))
+    return f"{family}-{params.pruner_of(variant)}-{params.variants[variant].quantizer}"
+
+
+def members(run: Run, group: str) -> list[str]:
+    return [variant for variant in run.params.variants if group_of(run.params, variant) == group]
+
+
+def compare(run: Run, pairs: list[tuple[str, str]]) -> PairedDifference:
+    """Accuracy of the first of each pair over the second's, on the same test images, pooled over pairs (seeds)."""
+    correct = {name: run.variants[name].correct.astype(np.int64) for pair in pairs for name in pair}
+    differences = sum(correct[ours] - correct[theirs] for ours, theirs in pairs)
+    return paired_difference(differences, len(pairs), run.params.report.confidence)
+
+
+def assemble_groups(run: Run) -> dict[str, Group]:
+    """All groups in the order of `params.variants`, each compared with its baselines; p-values Holm-corrected.
+
+    The pooled comparison takes an image as the unit (see `statistics.sign_flip_p`); with one seed it is the exact
+    McNemar test. Baselines are not hypotheses, so they do not count in the correction.
+    """
+    params = run.params
+    names = list(dict.fromkeys(group_of(params, variant) for variant in params.variants))
+    compared: dict[str, PairedDifference] = {}
+    for name in names:
+        pairs = [(variant, params.baseline_of(variant)) for variant in members(run, name)]
+        if all(ours != baseline for ours, baseline in pairs):
+            compared[name] = compare(run, pairs)
+    corrected = holm({name: difference.p_value for name, difference in compared.items()})
+    groups = {}
+    for name in names:
+        variants = members(run, name)
+        top1 = [run.variants[variant].profile["top1"] for variant in variants]
+        base = [run.variants[params.baseline_of(variant)].profile["top1"] for variant in variants]
+        mean, deviation = mean_and_deviation(top1)
+        _, delta_deviation = mean_and_deviation([ours - theirs for ours, theirs in zip(top1, base, strict=True)])
+        groups[name] = Group(
+            name,
+            variants,
+            mean,
+            deviation,
+            delta_deviation if name in compared else None,
+            compared.get(name),
+            corrected.get(name),
+        )
+    return groups
+
+
+def assemble_rows(run: Run, groups: dict[str, Group]) -> list[dict]:
+    """One flat object for each listed variant, with exactly `ROW_KEYS`. Accuracies are fractions."""
+    rows = []
+    for variant, measured in run.variants.items():
+        group = group_of(run.params, variant)
+        baseline = run.params.baseline_of(variant)
+        n, correct = len(run.labels), int(measured.correct.sum())
+        low, high = wilson_interval(correct, n, run.params.report.confidence)
+        computed = {
+            "group": group,
+            "run_id": run.run_id,
+            "top1": correct / n,
+            "top1_ci_low": low,
+            "top1_ci_high": high,
+            "top1_delta": None if variant == baseline else (correct - int(run.variants[baseline].correct.sum())) / n,
+            "p_value": groups[group].p_value,
+        }
+        found = measured.edge | measured.profile | computed
+        row = {key: found[key] for key in ROW_KEYS}
+        for key, decimals in ROUNDING.items():
+            row[key] = None if row[key] is None else round(row[key], decimals)
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The variants a person would choose between, found on validation figures only."""
+
+    headline: str
+    """The smallest file within the allowed drop of its baseline."""
+    fastest: str
+    """The lowest median latency within the allowed drop."""
+    most_accurate: str
+
+
+def choose(run: Run) -> Choices:
+    """Choose on validation top-1, so that the test figure is reported for a choice that it had no part in.
+
+    The allowed drop is `report.headline_max_drop` under the validation top-1 of the baseline of the same model; the
+    baselines are candidates, so there is always one. Ties go to the higher validation top-1, then to the earlier name.
+    """
+    params = run.params
+
+    def validation(variant: str) -> float:
+        return run.variants[variant].profile["validation_top1"]
+
+    allowed = [
+        variant
+        for variant in params.variants
+        if validation(variant) >= validation(params.baseline_of(variant)) - params.report.headline_max_drop - 1e-12
+    ]
+
+    def by_bytes(variant: str) -> tuple[float, float]:
+        return run.variants[variant].profile["size_bytes"], -validation(variant)
+
+    def by_latency(variant: str) -> tuple[float, float]:
+        return run.variants[variant].edge["latency_ms_p50"], -validation(variant)
+
+    def by_accuracy(variant: str) -> tuple[float, float]:
+        return -validation(variant), run.variants[variant].profile["size_bytes"]
+
+    return Choices(min(allowed, key=by_bytes), min(allowed, key=by_latency), min(params.variants, key=by_accuracy))
+
+
+def headline_metrics(run: Run, rows: list[dict], choices: Choices) -> dict[str, float | int | str]:
+    """At most ten flat keys for `dvc exp show` and `dvc metrics diff`."""
+    by_name = {row["variant"]: row for row in rows}
+    chosen = by_name[choices.headline]
+    dense = by_name[run.params.baseline_of(choices.headline)]
+    metrics = {
+        "n_test": dense["n_test"],
+        "dense_top1": dense["top1"],
+        "dense_size_bytes": dense["size_bytes"],
+        "headline_variant": choices.headline,
+        "headline_top1": chosen["top1"],
+        "headline_top1_delta": chosen["top1_delta"] or 0.0,
+        "headline_size_ratio": round(dense["size_bytes"] / chosen["size_bytes"], 4),
+        "headline_latency_ratio": round(chosen["latency_ratio"], 4),
+        "best_top1": by_name[choices.most_accurate]["top1"],
+    }
+    small = small_dense(run)
+    if small is not None:
+        metrics["small_dense_top1"] = by_name[small]["top1"]
+    return metrics
+
+
+def small_dense(run: Run) -> str | None:
+    """The `small_dense` variant with the best validation top-1: a smaller network simply trained; None without one."""
+    listed = [
+        variant
+        for variant in run.params.variants
+        if run.params.prune[run.params.pruner_of(variant)].method == "small_dense"
+    ]
+    return max(listed, key=lambda variant: run.variants[variant].profile["validation_top1"], default=None)
+
+
+def mark_front(rows: list[dict], cost: str) -> dict[str, bool]:
+    """Which variants no other beats in `cost` (lower is better) and top-1 together."""
+    flags = front([row[cost] for row in rows], [row["top1"] for row in rows])
+    return {row["variant"]: flag for row, flag in zip(rows, flags, strict=True)}

@@ -1,0 +1,132 @@
+"""How sure a number is: intervals of an accuracy and of a paired difference, exact tests, correction for many."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson 1927, equation 1 as in Brown, Cai & DasGupta 2001): never outside [0, 1].
+
+    Args:
+        correct: images classified correctly, of `n`.
+
+    Returns:
+        Low and high ends, as fractions.
+    """
+    z = normal_quantile(confidence)
+    p = correct / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def normal_quantile(confidence: float) -> float:
+    """z such that a standard normal lies within +-z with probability `confidence`."""
+    from scipy.special import ndtri
+
+    return float(ndtri(0.5 + confidence / 2))
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar test (McNemar 1947; the exact binomial form).
+
+    Args:
+        gained: images that only the variant classifies correctly.
+        lost: images that only the baseline classifies correctly.
+
+    Returns:
+        The probability of so uneven a split of the discordant images if both were equally accurate; 1 without any.
+    """
+    if gained + lost == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost, 0.5).pvalue)
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Exact two-sided sign-flip test that paired differences are centred on zero.
+
+    Where several seeds of one setting are tested on the same images, an image's outcomes hang together, so the image is
+    the unit: under the null hypothesis each image's summed difference is as likely to be +d as -d. The distribution of
+    the total is found by convolution. With one seed the differences are -1, 0 or 1 and this is McNemar's exact test.
+
+    Args:
+        differences: `[n]` integers; for each image the number of seeds on which the variant is right, less that on
+            which the baseline is.
+
+    Returns:
+        P(|total| at least as large as seen).
+    """
+    magnitudes, images = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    if len(magnitudes) == 0:
+        return 1.0
+    if magnitudes.tolist() == [1]:
+        return mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
+    from scipy.stats import binom
+
+    # the total of one magnitude is magnitude * (2 * heads - images): spaced by 2 * magnitude
+    distribution = np.ones(1)
+    for magnitude, count in zip(magnitudes.tolist(), images.tolist(), strict=True):
+        spaced = np.zeros(2 * magnitude * count + 1)
+        spaced[:: 2 * magnitude] = binom.pmf(np.arange(count + 1), count, 0.5)
+        distribution = np.convolve(distribution, spaced)
+    reach = (len(distribution) - 1) // 2
+    totals = np.arange(-reach, reach + 1)
+    return float(min(1.0, distribution[np.abs(totals) >= abs(int(differences.sum()))].sum()))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A difference of two accuracies on the same images, as fractions."""
+
+    delta: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+def paired_difference(differences: np.ndarray, seeds: int = 1, confidence: float = 0.95) -> PairedDifference:
+    """Difference of accuracy with its interval and exact p-value, images being the unit.
+
+    The interval is the adjusted Wald interval for matched pairs (Agresti & Min 2005, section 3): two pseudo images, of
+    which half a one is gained and half a one lost, keep it honest where few images differ. It says how far the figure
+    might move on other test images; not what training again would give, for which the spread over seeds stands.
+
+    Args:
+        differences: `[n]` integers as in `sign_flip_p`, summed over `seeds` seeds.
+    """
+    n = len(differences)
+    per_image = differences / seeds
+    total, squares = float(per_image.sum()), float((per_image**2).sum()) + 1.0
+    middle = total / (n + 2)
+    half = normal_quantile(confidence) * math.sqrt(max(0.0, squares - total * total / (n + 2))) / (n + 2)
+    return PairedDifference(total / n, middle - half, middle + half, sign_flip_p(differences), n)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Step-down correction of a family of tests (Holm 1979): adjusted p-values that hold all at once."""
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    adjusted, largest = {}, 0.0
+    for rank, name in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; the latter is None for a single value."""
+    mean = float(np.mean(values))
+    return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def front(costs: list[float], gains: list[float]) -> list[bool]:
+    """Whether each point lies on the Pareto front: no other costs no more, gains no less and differs."""
+    return [
+        not any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in zip(costs, gains, strict=True))
+        for cost, gain in zip(costs, gains, strict=True)
+    ]

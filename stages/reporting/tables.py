@@ -1,0 +1,90 @@
+"""The flat tables that DVC's own plots read (`reports/plots/*.csv`)."""
+
+from dataclasses import dataclass
+
+from stages.reporting.inputs import Run
+from stages.reporting.plots import confusion_counts
+from stages.reporting.rows import Choices, mark_front
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one CSV; the columns stand apart because a table may be empty."""
+
+    columns: tuple[str, ...]
+    rows: list[dict]
+
+
+def plot_tables(run: Run, rows: list[dict], choices: Choices) -> dict[str, Table]:
+    """By file name without its ending."""
+    return {
+        "pareto_size": _pareto(rows, "size_bytes"),
+        "pareto_latency": _pareto(rows, "latency_ms_p50"),
+        "size": _sizes(rows),
+        "params": _params(rows),
+        "training": _training(run),
+        "confusion": _confusion(run, choices.headline),
+    }
+
+
+def _pareto(rows: list[dict], cost: str) -> Table:
+    columns = ("variant", "model", "pruner", "quantizer", cost, "top1", "top1_ci_low", "top1_ci_high", "front")
+    on_front = mark_front(rows, cost)
+    return Table(
+        columns,
+        [{column: row.get(column) for column in columns} | {"front": int(on_front[row["variant"]])} for row in rows],
+    )
+
+
+def _sizes(rows: list[dict]) -> Table:
+    columns = ("variant", "size_bytes", "size_gzip_bytes", "artifact_bytes")
+    return Table(columns, [{column: row[column] for column in columns} for row in rows])
+
+
+def _params(rows: list[dict]) -> Table:
+    """Long form: one line for each variant and way of counting."""
+    counts = (("true", "params"), ("not zero", "params_nonzero"), ("visible", "params_visible"))
+    return Table(
+        ("variant", "count", "params"),
+        [{"variant": row["variant"], "count": words, "params": row[key]} for row in rows for words, key in counts],
+    )
+
+
+def _training(run: Run) -> Table:
+    """Long form: dense models and prunings by epoch."""
+    return Table(
+        ("run", "stage", "epoch", "validation_top1", "training_loss"),
+        [
+            {
+                "run": name,
+                "stage": "finetune" if name in run.params.models else "prune",
+                "epoch": int(row["epoch"]),
+                "validation_top1": row["validation_top1"],
+                "training_loss": row["training_loss"],
+            }
+            for name, curve in run.curves.items()
+            for row in curve
+        ],
+    )
+
+
+def _confusion(run: Run, variant: str) -> Table:
+    """Test images of the headline variant by true and predicted class, with the share of the true class."""
+    counts = confusion_counts(run, variant).tolist()
+    return Table(
+        ("actual", "predicted", "images", "share"),
+        [
+            {"actual": actual, "predicted": said, "images": n, "share": round(n / max(1, sum(line)), 4)}
+            for actual, line in zip(run.classes, counts, strict=True)
+            for said, n in zip(run.classes, line, strict=True)
+        ],
+    )
+
+
+def confusion_rows(run: Run, variant: str) -> list[dict]:
+    """For each true class its name, counts by predicted class, and the share found (recall)."""
+    counts = confusion_counts(run, variant)
+    return [
+        {"name": name, "counts": counts[k].tolist(), "recall": counts[k, k] / max(1, counts[k].sum())}
+        for k, name in enumerate(run.classes)
+    ]

@@ -1,0 +1,55 @@
+"""Numbers as a person reads them: the same words in the page, the plots, the tables and the cards."""
+
+from stages.common.params import Params
+from stages.reporting.rows import group_of, model_family
+
+
+def bytes_text(size: float) -> str:
+    """Decimal units, three significant digits: `1.25 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= scale:
+            return f"{_three_digits(size / scale)} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def count_text(count: float) -> str:
+    """`2.48 M`, `61.3 k`, `812`."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{_three_digits(count / scale)} {unit}"
+    return f"{count:.0f}"
+
+
+def percent_text(fraction: float, decimals: int = 1) -> str:
+    return f"{100 * fraction:.{decimals}f} %"
+
+
+def points_text(fraction: float, decimals: int = 1) -> str:
+    """A difference of two accuracies in percentage points, with its sign (a true minus)."""
+    return f"{100 * fraction:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def ms_text(milliseconds: float) -> str:
+    return f"{_three_digits(milliseconds)} ms"
+
+
+def ratio_text(ratio: float) -> str:
+    return f"{_three_digits(ratio)}\N{MULTIPLICATION SIGN}"
+
+
+def short_name(params: Params, variant: str) -> str:
+    """Pruner and quantizer; the model stands in front only where the run has several (seeds do not count)."""
+    pruner, quantizer = params.pruner_of(variant), params.variants[variant].quantizer
+    name = f"{pruner}-{quantizer}"
+    families = {model_family(params, model) for model in params.models}
+    return name if len(families) == 1 else group_of(params, variant)
+
+
+def _three_digits(value: float) -> str:
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -1,0 +1,145 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.common.errors import UserError
+from stages.common.params import check_architectures, load_params, plan
+
+TOP = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def raw() -> dict:
+    return yaml.safe_load((TOP / "params.yaml").read_text())
+
+
+def refusal(raw: dict, folder: Path) -> str:
+    path = folder / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError) as error:
+        check_architectures(load_params(path))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(TOP.glob("**/params.yaml")), ids=lambda p: str(p.parent.relative_to(TOP)))
+def test_every_params_file_in_the_repository_is_valid(path):
+    check_architectures(load_params(path))
+
+
+def test_the_default_is_as_small_as_the_design_promises(raw):
+    assert len(raw["models"]) == 1
+    assert len(raw["prunings"]) <= 4
+    assert len(raw["variants"]) <= 8
+
+
+def test_an_unknown_key_is_named_with_the_nearest_known_one(raw, tmp_path):
+    raw["finetune"]["epoch"] = 3
+    assert "finetune.epoch = 3: unknown key; did you mean epochs?" in refusal(raw, tmp_path)
+
+
+def test_a_wrong_type_is_named_with_path_value_and_what_is_allowed(raw, tmp_path):
+    raw["finetune"]["epochs"] = "many"
+    assert "finetune.epochs = 'many': must be a valid integer" in refusal(raw, tmp_path)
+
+
+def test_a_value_out_of_range_inside_a_named_entry_is_named_by_its_path_in_the_file(raw, tmp_path):
+    raw["prune"]["oto50"]["group_sparsity"] = 1.5
+    assert "prune.oto50.group_sparsity = 1.5: must be less than 1" in refusal(raw, tmp_path)
+
+
+def test_an_unknown_key_inside_a_named_entry_is_named(raw, tmp_path):
+    raw["prune"]["l1"]["sparsty"] = 0.1
+    assert "prune.l1.sparsty = 0.1: unknown key" in refusal(raw, tmp_path)
+
+
+def test_an_unknown_method_lists_the_known_ones(raw, tmp_path):
+    raw["prune"]["oto50"]["method"] = "otto"
+    message = refusal(raw, tmp_path)
+    assert "prune.oto50.method = 'otto'" in message
+    assert "'l1_unstructured'" in message
+
+
+def test_a_missing_value_is_named(raw, tmp_path):
+    del raw["prune"]["oto50"]["group_sparsity"]
+    del raw["data"]["image_size"]
+    message = refusal(raw, tmp_path)
+    assert "2 problems" in message
+    assert "prune.oto50.group_sparsity: is required and missing" in message
+    assert "data.image_size: is required and missing" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "entry", "expected"),
+    [
+        ("prunings", "atto-none", {"model": "atto", "pruner": "none"}, "prunings.atto-none.model = 'atto': not listed under models"),
+        ("prunings", "convnext-l2", {"model": "convnext", "pruner": "l2"}, "prunings.convnext-l2.pruner = 'l2': not listed under prune"),
+        (
+            "variants",
+            "convnext-none-int4",
+            {"pruning": "convnext-none", "quantizer": "int4"},
+            "variants.convnext-none-int4.quantizer = 'int4': not listed under quantize",
+        ),
+        (
+            "variants",
+            "best",
+            {"pruning": "convnext-none", "quantizer": "fp32"},
+            "variants.best: the key must be its joined parts, 'convnext-none-fp32'",
+        ),
+    ],
+)
+def test_an_entry_that_names_nothing_or_has_another_key_is_refused(raw, tmp_path, section, key, entry, expected):
+    raw[section][key] = entry
+    assert expected in refusal(raw, tmp_path)
+
+
+def test_a_model_without_its_baseline_is_refused(raw, tmp_path):
+    del raw["variants"]["convnext-none-fp32"]
+    assert "models.convnext: its baseline is missing" in refusal(raw, tmp_path)
+
+
+def test_pruning_with_recovery_needs_the_control_of_the_same_length(raw, tmp_path):
+    raw["prune"]["oto50"]["epochs"] += 1
+    assert "a none_continued pruner with epochs: 11 must be listed" in refusal(raw, tmp_path)
+
+
+def test_an_unknown_architecture_is_refused_with_the_nearest_names(raw, tmp_path):
+    raw["models"]["convnext"]["architecture"] = "convnext_ato"
+    message = refusal(raw, tmp_path)
+    assert "models.convnext.architecture = 'convnext_ato'" in message
+    assert "convnext_atto" in message
+
+
+def test_names_with_dots_are_refused_since_dvc_would_split_them(raw, tmp_path):
+    raw["prune"]["oto.5"] = {"method": "none"}
+    assert "oto.5" in refusal(raw, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "a: [1", "- 1\n- 2\n"])
+def test_a_file_that_holds_no_sections_is_refused(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match="params.yaml"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_the_command_prints_the_plan(raw):
+    printed = subprocess.run(
+        [sys.executable, "-m", "stages.common.params"], cwd=TOP, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == plan(load_params(TOP / "params.yaml"))
+    assert all(f"variant   {key}:" in printed for key in raw["variants"])
+
+
+def test_a_bad_file_ends_the_command_with_exit_code_2_and_no_traceback(raw, tmp_path):
+    raw["base"]["seed"] = -1
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    run = subprocess.run(
+        [sys.executable, "-m", "stages.common.params", str(tmp_path / "params.yaml")], cwd=TOP, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines() == [
+        f"error: {tmp_path}/params.yaml: 1 problem",
+        "  base.seed = -1: must be greater than or equal to 0",
+    ]

@@ -1,0 +1,31 @@
+import io
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from stages.common.progress import EpochProgress, epoch_progress
+
+
+def test_outside_a_terminal_each_epoch_is_one_line(capsys):
+    with epoch_progress("finetune a", epochs=2, steps_per_epoch=3) as progress:
+        for epoch in range(2):
+            for _ in range(3):
+                progress.step()
+            progress.epoch(loss=1.5 - epoch, top1=0.25, images_per_second=1234.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("finetune a: epoch 1/2 loss 1.500 validation top-1 25.00 % 1,234 images/s")
+    assert lines[1].endswith("0:00 left")
+
+
+def test_in_a_terminal_the_bar_shows_epoch_figures_and_time_left():
+    screen = io.StringIO()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=Console(file=screen, force_terminal=True, width=160)) as bar:
+        progress = EpochProgress("finetune a", 4, 10, done=1, bar=bar)
+        for _ in range(10):
+            progress.step()
+        progress.epoch(loss=0.5, top1=0.75, images_per_second=10.0)
+        assert bar.tasks[0].completed == 20
+    assert "epoch 2/4 loss 0.500 validation top-1 75.00 %" in screen.getvalue()
+    assert "left" in screen.getvalue()

@@ -1,0 +1,156 @@
+"""Folders as the other stages leave them, with made-up figures: what the report stage reads, in a second."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+CLASSES = ["plane", "car", "bird", "cat", "deer"]
+SHRINK = {"none": 1.0, "none_continued": 1.0, "oto": 0.25, "l1_unstructured": 1.0, "random_unstructured": 1.0}
+"""Share of the parameters that each pruning method leaves."""
+
+
+def params_of(
+    seeds: int = 1,
+    pruners: dict | None = None,
+    variants: list[tuple[str, str]] | None = None,
+    models: dict | None = None,
+) -> dict:
+    """A params file with one model under several seeds and the study's pruners and quantizers."""
+    if pruners is None:
+        pruners = {
+            "none": {"method": "none"},
+            "continued": {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5},
+            "oto50": {"method": "oto", "epochs": 4, "learning_rate_factor": 0.5, "group_sparsity": 0.5},
+            "l1": {"method": "l1_unstructured", "epochs": 4, "learning_rate_factor": 0.5, "sparsity": 0.8},
+        }
+    if variants is None:
+        variants = [(p, "fp32") for p in pruners] + [(p, "int8") for p in ("none", "oto50") if p in pruners]
+    if models is None:
+        network = {"library": "timm", "architecture": "convnext_atto", "input_size": 16}
+        models = {"atto" + (f"-s{s}" if s else ""): network | {"seed": s} for s in range(seeds)}
+    return {
+        "base": {"seed": 0},
+        "data": {"name": "toys", "source": "digits", "image_size": 16, "validation_fraction": 0.2},
+        "finetune": {"epochs": 6, "batch_size": 32, "optimizer": "adamw", "learning_rate": 0.001},
+        "models": models,
+        "prune": pruners,
+        "quantize": {"fp32": {"method": "fp32"}, "int8": {"method": "int8_dynamic"}},
+        "prunings": {
+            f"{m}-{p}": {"model": m, "pruner": p} for m in models for p in dict.fromkeys(p for p, _ in variants)
+        },
+        "variants": {f"{m}-{p}-{q}": {"pruning": f"{m}-{p}", "quantizer": q} for m in models for p, q in variants},
+    }
+
+
+def write_run(folder: Path, params: dict, n: int = 400, accuracy: dict[str, float] | None = None) -> None:
+    """Write params.yaml and everything the report stage reads under `folder`.
+
+    Args:
+        accuracy: share of images classified correctly, by pruner name; 0.8 where none is given. The images that two
+            variants get wrong overlap, as real ones do.
+    """
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    labels = np.arange(n) % len(CLASSES)
+    hardness = np.random.default_rng(0).random(n)
+    rows = []
+    for number, (variant, entry) in enumerate(params["variants"].items()):
+        pruning, quantizer = params["prunings"][entry["pruning"]], params["quantize"][entry["quantizer"]]["method"]
+        method, random = params["prune"][pruning["pruner"]]["method"], np.random.default_rng(number + 1)
+        wanted = (accuracy or {}).get(pruning["pruner"], 0.8)
+        right = hardness + random.normal(0, 0.08, n) < np.quantile(hardness, wanted)
+        predicted = np.where(right, labels, (labels + 1 + random.integers(0, len(CLASSES) - 1, n)) % len(CLASSES))
+        onnx = hashlib.sha256(variant.encode()).hexdigest()
+        left, int8 = SHRINK.get(method, 1.0), quantizer == "int8_dynamic"
+        parameters, macs = int(2_400_000 * left), int(90_000_000 * left)
+        size = int(parameters * (1.1 if int8 else 4)) + 40_000 + 1_000 * number
+        profile = {
+            "variant": variant,
+            "model": pruning["model"],
+            "pruner": pruning["pruner"],
+            "quantizer": entry["quantizer"],
+            "seed": params["models"][pruning["model"]].get("seed", 0),
+            "n_test": n,
+            "top1": float((predicted == labels).mean()),
+            "agreement": 0.999 if int8 else 1.0,
+            "params": parameters,
+            "params_nonzero": int(parameters * (0.2 if "unstructured" in method else 1)),
+            "params_visible": int(parameters * (0.06 if int8 else 1)),
+            "macs": macs,
+            "macs_visible": int(macs * (0.05 if int8 else 1)),
+            "bops": macs * (64 if int8 else 1024),
+            "artifact_bytes": size - 30_000,
+            "size_bytes": size,
+            "size_gzip_bytes": int(size * (0.4 if "unstructured" in method else 0.92)),
+            "validation_top1": round(float(wanted), 4),
+            "onnx_sha256": onnx,
+            "data_name": "toys",
+            "data_source": "digits",
+            "data_licence": "CC0",
+            "data_sha256": "d" * 64,
+            "image_size": 16,
+            "input_size": 16,
+            "classes": CLASSES,
+        }
+        target = folder / "reports/profile" / variant
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "profile.json").write_text(json.dumps(profile))
+        np.savez_compressed(
+            target / "predictions.npz", label=labels.astype(np.int32), predicted=predicted.astype(np.int32)
+        )
+        (target / "layers.csv").write_text(f"layer,params,weight_bits\nstem,1200,{8 if int8 else 32}\nhead,64000,32\n")
+        description = {
+            "name": variant,
+            "parent": {"name": entry["pruning"], "sha256": "a" * 64},
+            "seed": profile["seed"],
+            "classes": CLASSES,
+            "versions": {"torch": "2.11.0", "timm": "1.0.31"},
+            "tensors": {"sha256": "b" * 64, "bytes": size - 30_000},
+            "onnx": {"sha256": onnx, "bytes": size},
+        }
+        (target / "model.json").write_text(json.dumps(description))
+        rows.append(_timed(variant, "onnxruntime", 1.2 * left * (0.8 if int8 else 1) + 0.01 * number, onnx))
+    rows += [_timed(f"{model}-none-fp32", "torch-eager", 8.0, "") for model in params["models"]]
+    edge = {
+        "run_id": "20240902-120000-abcdef",
+        "started": "2024-09-02T12:00:00+00:00",
+        "busy": False,
+        "machine": {"cpu": "A CPU of the tests", "cores": 2, "onnxruntime": "1.20.0"},
+        "protocol": {"threads": 1, "windows": 10},
+        "rows": rows,
+    }
+    (folder / "reports/edge").mkdir(parents=True, exist_ok=True)
+    (folder / "reports/edge/edge.json").write_text(json.dumps(edge))
+    for kind, names in (("dense", params["models"]), ("pruned", params["prunings"])):
+        for number, name in enumerate(names):
+            _write_curve(folder / f"reports/curves/{kind}/{name}.csv", 0 if name.endswith("-none") else 6, number)
+
+
+def _timed(variant: str, runtime: str, milliseconds: float, onnx: str) -> dict:
+    ratio = 8.0 / milliseconds
+    return {
+        "variant": variant,
+        "runtime": runtime,
+        "latency_ms_p50": milliseconds,
+        "latency_ms_p95": milliseconds * 1.2,
+        "latency_ms_min": milliseconds * 0.9,
+        "throughput_per_s": 1000 / milliseconds,
+        "latency_ratio": ratio,
+        "latency_ratio_low": ratio * 0.95,
+        "latency_ratio_high": ratio * 1.05,
+        "load_ms": 30.0,
+        "first_inference_ms": 4.0,
+        "peak_rss_bytes": 90_000_000,
+        "onnx_sha256": onnx or None,
+        "runs": 500,
+    }
+
+
+def _write_curve(path: Path, epochs: int, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["epoch,learning_rate,training_loss,validation_loss,validation_top1,images_per_second,seconds"]
+    for epoch in range(1, epochs + 1):
+        lines.append(f"{epoch},0.001,{2 / epoch:.4f},{2.2 / epoch:.4f},{0.8 - 0.5 / (epoch + number):.4f},400,2.5")
+    path.write_text("\n".join(lines) + "\n")

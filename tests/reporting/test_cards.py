@@ -1,0 +1,78 @@
+import ast
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+from onnx import TensorProto, helper
+from PIL import Image
+
+from stages.reporting.cards import card
+from stages.reporting.inputs import Run
+from stages.reporting.rows import assemble_groups, assemble_rows
+
+
+def cards(run: Run) -> dict[str, str]:
+    groups = assemble_groups(run)
+    return {row["variant"]: card(run, row, groups) for row in assemble_rows(run, groups)}
+
+
+def test_the_metadata_in_front_is_what_the_hub_reads(run: Run):
+    text = cards(run)["atto-oto50-int8"]
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata["pipeline_tag"] == "image-classification"
+    assert metadata["datasets"] == ["toys"]
+    value = metadata["model-index"][0]["results"][0]["metrics"][0]["value"]
+    assert value == round(float(run.variants["atto-oto50-int8"].correct.mean()), 6)
+
+
+def test_the_card_says_numbers_lineage_limits_and_licences(run: Run):
+    text = cards(run)["atto-oto50-int8"]
+    for words in (
+        "n = 400",
+        "a" * 64,
+        "b" * 64,
+        "seed 0",
+        run.run_id,
+        "## Limits",
+        "data: CC0",
+        "Holm",
+        "A CPU of the tests",
+    ):
+        assert words in text
+    assert "random initialisation" in text
+
+
+def test_the_loading_code_is_ten_lines_that_parse_and_feed_pixels(run: Run):
+    for text in cards(run).values():
+        code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+        ast.parse(code)
+        assert len([line for line in code.splitlines() if line.strip()]) <= 10
+        assert '{"pixels": pixels}' in code
+        assert "(16, 16)" in code
+
+
+def test_the_loading_code_runs_on_a_real_model(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats", "axes"], ["means"], keepdims=0),
+        helper.make_node("MatMul", ["means", "weight"], ["logits"]),
+    ]
+    weight = np.zeros((3, 5), np.float32)
+    weight[:, 3] = 1  # whatever is bright is a cat
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 16, 16, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 5])],
+        [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(np.array([1, 2]), "axes")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), "model.onnx")
+    Image.new("RGB", (40, 30), "white").save("picture.jpg")
+    code = re.search(r"```python\n(.*?)```", cards(run)["atto-oto50-int8"], re.DOTALL).group(1)
+    printed = []
+    exec(compile(code, "card", "exec"), {"print": printed.append})
+    assert printed == ["cat"]

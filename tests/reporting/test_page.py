@@ -1,0 +1,94 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from stages.reporting.claims import assess, read_claims
+from stages.reporting.inputs import Run
+from stages.reporting.page import render_page
+from stages.reporting.plots import Picture, draw_all
+from stages.reporting.rows import assemble_groups, assemble_rows, choose
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+def render(run: Run, pictures: dict[str, Picture] | None = None) -> str:
+    groups = assemble_groups(run)
+    rows = assemble_rows(run, groups)
+    choices = choose(run)
+    claims = assess(read_claims(), run, rows, groups)
+    return render_page(run, rows, groups, choices, claims, pictures or draw_all(run, rows, choices))
+
+
+@pytest.fixture(scope="module")
+def page(run: Run, pictures: dict[str, Picture]) -> str:
+    return render(run, pictures)
+
+
+class Structure(HTMLParser):
+    """Checks that elements nest, and collects what loads something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.loads, self.mistakes = [], [], []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        values = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        for key in ("src", "href", "xlink:href", "srcset", "poster", "data", "action"):
+            if tag != "a" and values.get(key):
+                self.loads.append(values[key])
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.mistakes.append((tag, self.getpos()))
+
+
+def test_the_page_is_well_formed_and_loads_nothing_from_elsewhere(page: str):
+    structure = Structure()
+    structure.feed(page)
+    assert structure.mistakes == []
+    assert structure.open == []
+    assert all(target.startswith(("#", "data:")) for target in structure.loads)
+    assert not re.search(r"@import|url\(\s*['\"]?http|fetch\(|XMLHttpRequest|import\(", page)
+
+
+def test_ids_are_unique_and_links_lead_somewhere(page: str):
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'<a [^>]*href="#([^"]+)"', page)) <= set(ids)
+
+
+def test_tables_have_captions_and_sortable_headings(page: str):
+    assert page.count("<table") == page.count("<caption")
+    table = page[page.index('<table class="sortable">') : page.index("</table>")]
+    assert table.count("aria-sort=") == table.count('<button type="button">') == 9
+    assert 'lang="en"' in page
+
+
+def test_the_headline_says_n_interval_spread_and_machine(page: str, run: Run):
+    answer = page[page.index('class="answer"') : page.index("</section>")]
+    assert "atto-oto50-int8" in answer
+    assert "n = 400" in answer
+    assert "p = " in answer or "p &lt; " in answer
+    assert "one seed" in answer
+    assert "A CPU of the tests" in page
+
+
+def test_every_variant_and_claim_is_in_the_page(page: str, run: Run):
+    for variant in run.params.variants:
+        assert f'data-key="{variant}"' in page
+    assert page.count('class="verdict') == len(read_claims())
+
+
+def test_seeds_have_a_table_of_their_own(seeds_run: Run):
+    page = render(seeds_run)
+    assert "Over seeds" in page
+    assert "mean of 3 seeds" in page
+    assert len(page.encode()) < 3_000_000

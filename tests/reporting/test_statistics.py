@@ -1,0 +1,94 @@
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from stages.reporting.statistics import (
+    front,
+    holm,
+    mcnemar_p,
+    mean_and_deviation,
+    paired_difference,
+    sign_flip_p,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 50), (1, 50), (37, 50), (50, 50), (8680, 10_000)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_wilson_interval_is_that_of_scipy(correct: int, n: int, confidence: float):
+    expected = binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(correct, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (0, 6), (5, 2), (7, 7), (1, 12)])
+def test_mcnemar_is_the_sum_of_all_splits_at_least_as_uneven(gained: int, lost: int):
+    n = gained + lost
+    expected = sum(comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(gained - lost)) / 2**n
+    assert mcnemar_p(gained, lost) == pytest.approx(expected)
+
+
+def test_sign_flip_is_mcnemar_for_one_seed():
+    differences = np.array([1] * 9 + [-1] * 3 + [0] * 40)
+    assert sign_flip_p(differences) == pytest.approx(mcnemar_p(9, 3))
+
+
+@pytest.mark.parametrize("differences", [[3, 1, -2, 0, 1], [2, 2, 2, -1, 3, -1], [-3, -3, 1, 0]])
+def test_sign_flip_over_seeds_is_the_share_of_all_sign_patterns(differences: list[int]):
+    totals = [
+        sum(s * abs(d) for s, d in zip(signs, differences, strict=True))
+        for signs in product((1, -1), repeat=len(differences))
+    ]
+    expected = np.mean([abs(total) >= abs(sum(differences)) for total in totals])
+    assert sign_flip_p(np.array(differences)) == pytest.approx(expected)
+
+
+def test_sign_flip_treats_copies_of_one_seed_as_one():
+    once = np.array([1] * 9 + [-1] * 3 + [0] * 40)
+    assert sign_flip_p(3 * once) == pytest.approx(sign_flip_p(once))
+
+
+def test_holm_by_hand():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.6}) == pytest.approx(
+        {"a": 0.04, "b": 0.09, "c": 0.09, "d": 0.6}
+    )
+
+
+def test_holm_never_exceeds_one_and_takes_no_hypotheses():
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_interval_of_a_paired_difference_by_hand():
+    # Agresti & Min: 12 gained, 4 lost, 184 alike, half an image added to each cell
+    found = paired_difference(np.array([1] * 12 + [-1] * 4 + [0] * 184))
+    b, c, n = 12.5, 4.5, 202
+    half = 1.959963985 * ((b + c) - (b - c) ** 2 / n) ** 0.5 / n
+    assert found.delta == pytest.approx(0.04)
+    assert (found.low, found.high) == pytest.approx(((b - c) / n - half, (b - c) / n + half))
+
+
+def test_interval_of_a_paired_difference_covers_the_truth():
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        differences = random.choice([1, -1, 0], 300, p=[0.07, 0.04, 0.89])
+        found = paired_difference(differences)
+        covered += found.low <= 0.03 <= found.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_two_identical_classifiers_still_get_an_interval():
+    found = paired_difference(np.zeros(100, int))
+    assert found.p_value == 1.0
+    assert found.low < 0 < found.high
+
+
+def test_deviation_needs_two_values():
+    assert mean_and_deviation([0.5]) == (0.5, None)
+    assert mean_and_deviation([0.4, 0.6]) == pytest.approx((0.5, 0.02**0.5))
+
+
+def test_front_drops_what_another_beats_and_keeps_equals():
+    assert front([1, 2, 2, 3, 1], [0.5, 0.7, 0.6, 0.7, 0.5]) == [True, True, False, False, True]
