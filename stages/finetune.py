@@ -53,7 +53,12 @@ def main() -> None:
     weights = params.models[key].weights
     if weights != "none":
         print(f"{key}: loaded {weights}; fresh: {', '.join(load_weights(network, spec, weights)) or 'nothing'}")
-    identity = {"data": info.sha256, "parameters": description.parameters, "seed": description.seed, "base": params.base.model_dump()}
+    identity = {
+        "data": info.sha256,
+        "parameters": description.parameters,
+        "seed": description.seed,
+        "base": params.base.model_dump(),
+    }
     with checkpoint_folder(paths.SCRATCH / "finetune" / key, identity) as checkpoints:
         trained = train(
             network,
@@ -69,7 +74,10 @@ def main() -> None:
         description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
         save_artifact(paths.dense(key), trained.network, description)
         write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
-    print(f"{key}: epoch {trained.epoch} of {params.finetune.epochs}, validation top-1 {100 * trained.validation_top1:.2f} %")
+    print(
+        f"{key}: epoch {trained.epoch} of {params.finetune.epochs},"
+        f" validation top-1 {100 * trained.validation_top1:.2f} %"
+    )
 
 
 if __name__ == "__main__":

@@ -112,26 +112,41 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
     if not path.is_file():
         raise UserError(f"{path} is missing: run `dvc repro` or `dvc pull`")
     if (found := sha256_of(path)) != description.tensors["sha256"]:
-        raise UserError(f"{path} has sha256 {found[:12]}…, model.json says {description.tensors['sha256'][:12]}…: not the file it describes")
+        raise UserError(
+            f"{path} has sha256 {found[:12]}…, model.json says {description.tensors['sha256'][:12]}…: it is not the file"
+            " described there; run `dvc repro`"
+        )
     try:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
     network = build_network(description.network)
     packed = {
-        name: {part: state.pop(f"{name}.{part}") for part in ("weight", "weight_scale", "bias") if f"{name}.{part}" in state}
+        name: {
+            part: state.pop(f"{name}.{part}")
+            for part in ("weight", "weight_scale", "bias")
+            if f"{name}.{part}" in state
+        }
         for name in description.layers
     }
     prefixes = tuple(f"{name}." for name in packed)
     expected = {n: t.shape for n, t in network.state_dict().items() if not (prefixes and n.startswith(prefixes))}
     for name in sorted(expected.keys() | state.keys()):
         if (given := state[name].shape if name in state else None) != expected.get(name):
-            raise UserError(f"{path}: {name} has shape {_shape(given)}, the network described needs {_shape(expected.get(name))}")
+            raise UserError(
+                f"{path}: {name} has shape {_shape(given)}, the network described needs {_shape(expected.get(name))}"
+            )
     network.load_state_dict(state, strict=False)
     for name, tensors in packed.items():
         own = dict(network.named_modules()).get(name)
-        if not isinstance(own, nn.Linear) or "weight_scale" not in tensors or tensors["weight"].shape != own.weight.shape:
-            raise UserError(f"{path}: packed layer {name} is not in the network described, or lacks its weight or scale")
+        if (
+            not isinstance(own, nn.Linear)
+            or not {"weight", "weight_scale"} <= tensors.keys()
+            or tensors["weight"].shape != own.weight.shape
+        ):
+            raise UserError(
+                f"{path}: packed layer {name} is not in the network described, or lacks its weight or scale"
+            )
         replace_module(network, name, pack_layer(tensors))
     return network.eval(), description
 
@@ -148,14 +163,16 @@ def read_description(folder: Path) -> Description:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
         found = raw.get("version") if isinstance(raw, dict) else None
-        raise UserError(f"{path}: artifact version {found!r}, this program reads {VERSION}: make it again with `dvc repro`")
+        raise UserError(
+            f"{path}: artifact version {found!r}, this program reads {VERSION}: make it again with `dvc repro`"
+        )
     known = {f.name for f in fields(Description)}
     if odd := sorted(known ^ raw.keys()):
         raise UserError(f"{path}: keys missing or unknown: {', '.join(odd)}")
     try:
         raw["network"] = NetworkSpec(**raw["network"])
         raw["layers"] = {name: LayerStorage(**layer) for name, layer in raw["layers"].items()}
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:  # AttributeError: a list where a mapping belongs
         raise UserError(f"{path}: {error}") from None
     return Description(**raw)
 

@@ -246,7 +246,9 @@ def check_architectures(params: Params) -> None:
                 + (f"; nearest: {', '.join(near)}" if near else f"; `{model.library}.list_models()` names all")
             )
     if problems:
-        raise UserError(f"{paths.PARAMS}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems))
+        raise UserError(
+            f"{paths.PARAMS}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems)
+        )
 
 
 def _architectures(library: str) -> list[str]:
@@ -284,10 +286,15 @@ def _broken_references(params: Params) -> list[str]:
 
     for key, method, section in [("none", "none", params.prune), ("fp32", "fp32", params.quantize)]:
         if key in section and section[key].method != method:
-            problems.append(f"{'prune' if key == 'none' else 'quantize'}.{key}.method: {key!r} names the baseline: {method}")
+            problems.append(
+                f"{'prune' if key == 'none' else 'quantize'}.{key}.method: {key!r} names the baseline: {method}"
+            )
     for model in params.models:
         if f"{model}-none-fp32" not in params.variants:
-            problems.append(f"models.{model}: its baseline is missing: list {model}-none under prunings and {model}-none-fp32 under variants")
+            problems.append(
+                f"models.{model}: its baseline is missing: list {model}-none under prunings and {model}-none-fp32 under"
+                " variants"
+            )
         pruners = [params.prune[p.pruner] for p in params.prunings.values() if p.model == model]
         trained = {p.epochs for p in pruners if isinstance(p, Training) and p.method != "none_continued"}
         control = {p.epochs for p in pruners if p.method == "none_continued"}
@@ -304,9 +311,8 @@ def _readable(detail: dict, raw: Any) -> str:
     where, value = [], raw
     for position, part in enumerate(detail["loc"]):
         last = position == len(detail["loc"]) - 1
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+        in_list = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, dict) and part in value):
             value = value[part]
         elif part == "[key]" or not last or detail["type"] != "missing":
             continue
@@ -323,7 +329,9 @@ def _readable(detail: dict, raw: Any) -> str:
             return f"{key}.method: is required and missing"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     shown = "" if isinstance(value, dict) else f" = {value!r}"
-    return f"{key}{shown}: must be {message}" if detail["msg"].startswith("Input should") else f"{key}{shown}: {message}"
+    return (
+        f"{key}{shown}: must be {message}" if detail["msg"].startswith("Input should") else f"{key}{shown}: {message}"
+    )
 
 
 def _known_keys(where: list[str]) -> str:
@@ -343,8 +351,8 @@ def plan(params: Params) -> str:
     lines = [f"data      {params.data.name} from {params.data.source}, {params.data.image_size} px"]
     for name, model in params.models.items():
         lines.append(
-            f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px, weights {model.weights},"
-            f" seed {params.seed_of(name)}, {params.finetune.epochs} epochs"
+            f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px,"
+            f" weights {model.weights}, seed {params.seed_of(name)}, {params.finetune.epochs} epochs"
         )
     for key, pruning in params.prunings.items():
         pruner = params.prune[pruning.pruner]

@@ -88,4 +88,4 @@ def open_part(folder: Path, part: PartName) -> Part:
     expected = (info.counts[part], info.image_size, info.image_size, 3)
     if images.shape != expected or labels.shape != expected[:1]:
         raise UserError(f"{folder}: {part} has shapes {images.shape} and {labels.shape}, {INFO} tells {expected}")
-    return Part(images, np.asarray(labels))
+    return Part(images, np.array(labels))

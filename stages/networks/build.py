@@ -74,13 +74,17 @@ def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[st
     if missing or unexpected:
         raise UserError(
             f"weights {weights!r} are not those of {spec.library} {spec.architecture} with these arguments:"
-            f" {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(unexpected)} unknown ({', '.join(unexpected[:3])})"
+            f" {len(missing)} tensors missing ({', '.join(missing[:3])}), {len(unexpected)} unknown"
+            f" ({', '.join(unexpected[:3])})"
         )
     other = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
-    if wrong := [name for name in other if own[name].shape[1:] != state[name].shape[1:] or own[name].shape[0] != spec.classes]:
+    if wrong := [
+        name for name in other if own[name].shape[1:] != state[name].shape[1:] or own[name].shape[0] != spec.classes
+    ]:
         name = wrong[0]
         raise UserError(
-            f"weights {weights!r}: {name} has shape {tuple(state[name].shape)}, this network's is {tuple(own[name].shape)}"
+            f"weights {weights!r}: {name} has shape {tuple(state[name].shape)},"
+            f" this network's is {tuple(own[name].shape)}"
         )
     network.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)
     return other
@@ -93,7 +97,8 @@ def _construct(spec: NetworkSpec) -> nn.Module:
         return torchvision.models.get_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"{spec.library} {spec.architecture} does not take arguments {spec.arguments}: {error or type(error).__name__}"
+            f"{spec.library} {spec.architecture} does not take arguments {spec.arguments}:"
+            f" {error or type(error).__name__}"
         ) from None
 
 
@@ -112,14 +117,16 @@ def _hub_state(spec: NetworkSpec) -> dict[str, torch.Tensor]:
     except Exception as error:  # each hub client has its own errors, and all mean the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"pretrained weights of {spec.library} {spec.architecture} could not be fetched ({reason}): without network,"
-            " download the file elsewhere and set `weights:` to its path (.safetensors, or a .pth state dict)"
+            f"pretrained weights of {spec.library} {spec.architecture} could not be fetched ({reason}): without"
+            " network, download the file elsewhere and set `weights:` to its path (.safetensors, or a .pth state dict)"
         ) from None
 
 
 def _file_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise UserError(f"weights {str(path)!r}: no such file (relative to the folder of params.yaml), nor one of: none, pretrained")
+        raise UserError(
+            f"weights {str(path)!r}: no such file (relative to the folder of params.yaml), nor one of: none, pretrained"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -51,11 +51,12 @@ def unpack_layer(layer: nn.Module) -> dict[str, torch.Tensor]:
 def pack_layer(tensors: dict[str, torch.Tensor]) -> nn.Module:
     """The packed layer that `unpack_layer` read: the same integers, scales and bias."""
     weight, scale = tensors["weight"], tensors["weight_scale"].to(torch.float64)
-    layer = DynamicLinear(weight.shape[1], weight.shape[0], bias_="bias" in tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        layer = DynamicLinear(weight.shape[1], weight.shape[0], bias_="bias" in tensors)
         if len(scale) == len(weight):
-            packed = torch._make_per_channel_quantized_tensor(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0)
+            zero_points = torch.zeros(len(scale), dtype=torch.long)
+            packed = torch._make_per_channel_quantized_tensor(weight, scale, zero_points, 0)
         else:
             packed = torch._make_per_tensor_quantized_tensor(weight, scale.item(), 0)
         layer.set_weight_bias(packed, tensors.get("bias"))
@@ -65,12 +66,19 @@ def pack_layer(tensors: dict[str, torch.Tensor]) -> nn.Module:
 def dequantized(network: nn.Module) -> nn.Module:
     """A float copy: each packed layer becomes a Linear layer with the values that its integers stand for."""
     twin = copy.deepcopy(network)
-    for name, layer in packed_layers(twin).items():
-        tensors = unpack_layer(layer)
-        linear = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0], bias="bias" in tensors)
-        with torch.no_grad():
-            linear.weight.copy_(tensors["weight"].float() * tensors["weight_scale"][:, None])
-            if "bias" in tensors:
-                linear.bias.copy_(tensors["bias"])
-        replace_module(twin, name, linear)
+    linears: dict[nn.Module, nn.Linear] = {}
+    for name, layer in list(twin.named_modules(remove_duplicate=False)):  # a layer that is used twice has two names
+        if isinstance(layer, DynamicLinear):
+            if layer not in linears:
+                linears[layer] = _float_linear(unpack_layer(layer))
+            replace_module(twin, name, linears[layer])
     return twin
+
+
+@torch.no_grad()
+def _float_linear(tensors: dict[str, torch.Tensor]) -> nn.Linear:
+    linear = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0], bias="bias" in tensors)
+    linear.weight.copy_(tensors["weight"].float() * tensors["weight_scale"][:, None])
+    if "bias" in tensors:
+        linear.bias.copy_(tensors["bias"])
+    return linear

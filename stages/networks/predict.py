@@ -7,7 +7,11 @@ from torch import nn
 
 @torch.no_grad()
 def predict_logits(
-    classifier: nn.Module, images: np.ndarray, batch_size: int, device: torch.device | str = "cpu", autocast: bool = False
+    classifier: nn.Module,
+    images: np.ndarray,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    autocast: bool = False,
 ) -> np.ndarray:
     """Evaluate `classifier` (as `networks.preprocess.Classifier`: uint8 `[N, H, W, 3]` in) in evaluation mode.
 

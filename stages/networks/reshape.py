@@ -1,5 +1,7 @@
 """Bring a freshly built network to the widths that pruning left, and read those widths off a pruned one."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,32 +24,39 @@ def reshape(network: nn.Module, widths: dict[str, dict[str, int]], layer_norm_wi
     modules = dict(network.named_modules())
     for name, size in widths.items():
         module = modules.get(name)
-        match module:
-            case nn.Linear():
-                new = nn.Linear(size["in_features"], size["out_features"], bias=module.bias is not None)
-            case nn.Conv2d():
-                new = nn.Conv2d(
-                    size["in_channels"],
-                    size["out_channels"],
-                    module.kernel_size,
-                    module.stride,
-                    module.padding,
-                    module.dilation,
-                    size["groups"],
-                    bias=module.bias is not None,
-                    padding_mode=module.padding_mode,
-                )
-            case _BatchNorm():
-                new = type(module)(size["num_features"], module.eps, module.momentum, module.affine, module.track_running_stats)
-            case nn.LayerNorm():
-                if layer_norm_widths.get(name) != module.normalized_shape[0]:
-                    raise UserError(
-                        f"{name}: its original width is {module.normalized_shape[0]}, the file says {layer_norm_widths.get(name)}"
-                    )
-                new = counting(module, size["width"])
-            case _:
-                raise UserError(f"{name}: {'no such module' if module is None else type(module).__name__} cannot be narrowed")
+        if isinstance(module, nn.LayerNorm):
+            original, told = module.normalized_shape[0], layer_norm_widths.get(name)
+            if told != original:
+                raise UserError(f"{name}: its original width is {original}, the file says {told}")
+            new = counting(module, size["width"])
+        else:
+            new = _resized(name, module, size)
         replace_module(network, name, new)
+
+
+def _resized(name: str, module: nn.Module | None, size: dict[str, int]) -> nn.Module:
+    """A copy of another size with fresh weights (a copy: a subclass may hold more, such as an activation)."""
+    match module:
+        case nn.Linear():
+            shapes = {"weight": (size["out_features"], size["in_features"]), "bias": (size["out_features"],)}
+        case nn.Conv2d():
+            inside = size["in_channels"] // size["groups"]
+            shapes = {"weight": (size["out_channels"], inside, *module.kernel_size), "bias": (size["out_channels"],)}
+        case _BatchNorm():
+            shapes = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (size["num_features"],))
+        case _:
+            what = "no such module" if module is None else f"{type(module).__name__} cannot be narrowed"
+            raise UserError(f"{name}: {what}")
+    new = copy.deepcopy(module)
+    for attribute, value in size.items():
+        setattr(new, attribute, value)
+    for tensor, shape in shapes.items():
+        old = getattr(new, tensor)
+        if old is not None:
+            empty = torch.empty(shape)
+            setattr(new, tensor, nn.Parameter(empty) if isinstance(old, nn.Parameter) else empty)
+    new.reset_parameters()
+    return new
 
 
 def widths_of(pruned: nn.Module, dense: nn.Module) -> tuple[dict[str, dict[str, int]], dict[str, int]]:

@@ -39,7 +39,8 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"{folder}: process {lock.read().strip() or '?'} is still training this; wait for it or end it, then run again"
+                f"{folder}: process {lock.read().strip() or '?'} is still training this; wait for it or end it,"
+                " then run again"
             ) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))

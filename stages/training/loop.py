@@ -157,7 +157,10 @@ def train(
             mean_loss = total.item() / batches
             seconds = time.perf_counter() - started
             if not np.isfinite(mean_loss):
-                raise UserError(f"{title}: the loss became {mean_loss} in epoch {epoch + 1}: lower the learning rate; nothing was saved")
+                raise UserError(
+                    f"{title}: the loss became {mean_loss} in epoch {epoch + 1}: lower the learning rate;"
+                    " nothing was saved"
+                )
             candidate = network if average is None else average.module
             if average is not None and constraint is not None:
                 candidate = copy.deepcopy(candidate)
@@ -182,7 +185,12 @@ def train(
                 weights = {name: tensor.detach().cpu().clone() for name, tensor in candidate.state_dict().items()}
                 best = {"epoch": epoch + 1, "score": list(score), "weights": weights}
             if checkpoints is not None:
-                state = {"network": network.state_dict(), "optimizers": optimizers.state_dict(), "curve": curve, "best": best}
+                state = {
+                    "network": network.state_dict(),
+                    "optimizers": optimizers.state_dict(),
+                    "curve": curve,
+                    "best": best,
+                }
                 if average is not None:
                     state["average"] = average.state_dict()
                 if constraint is not None:
@@ -191,7 +199,9 @@ def train(
             progress.epoch(mean_loss, curve[-1]["validation_top1"], curve[-1]["images_per_second"])
 
     if not best:
-        raise UserError(f"{title}: no epoch ended with the pruning target met: give it more epochs or an earlier end_fraction")
+        raise UserError(
+            f"{title}: no epoch ended with the pruning target met: give it more epochs or an earlier end_fraction"
+        )
     network.load_state_dict(best["weights"])
     network.cpu().to(memory_format=torch.contiguous_format).eval()
     logits = predict_logits(Classifier(preprocess.cpu(), network), validation_part.images, EVALUATION_BATCH)

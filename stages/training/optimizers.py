@@ -71,9 +71,7 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     Raises:
         UserError: if there are none.
     """
-    layers = [
-        m for m in network.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
-    ]
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)]
     if len(layers) < 3:
         raise UserError("finetune.optimizer = 'muon': this network has no hidden matrices; use adamw or sgd")
     return [layer.weight for layer in layers[1:-1]]

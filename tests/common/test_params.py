@@ -74,8 +74,18 @@ def test_a_missing_value_is_named(raw, tmp_path):
 @pytest.mark.parametrize(
     ("section", "key", "entry", "expected"),
     [
-        ("prunings", "atto-none", {"model": "atto", "pruner": "none"}, "prunings.atto-none.model = 'atto': not listed under models"),
-        ("prunings", "convnext-l2", {"model": "convnext", "pruner": "l2"}, "prunings.convnext-l2.pruner = 'l2': not listed under prune"),
+        (
+            "prunings",
+            "atto-none",
+            {"model": "atto", "pruner": "none"},
+            "prunings.atto-none.model = 'atto': not listed under models",
+        ),
+        (
+            "prunings",
+            "convnext-l2",
+            {"model": "convnext", "pruner": "l2"},
+            "prunings.convnext-l2.pruner = 'l2': not listed under prune",
+        ),
         (
             "variants",
             "convnext-none-int4",
@@ -120,7 +130,7 @@ def test_names_with_dots_are_refused_since_dvc_would_split_them(raw, tmp_path):
 @pytest.mark.parametrize("text", ["", "just words", "a: [1", "- 1\n- 2\n"])
 def test_a_file_that_holds_no_sections_is_refused(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match="params.yaml"):
+    with pytest.raises(UserError, match=r"params\.yaml"):
         load_params(tmp_path / "params.yaml")
 
 
@@ -136,7 +146,10 @@ def test_a_bad_file_ends_the_command_with_exit_code_2_and_no_traceback(raw, tmp_
     raw["base"]["seed"] = -1
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     run = subprocess.run(
-        [sys.executable, "-m", "stages.common.params", str(tmp_path / "params.yaml")], cwd=TOP, capture_output=True, text=True
+        [sys.executable, "-m", "stages.common.params", str(tmp_path / "params.yaml")],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 2
     assert run.stderr.splitlines() == [

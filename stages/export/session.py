@@ -1,0 +1,64 @@
+"""Run `model.onnx`: what a device does, so torch is never imported here."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from stages.common.errors import UserError
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's where affinity says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A CPU session on `model.onnx`.
+
+    Waiting threads sleep instead of spinning: a spinning session would take the cores from whatever runs next to it.
+
+    Args:
+        threads: of each operator; operators run one after the other. 0 takes all usable cores.
+
+    Raises:
+        UserError: if the file is missing or ONNX Runtime cannot read it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro` or `dvc pull`")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has one class for each status code, and no common one but Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {reason}") from None
+
+
+def session_logits(session: onnxruntime.InferenceSession, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Logits of uint8 images `[N, H, W, 3]` (possibly memory-mapped: one batch at a time is read).
+
+    A dynamically quantized network scales its activations over the whole batch, so its logits depend a little on
+    `batch_size`; a device sees one image at a time.
+
+    Returns:
+        float32 `[N, classes]`.
+
+    Raises:
+        UserError: if the images have another type or size than the file takes.
+    """
+    pixels = session.get_inputs()[0]
+    if images.dtype != np.uint8 or images.ndim != 4 or list(images.shape[1:]) != pixels.shape[1:]:
+        raise UserError(f"model.onnx takes uint8 images {pixels.shape}, these are {images.dtype} {list(images.shape)}")
+    name = [session.get_outputs()[0].name]
+    batches = [
+        session.run(name, {pixels.name: np.ascontiguousarray(images[start : start + batch_size])})[0]
+        for start in range(0, len(images), batch_size)
+    ]
+    return np.concatenate(batches) if batches else np.empty((0, session.get_outputs()[0].shape[1]), np.float32)

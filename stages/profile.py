@@ -1,0 +1,138 @@
+"""Profile: everything about one variant that does not depend on the machine: counts, sizes, accuracy, predictions.
+
+In:  `params.yaml`, `models/compressed/<variant>/`, the test part of `data/images/` (read by no other stage).
+Out: `reports/profile/<variant>/`: `profile.json` (one flat row), `layers.csv`, `predictions.npz` (see `Predictions`)
+     and a copy of `model.json`. The same inputs give the same bytes.
+Run: python -m stages.profile <variant>
+"""
+
+import gzip
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.artifacts.artifact import DESCRIPTION, ONNX, load_classifier
+from stages.common import paths
+from stages.common.errors import UserError, run_stage
+from stages.common.files import atomic_folder, sha256_of, write_csv, write_json
+from stages.common.params import load_params
+from stages.datasets.store import open_part, read_info
+from stages.export.session import open_session, session_logits, usable_cores
+from stages.networks.predict import predict_logits, top1
+from stages.profiling.counts import LayerCount, count_layers, totals
+from stages.profiling.visible import macs_visible, params_visible
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """For every test image, in the stored order; the arrays of `predictions.npz`."""
+
+    label: np.ndarray
+    """int64 `[N]`."""
+    predicted: np.ndarray
+    """int64 `[N]`: the class that ONNX Runtime gives."""
+    predicted_torch: np.ndarray
+    """int64 `[N]`: the class that the PyTorch artifact gives."""
+    top2_classes: np.ndarray
+    """int64 `[N, 2]`: ONNX Runtime's two most likely classes, the likelier first."""
+    top2_logits: np.ndarray
+    """float32 `[N, 2]`: their logits."""
+
+
+def profile(
+    folder: Path, images: Path, batch_size: int, threads: int
+) -> tuple[dict[str, object], list[LayerCount], Predictions]:
+    """Measure the artifact in `folder` on the test part of `images`.
+
+    Returns:
+        The figures of the row, all layers, and all predictions.
+
+    Raises:
+        UserError: if the artifact is missing, broken or made from other images.
+    """
+    classifier, description = load_classifier(folder)
+    info = read_info(images)
+    if description.data["sha256"] != info.sha256:
+        raise UserError(
+            f"{folder} was made from other images ({description.data['name']}) than {images} holds: run `dvc repro`"
+        )
+    session = open_session(folder / ONNX, threads)
+    if sha256_of(folder / ONNX) != description.onnx["sha256"]:
+        raise UserError(f"{folder / ONNX} is not the file that model.json describes: run `dvc repro`")
+
+    part = open_part(images, "test")
+    if description.layers:
+        batch_size = 1  # a dynamic scale spans the batch, and a device sees one image at a time
+    logits = session_logits(session, part.images, batch_size)
+    torch_logits = predict_logits(classifier, part.images, batch_size)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :2]
+    predictions = Predictions(
+        label=np.asarray(part.labels, np.int64),
+        predicted=logits.argmax(1).astype(np.int64),
+        predicted_torch=torch_logits.argmax(1).astype(np.int64),
+        top2_classes=order.astype(np.int64),
+        top2_logits=np.take_along_axis(logits, order, axis=1),
+    )
+    layers = count_layers(classifier.network, description.input_size, description.layers)
+    row = {
+        "n_test": len(part),
+        "top1": top1(logits, part.labels),
+        "top1_torch": top1(torch_logits, part.labels),
+        "agreement": float(np.mean(predictions.predicted == predictions.predicted_torch)),
+        **{key: description.metrics[key] for key in ("n_validation", "validation_top1", "validation_agreement")},
+        **asdict(totals(layers)),
+        "params_visible": params_visible(classifier.network),
+        "macs_visible": macs_visible(classifier.network, description.input_size),
+        "artifact_bytes": description.tensors["bytes"],
+        "size_bytes": description.onnx["bytes"],
+        "size_gzip_bytes": len(gzip.compress((folder / ONNX).read_bytes(), 9, mtime=0)),
+        "onnx_sha256": description.onnx["sha256"],
+        "artifact_sha256": sha256_of(folder / DESCRIPTION),
+        "quantized_operators": description.onnx["quantized_operators"],
+        "seed": description.seed,
+        "library": description.network.library,
+        "architecture": description.network.architecture,
+        "image_size": description.image_size,
+        "input_size": description.input_size,
+        "data_name": info.name,
+        "data_source": info.source,
+        "data_licence": info.licence,
+        "data_sha256": info.sha256,
+        "classes": info.classes,
+    }
+    return row, layers, predictions
+
+
+def main() -> None:
+    params = load_params()
+    if len(sys.argv) != 2 or sys.argv[1] not in params.variants:
+        raise UserError(f"usage: python -m stages.profile <variant>, one of: {', '.join(params.variants)}")
+    variant = sys.argv[1]
+    threads = params.base.threads or usable_cores()
+    torch.set_num_threads(threads)
+    folder = paths.compressed(variant)
+    measured, layers, predictions = profile(folder, paths.IMAGES, params.profile.batch_size, threads)
+    row = {
+        "variant": variant,
+        "model": params.model_of(variant),
+        "pruner": params.pruner_of(variant),
+        "quantizer": params.variants[variant].quantizer,
+        **measured,
+    }
+    with atomic_folder(paths.profile(variant)) as unfinished:
+        write_json(unfinished / "profile.json", row)
+        write_csv(unfinished / "layers.csv", [asdict(layer) for layer in layers])
+        np.savez_compressed(unfinished / "predictions.npz", **asdict(predictions))  # numpy dates all entries 1980
+        shutil.copyfile(folder / DESCRIPTION, unfinished / DESCRIPTION)
+    print(
+        f"{variant}: top-1 {row['top1']:.2%} (n = {row['n_test']}), {row['params']:,} parameters, {row['macs']:,} MACs,"
+        f" model.onnx {row['size_bytes'] / 1e6:.2f} MB"
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main)

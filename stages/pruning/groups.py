@@ -1,0 +1,161 @@
+"""Channel groups: what must be removed together, and the network that is left when it is removed.
+
+A channel is made by some parameters (a convolution's rows, the norms behind it, every layer that adds to the same
+residual stream) and read by others (the columns of the layers that follow). Where all that makes a channel is zero,
+the channel is zero for every input (a zero-invariant group, arXiv 2107.07467), and cutting it out changes nothing.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stages.common.errors import UserError
+from stages.networks.build import NetworkSpec, build_network
+from stages.networks.reshape import widths_of
+
+PROBE_TOLERANCE = 1e-8
+"""Largest difference, relative to the logits' scale, in float64: far above rounding, far below any real change."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One tensor's share in a group: channel `c` owns the entries `[c * repeat, (c + 1) * repeat)` along `axis`."""
+
+    name: str
+    """Of the parameter or buffer, as `named_parameters` and `named_buffers` have it."""
+    axis: int
+    """0 where the tensor makes channels, 1 where it reads them."""
+    repeat: int = 1
+    """More than 1 where a flatten lies between: each channel is then a run of features."""
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can be removed one by one, each with all that belongs to it."""
+
+    name: str
+    """Of the first layer, in the network's order, that makes these channels: the same in every run."""
+    channels: int
+    makes: tuple[Slice, ...]
+    """Parameters that are zero where a channel is pruned. Importance is measured on these."""
+    reads: tuple[Slice, ...]
+    """Weights that are cut along with the channel they read; their values do not matter once it is zero."""
+    buffers: tuple[Slice, ...]
+    """Running statistics, cut along but never zeroed."""
+    parameters_per_channel: int
+    """Parameters that go with one channel while all other groups are whole."""
+
+    def slices(self) -> tuple[Slice, ...]:
+        return self.makes + self.reads + self.buffers
+
+
+def entries(channels: torch.Tensor, repeat: int) -> torch.Tensor:
+    """Indices of the entries that belong to the given channels (int64 `[n]` in, `[n * repeat]` out)."""
+    if repeat == 1:
+        return channels
+    return (channels[:, None] * repeat + torch.arange(repeat, device=channels.device)).flatten()
+
+
+@torch.no_grad()
+def zero_channels(network: nn.Module, groups: Sequence[ChannelGroup], pruned: Mapping[str, torch.Tensor]) -> None:
+    """Set all that makes the pruned channels to zero, in place.
+
+    Args:
+        pruned: for each group by name, bool `[channels]`.
+    """
+    parameters = dict(network.named_parameters())
+    for group in groups:
+        gone = pruned[group.name].nonzero().flatten()
+        for part in group.makes:
+            parameter = parameters[part.name]
+            parameter.index_fill_(part.axis, entries(gone, part.repeat).to(parameter.device), 0)
+
+
+@torch.no_grad()
+def cut_channels(
+    network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelGroup], pruned: Mapping[str, torch.Tensor]
+) -> tuple[nn.Module, NetworkSpec]:
+    """The physically smaller network without the pruned channels, and the spec that builds it.
+
+    Args:
+        network: what `spec` builds, with layer scale folded; left as it is.
+        pruned: for each group by name, bool `[channels]`; at least one channel of each is kept.
+
+    Returns:
+        The smaller network, in evaluation mode on the CPU. It equals `network` where the pruned channels are zero.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    for group in groups:
+        gone = pruned[group.name].cpu()
+        if not gone.any():
+            continue
+        kept = (~gone).nonzero().flatten()
+        for part in group.slices():
+            state[part.name] = state[part.name].index_select(part.axis, entries(kept, part.repeat))
+    shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
+    narrow = copy.deepcopy(network, shared)  # modules are copied, tensors are not: the cut ones take their places
+    for name, tensor in state.items():
+        path, _, attribute = name.rpartition(".")
+        owner = narrow.get_submodule(path)
+        setattr(owner, attribute, nn.Parameter(tensor) if attribute in owner._parameters else tensor)
+    widths, layer_norm_widths = widths_of(narrow, network)
+    spec = replace(spec, widths=widths, layer_norm_widths=layer_norm_widths)
+    subnet = build_network(spec).to(next(network.parameters()).dtype)
+    subnet.load_state_dict(state)
+    return subnet.eval(), spec
+
+
+@torch.no_grad()
+def relative_difference(one: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
+    """Largest absolute difference of the logits of two networks, over the largest absolute logit of the first."""
+    expected = one(x)
+    return float((other(x) - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(x.dtype).tiny))
+
+
+def check_exact(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelGroup], input_size: int) -> None:
+    """Prove on a copy, before any training, that cutting zeroed channels changes nothing.
+
+    Biases, norms and running statistics are random there, since those of a fresh network, at 0 and 1, would hide a
+    difference. Computed in float64.
+
+    Raises:
+        UserError: with the name of the layers whose channels cannot be cut exactly.
+    """
+    x = torch.randn(2, 3, input_size, input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def differs(some: Sequence[ChannelGroup]) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        zeroed = copy.deepcopy(network).cpu().double().eval()
+        _randomise(zeroed, generator)
+        pruned = {group.name: torch.zeros(group.channels, dtype=torch.bool) for group in groups}
+        for group in some:
+            pruned[group.name] = torch.rand(group.channels, generator=generator).argsort() < group.channels // 2
+        zero_channels(zeroed, groups, pruned)
+        try:
+            subnet, _ = cut_channels(zeroed, spec, groups, pruned)
+            return not relative_difference(zeroed, subnet, x) < PROBE_TOLERANCE
+        except RuntimeError:  # shapes that do not fit each other: a view with a fixed width, a reader not found
+            return True
+
+    if differs(groups):
+        culprits = [group.name for group in groups if differs([group])] or [group.name for group in groups]
+        raise UserError(
+            f"{spec.library} {spec.architecture}: removing zeroed channels of {', '.join(culprits[:5])}"
+            f"{f' and {len(culprits) - 5} more' if len(culprits) > 5 else ''} would change the output (behind it lies"
+            " something that is not zero for a zero input, or an operation that mixes channels): not pruned"
+        )
+
+
+@torch.no_grad()
+def _randomise(network: nn.Module, generator: torch.Generator) -> None:
+    for parameter in network.parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(0.5, 0.3, generator=generator)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)

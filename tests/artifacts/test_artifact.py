@@ -1,0 +1,220 @@
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stages.artifacts.artifact import (
+    Description,
+    LayerStorage,
+    load_artifact,
+    load_classifier,
+    parent_of,
+    read_description,
+    save_artifact,
+)
+from stages.common.errors import UserError
+from stages.common.files import sha256_of
+from stages.networks.build import NetworkSpec, build_network
+from stages.networks.dynamic_int8 import packed_layers, quantize_linears, unpack_layer
+
+ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": False}
+
+
+def describe(**changes):
+    fields = {
+        "name": "toy",
+        "stage": "finetune",
+        "model": "toy",
+        "network": NetworkSpec("timm", "convnext_atto", ARGUMENTS, 4),
+        "classes": ["a", "b", "c", "d"],
+        "image_size": 24,
+        "input_size": 32,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "data": {"name": "noise", "sha256": "0" * 64},
+        "parameters": {},
+        "seed": 0,
+    }
+    return Description(**fields | changes)
+
+
+def network(spec=None):
+    torch.manual_seed(0)
+    return build_network(spec or describe().network).eval()
+
+
+def packed_pair(per_channel=True):
+    packed = quantize_linears(network(), per_channel)
+    scheme = "symmetric_per_channel" if per_channel else "symmetric_per_tensor"
+    return packed, describe(layers={name: LayerStorage(8, 8, scheme) for name in packed_layers(packed)})
+
+
+@torch.no_grad()
+def test_a_float_network_comes_back_bit_for_bit(tmp_path):
+    original = network()
+    save_artifact(tmp_path / "toy", original, describe())
+    loaded, description = load_artifact(tmp_path / "toy")
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert not loaded.training
+    assert description == read_description(tmp_path / "toy")
+    assert description.tensors["bytes"] == (tmp_path / "toy/model.safetensors").stat().st_size
+    assert sorted(path.name for path in (tmp_path / "toy").iterdir()) == ["model.json", "model.safetensors"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_packed_layers_come_back_with_the_same_integers_and_output(tmp_path, per_channel):
+    packed, description = packed_pair(per_channel)
+    save_artifact(tmp_path / "toy", packed, description)
+    loaded, _ = load_artifact(tmp_path / "toy")
+    assert packed_layers(loaded).keys() == packed_layers(packed).keys() == description.layers.keys()
+    for name, layer in packed_layers(packed).items():
+        for part, tensor in unpack_layer(layer).items():
+            assert torch.equal(tensor, unpack_layer(packed_layers(loaded)[name])[part]), f"{name}.{part}"
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(packed(x), loaded(x))
+    stored = load_file(tmp_path / "toy/model.safetensors")
+    assert stored["head.fc.weight"].dtype == torch.int8
+
+
+@torch.no_grad()
+def test_pruned_widths_are_rebuilt(tmp_path):
+    spec = NetworkSpec(
+        "timm",
+        "convnext_atto",
+        ARGUMENTS,
+        4,
+        widths={
+            "stages.0.blocks.0.mlp.fc1": {"in_features": 8, "out_features": 20},
+            "stages.0.blocks.0.mlp.fc2": {"in_features": 20, "out_features": 8},
+        },
+    )
+    original = network(spec)
+    save_artifact(tmp_path / "toy", original, describe(network=spec))
+    loaded, description = load_artifact(tmp_path / "toy")
+    assert description.network == spec
+    assert loaded.stages[0].blocks[0].mlp.fc1.weight.shape == (20, 8)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(original(x), loaded(x))
+
+
+@torch.no_grad()
+def test_a_classifier_takes_stored_pixels(tmp_path):
+    original = network()
+    save_artifact(tmp_path / "toy", original, describe())
+    classifier, description = load_classifier(tmp_path / "toy")
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    expected = original((pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(classifier(pixels), expected, rtol=1e-4, atol=1e-5)
+    assert description.image_size == 24
+
+
+def test_saving_leaves_the_network_as_it_was(tmp_path):
+    original = network().train()
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    save_artifact(tmp_path / "toy", original, describe())
+    assert original.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path):
+    for name in ("first", "second"):
+        save_artifact(tmp_path / name, network(), describe())
+    for file in ("model.json", "model.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_what_the_extra_file_says_stands_in_the_description(tmp_path):
+    def write_onnx(folder):
+        (folder / "model.onnx").write_bytes(b"graph")
+        return {"opset": 20}
+
+    save_artifact(tmp_path / "toy", network(), describe(), write_onnx)
+    onnx = read_description(tmp_path / "toy").onnx
+    assert onnx == {"opset": 20, "bytes": 5, "sha256": sha256_of(tmp_path / "toy/model.onnx")}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_with_broken_weights_is_not_saved_and_the_old_one_stays(tmp_path, value):
+    save_artifact(tmp_path / "toy", network(), describe())
+    before = (tmp_path / "toy/model.safetensors").read_bytes()
+    broken = network()
+    with torch.no_grad():
+        broken.stem[0].weight[0, 0, 0, 0] = value
+    with pytest.raises(UserError, match=r"stem\.0\.weight holds NaN or infinite"):
+        save_artifact(tmp_path / "toy", broken, describe())
+    assert (tmp_path / "toy/model.safetensors").read_bytes() == before
+
+
+def test_a_network_that_is_not_the_one_described_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match=r"model\.safetensors: "):
+        save_artifact(tmp_path / "toy", nn.Linear(3, 4), describe())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_extra_file_that_fails_leaves_nothing_behind(tmp_path):
+    def fail(folder):
+        raise UserError("disagrees")
+
+    with pytest.raises(UserError, match="disagrees"):
+        save_artifact(tmp_path / "toy", network(), describe(), fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_changed_tensors_are_refused(tmp_path):
+    save_artifact(tmp_path / "toy", network(), describe())
+    path = tmp_path / "toy/model.safetensors"
+    state = load_file(path)
+    state["head.fc.bias"] += 1
+    save_file(state, path)
+    with pytest.raises(UserError, match="not the file it describes"):
+        load_artifact(tmp_path / "toy")
+    path.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        load_artifact(tmp_path / "toy")
+
+
+def rewrite(folder, change):
+    raw = json.loads((folder / "model.json").read_text())
+    change(raw)
+    (folder / "model.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(version=99), "artifact version 99"),
+        (lambda raw: raw.pop("classes"), "keys missing or unknown: classes"),
+        (lambda raw: raw.update(surprise=1), "keys missing or unknown: surprise"),
+        (lambda raw: raw["network"].update(depth=3), "depth"),
+        (lambda raw: raw.update(layers=["head.fc"]), r"model\.json"),
+        (lambda raw: raw["network"].update(classes=5), r"packed layer head\.fc is not in the network described"),
+        (
+            lambda raw: raw["network"]["arguments"].update(dims=[12, 16, 24, 32]),
+            r"has shape \(8,\), the network described needs \(12,\)",
+        ),
+        (lambda raw: raw["layers"].clear(), r"head\.fc\.weight_scale has shape .* needs none"),
+        (lambda raw: raw["layers"].update({"stem.0": raw["layers"]["head.fc"]}), r"packed layer stem\.0 is not in"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(tmp_path, change, message):
+    packed, description = packed_pair()
+    save_artifact(tmp_path / "toy", packed, description)
+    rewrite(tmp_path / "toy", change)
+    with pytest.raises(UserError, match=message):
+        load_artifact(tmp_path / "toy")
+
+
+def test_a_missing_artifact_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"model\.json is missing: run `dvc repro`"):
+        load_artifact(tmp_path / "nothing")
+
+
+def test_a_child_names_its_parent_by_the_hash_of_the_description(tmp_path):
+    description = describe()
+    save_artifact(tmp_path / "toy", network(), description)
+    assert parent_of(tmp_path / "toy", description) == {"name": "toy", "sha256": sha256_of(tmp_path / "toy/model.json")}

@@ -1,0 +1,34 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stages.common.errors import UserError
+from stages.export.session import open_session, session_logits
+
+
+def test_a_session_needs_no_torch():
+    code = "import sys, stages.export.session; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_file_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"model\.onnx is missing: run `dvc repro`"):
+        open_session(tmp_path / "model.onnx", 1)
+
+
+def test_a_broken_file_is_named_with_the_reason(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no protobuf")
+    with pytest.raises(UserError, match=r"model\.onnx cannot be opened by ONNX Runtime"):
+        open_session(tmp_path / "model.onnx", 1)
+
+
+def test_images_of_another_size_or_type_are_refused(float_export, images):
+    session = open_session(float_export[1], 1)
+    assert session.get_session_options().intra_op_num_threads == 1
+    with pytest.raises(UserError, match="takes uint8 images"):
+        session_logits(session, images[:, :16], 8)
+    with pytest.raises(UserError, match="these are float32"):
+        session_logits(session, images.astype(np.float32), 8)
+    assert session_logits(session, images[:0], 8).shape == (0, 10)

@@ -1,0 +1,277 @@
+import copy
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stages.common.errors import UserError
+from stages.networks.build import NetworkSpec, build_network
+from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.layer_scale import fold_layer_scale
+from stages.pruning.groups import check_exact, cut_channels, relative_difference, zero_channels
+from stages.pruning.only_train_once_adapter import channel_groups
+
+SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 12, 16, 24)}
+FAMILIES = {
+    "timm convnext, 1x1 convolutions, no scale": (
+        "timm",
+        "convnext_atto",
+        SMALL | {"conv_mlp": True, "ls_init_value": None},
+    ),
+    "timm convnext, 1x1 convolutions, scale": (
+        "timm",
+        "convnext_atto",
+        SMALL | {"conv_mlp": True, "ls_init_value": 0.1},
+    ),
+    "timm convnext, linear, no scale": ("timm", "convnext_atto", SMALL | {"conv_mlp": False, "ls_init_value": None}),
+    "timm convnext, linear, scale": ("timm", "convnext_atto", SMALL | {"conv_mlp": False, "ls_init_value": 0.1}),
+    "torchvision convnext": ("torchvision", "convnext_tiny", {}),
+    "timm resnet": ("timm", "resnet18", {}),
+    "timm mobilenet": ("timm", "mobilenetv3_small_050", {}),
+    "torchvision efficientnet": ("torchvision", "efficientnet_b0", {}),
+}
+
+
+def randomised(spec: NetworkSpec) -> nn.Module:
+    """Weights such that no bias, norm or statistic is at its neutral value."""
+    torch.manual_seed(0)
+    network = build_network(spec).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(0.6, 0.3)
+            else:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.8, 1.5)
+    return network
+
+
+def folded(library: str, architecture: str, arguments: dict) -> tuple[nn.Module, NetworkSpec]:
+    spec = NetworkSpec(library, architecture, arguments, classes=5)
+    network = randomised(spec)
+    fold_layer_scale(network)
+    return network, replace(spec, layer_scale_folded=True)
+
+
+def random_half(groups) -> dict[str, torch.Tensor]:
+    return {group.name: torch.rand(group.channels).argsort() < group.channels // 2 for group in groups}
+
+
+@pytest.fixture
+def convnext():
+    return folded("timm", "convnext_atto", SMALL | {"conv_mlp": False})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_subnet_gives_the_same_output_as_the_zeroed_network(family):
+    network, spec = folded(*FAMILIES[family])
+    x = torch.randn(2, 3, 32, 32)
+    dense = network(x)
+    groups = channel_groups(network, 32)
+    pruned = random_half(groups)
+    zero_channels(network, groups, pruned)
+    subnet, smaller = cut_channels(network, spec, groups, pruned)
+    expected = network(x)
+    assert (dense - expected).abs().max() > 0.1  # the zeroing is not trivial
+    assert (subnet(x) - expected).abs().max() < 1e-4
+    before = sum(p.numel() for p in network.parameters())
+    assert sum(p.numel() for p in subnet.parameters()) < 0.4 * before
+    again = build_network(smaller)
+    again.load_state_dict(subnet.state_dict())
+    assert torch.equal(again.eval()(x), subnet(x))
+
+
+def test_groups_name_each_parameter_once_and_cover_the_residual_stream(convnext):
+    network, _ = convnext
+    groups = {group.name: group for group in channel_groups(network, 32)}
+    assert list(groups) == sorted(groups, key=list(dict(network.named_modules())).index)
+    stage = groups["stages.1.downsample.1"]
+    assert stage.channels == 12
+    makes = [part.name for part in stage.makes]
+    assert len(makes) == len(set(makes))
+    blocks = [f"stages.1.blocks.{b}.{layer}" for b in (0, 1) for layer in ("conv_dw", "norm", "mlp.fc2")]
+    layers = ["stages.1.downsample.1", *blocks, "stages.2.downsample.0"]
+    assert set(makes) == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    readers = {"stages.1.blocks.0.mlp.fc1.weight", "stages.1.blocks.1.mlp.fc1.weight", "stages.2.downsample.1.weight"}
+    assert {part.name for part in stage.reads} == readers
+    assert {part.axis for part in stage.reads} == {1}
+
+
+def test_the_logits_are_in_no_group(convnext):
+    network, _ = convnext
+    made = {part.name for group in channel_groups(network, 32) for part in group.makes}
+    assert not any(name.startswith("head.fc") for name in made)
+    assert "head.norm.weight" in made
+
+
+@pytest.mark.parametrize("family", ["timm convnext, linear, scale", "timm resnet"])
+def test_cost_is_what_cutting_one_channel_saves(family):
+    network, spec = folded(*FAMILIES[family])
+    groups = channel_groups(network, 32)
+    none = {group.name: torch.zeros(group.channels, dtype=torch.bool) for group in groups}
+    before = sum(p.numel() for p in network.parameters())
+    for group in groups[:4]:
+        one = none | {group.name: torch.arange(group.channels) == 1}
+        subnet, _ = cut_channels(network, spec, groups, one)
+        saved = before - sum(p.numel() for p in subnet.parameters())
+        assert saved == group.parameters_per_channel
+
+
+def test_channels_behind_a_flatten_are_runs_of_features():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.flat_norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm1d(64)
+            self.hidden, self.head = nn.Linear(4 * 16, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.conv(x)))
+            return self.head(torch.relu(self.hidden(self.flat_norm(x.flatten(1)))))
+
+    network = Flat().eval()
+    first, second = channel_groups(network, 4)
+    assert [(part.name, part.axis, part.repeat) for part in first.reads] == [("hidden.weight", 1, 16)]
+    assert [(part.name, part.repeat) for part in first.makes if "norm" in part.name] == [
+        ("norm.weight", 1),
+        ("norm.bias", 1),
+        ("flat_norm.weight", 16),
+        ("flat_norm.bias", 16),
+    ]
+    assert {part.name: part.repeat for part in first.buffers} == {
+        "norm.running_mean": 1,
+        "norm.running_var": 1,
+        "flat_norm.running_mean": 16,
+        "flat_norm.running_var": 16,
+    }
+    assert [part.name for part in second.reads] == ["head.weight"]
+
+
+def test_groups_are_the_same_in_every_call(convnext):
+    network, _ = convnext
+    assert channel_groups(network, 32) == channel_groups(network, 32)
+
+
+def test_without_pruned_channels_the_subnet_is_the_network(convnext):
+    network, spec = convnext
+    groups = channel_groups(network, 32)
+    none = {group.name: torch.zeros(group.channels, dtype=torch.bool) for group in groups}
+    subnet, same = cut_channels(network, spec, groups, none)
+    assert same == spec
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(subnet(x), network(x))
+
+
+def test_only_norms_that_were_cut_become_counting_norms(convnext):
+    network, spec = convnext
+    groups = channel_groups(network, 32)
+    pruned = {
+        group.name: torch.arange(group.channels) < (3 if group.name == "stages.1.downsample.1" else 0)
+        for group in groups
+    }
+    subnet, smaller = cut_channels(network, spec, groups, pruned)
+    counting = {name for name, module in subnet.named_modules() if isinstance(module, CountingLayerNorm)}
+    assert counting == {"stages.1.blocks.0.norm", "stages.1.blocks.1.norm", "stages.2.downsample.0"}
+    assert smaller.layer_norm_widths == dict.fromkeys(counting, 12)
+
+
+def test_nothing_is_printed_written_or_left_behind(convnext, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    mine = type(sys)("graph")
+    monkeypatch.setitem(sys.modules, "graph", mine)
+    network, spec = convnext
+    network.train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    path, opset = sys.path[:], torch.onnx._internal.torchscript_exporter._globals.GLOBALS.export_onnx_opset_version
+    groups = channel_groups(network, 32)
+    cut_channels(network, spec, groups, random_half(groups))
+    assert os.listdir(tmp_path) == []
+    assert capfd.readouterr() == ("", "")
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert sys.path == path
+    assert sys.modules["graph"] is mine
+    assert "operation" not in sys.modules
+    assert "torch.onnx._globals" not in sys.modules
+    assert not hasattr(torch.onnx, "_optimize_graph")
+    assert torch.onnx._internal.torchscript_exporter._globals.GLOBALS.export_onnx_opset_version == opset
+    from only_train_once.operation import BASIC_MODULES
+
+    assert "LayerNorm2d" not in BASIC_MODULES
+
+
+@pytest.mark.parametrize(
+    ("library", "architecture", "arguments", "message"),
+    [
+        ("timm", "convnextv2_atto", SMALL, r"^stages\.0\.blocks\.0\.mlp\.grn: GlobalResponseNorm cannot be pruned"),
+        ("timm", "regnety_002", {}, r"^s1\.b1\.conv2\.conv: a convolution in 3 groups"),
+        ("torchvision", "densenet121", {}, r"^features\..*: works on concatenated channels"),
+        (
+            "timm",
+            "vit_tiny_patch16_224",
+            {"img_size": 32, "depth": 1},
+            "VisionTransformer: only_train_once cannot build",
+        ),
+    ],
+)
+def test_network_that_cannot_be_pruned_exactly_is_refused_by_name(library, architecture, arguments, message):
+    network = build_network(NetworkSpec(library, architecture, arguments, classes=5))
+    with pytest.raises(UserError, match=message):
+        channel_groups(network, 32)
+
+
+def test_layer_of_a_kind_that_cannot_be_narrowed_is_refused_by_name():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3), nn.Flatten()]
+    network = nn.Sequential(*layers, nn.Linear(2 * 64, 4))
+    with pytest.raises(UserError, match=r"^2: ConvTranspose2d cannot be pruned exactly"):
+        channel_groups(network, 10)
+
+
+def test_network_without_prunable_groups_is_refused():
+    with pytest.raises(UserError, match="no channels that could be pruned"):
+        channel_groups(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 4)), 4)
+
+
+def test_network_that_is_not_zero_for_a_zero_channel_is_refused_before_training(monkeypatch):
+    def build(spec: NetworkSpec) -> nn.Module:
+        """A norm without bias makes something of a zero channel: the channel cannot be cut."""
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8, affine=False),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        )
+
+    spec = NetworkSpec("timm", "toy", {}, 4)
+    network = build(spec)
+    monkeypatch.setattr("stages.pruning.groups.build_network", lambda spec: _reshaped(build(spec), spec))
+    groups = channel_groups(network, 12)
+    with pytest.raises(UserError, match="removing zeroed channels of 0 would change the output"):
+        check_exact(network, spec, groups, 12)
+
+
+def _reshaped(network: nn.Module, spec: NetworkSpec) -> nn.Module:
+    from stages.networks.reshape import reshape
+
+    reshape(network, spec.widths, spec.layer_norm_widths)
+    return network
+
+
+def test_exact_network_passes_the_proof_and_is_left_as_it_is(convnext):
+    network, spec = convnext
+    twin = copy.deepcopy(network)
+    check_exact(network, spec, channel_groups(network, 32), 32)
+    assert relative_difference(twin, network, torch.randn(1, 3, 32, 32)) == 0

@@ -1,0 +1,127 @@
+"""dvc.yaml tells the truth: what a stage imports is what it depends on, and the params it reads are those it lists."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+TOP = Path(__file__).parents[1]
+STAGES = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
+# What a method of Params reads, so that calling it needs these sections in the stage's params.
+METHODS = {
+    "seed_of": {"base", "models"},
+    "model_of": {"variants", "prunings"},
+    "pruner_of": {"variants", "prunings"},
+    "baseline_of": {"variants", "prunings"},
+}
+
+
+def definition(stage: str) -> dict:
+    return STAGES[stage].get("do", STAGES[stage])
+
+
+def module_of(stage: str) -> str:
+    return re.fullmatch(r"PYTHONPATH=\$\{root\} python -m (stages\.\w+)( \$\{key\})?", definition(stage)["cmd"])[1]
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The modules of `stages` that one module imports, wherever in the file, packages' own `__init__` aside."""
+    found = set()
+    for node in ast.walk(ast.parse(file_of(module).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative imports hide what is reached"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(name for name in found if name.startswith("stages.") and file_of(name).exists())
+
+
+def file_of(module: str) -> Path:
+    path = TOP / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def reached(module: str) -> set[str]:
+    todo, seen = [module], set()
+    while todo:
+        if (name := todo.pop()) not in seen:
+            seen.add(name)
+            todo += imports(name)
+    return seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_the_code_that_it_reaches_and_on_no_other(stage):
+    module = module_of(stage)
+    assert module == f"stages.{stage.replace('-', '_')}"
+    folders = {name.split(".")[1] for name in reached(module)} - {module.split(".")[1]}
+    expected = {f"${{root}}/stages/{module.split('.')[1]}.py"} | {f"${{root}}/stages/{folder}" for folder in folders}
+    assert {dep for dep in definition(stage)["deps"] if "/stages/" in dep} == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_lists_the_params_that_it_reads(stage):
+    own = module_of(stage)
+    rooms = {name for name in reached(own) if name != "stages.common.params"}
+    read = set()
+    for module in rooms:
+        for node in ast.walk(ast.parse(file_of(module).read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                if (
+                    getattr(owner, "id", None) == "params" or getattr(owner, "attr", None) == "params"
+                ):  # params.x, self.params.x
+                    read |= METHODS.get(node.attr, {node.attr})
+    listed = {name.split(".")[0] for name in definition(stage)["params"]}
+    assert read == listed
+
+
+def test_there_are_exactly_the_seven_stages():
+    assert list(STAGES) == ["download", "finetune", "prune", "quantize", "profile", "edge-benchmark", "report"]
+    scripts = {path.stem for path in (TOP / "stages").glob("*.py")} - {"__init__"}
+    assert scripts == {stage.replace("-", "_") for stage in STAGES}
+
+
+def test_no_folder_imports_a_stage_and_domain_folders_stand_side_by_side():
+    ground = {"common", "networks"}
+    lower = ground | {"artifacts", "export", "datasets"}
+    allowed = {
+        "common": {"common"},
+        "networks": ground,
+        "artifacts": ground | {"artifacts"},
+        "export": ground | {"export"},
+        "datasets": {"common", "datasets"},
+        "training": lower | {"training"},
+    }
+    for path in (TOP / "stages").glob("*/**/*.py"):
+        room = path.relative_to(TOP / "stages").parts[0]
+        module = ".".join(path.relative_to(TOP).with_suffix("").parts).removesuffix(".__init__")
+        known = {name.split(".")[1] for name in imports(module)}
+        assert known <= allowed.get(room, lower | {room}), f"{path.name} in {room} imports {known}"
+
+
+def test_the_report_never_reaches_torch():
+    for module in reached("stages.report"):
+        for node in ast.walk(ast.parse(file_of(module).read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert (
+                not {str(name).split(".")[0] for name in names} & {"torch", "torchvision", "timm"}
+                or module == "stages.common.params"
+            )
+
+
+def test_packages_hold_no_code_of_their_own():
+    for path in (TOP / "stages").glob("**/__init__.py"):
+        (docstring,) = ast.parse(path.read_text()).body
+        assert isinstance(docstring.value, ast.Constant), path
+
+
+@pytest.mark.parametrize("link", sorted(TOP.glob("profiles/*/dvc.yaml")), ids=lambda p: p.parent.name)
+def test_every_profile_runs_the_one_pipeline_from_its_own_folder(link):
+    assert link.is_symlink()
+    assert link.resolve() == TOP / "dvc.yaml"
+    assert yaml.safe_load((link.parent / "params.yaml").read_text())["root"] == "../.."

@@ -1,0 +1,103 @@
+import csv
+import json
+import re
+from datetime import datetime
+from functools import partial
+
+import numpy as np
+import pytest
+from toy_project import compressed_project
+
+from stages import edge_benchmark
+from stages.common import paths
+from stages.common.errors import UserError
+from stages.common.files import sha256_of
+from stages.edge.fresh import measure_fresh
+from stages.edge.runtimes import ONNXRUNTIME, TORCH_EAGER
+
+FP32, INT8 = "toy-none-fp32", "toy-none-int8"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(compressed_project(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One run of the stage, read by several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(compressed_project(tmp_path_factory.mktemp("edge")))
+        patch.setattr(edge_benchmark, "measure_fresh", partial(measure_fresh, repeats=1))
+        edge_benchmark.main()
+        with (paths.EDGE / "windows.csv").open(newline="") as file:
+            windows = list(csv.DictReader(file))
+        files = sorted(path.name for path in paths.EDGE.iterdir())
+        hashes = {variant: sha256_of(paths.compressed(variant) / "model.onnx") for variant in (FP32, INT8)}
+        return json.loads((paths.EDGE / "edge.json").read_text()), windows, files, hashes
+
+
+def test_all_variants_and_the_eager_baseline_have_a_row(measured):
+    edge, _, files, hashes = measured
+    rows = {(row["variant"], row["runtime"]): row for row in edge["rows"]}
+    assert list(rows) == [(FP32, "onnxruntime"), (INT8, "onnxruntime"), (FP32, "torch-eager")]
+    assert files == ["edge.json", "windows.csv"]
+    for (variant, _), row in rows.items():
+        assert row["onnx_sha256"] == hashes[variant]
+        assert 0 < row["latency_ms_min"] <= row["latency_ms_p50"] <= row["latency_ms_p95"]
+        assert row["latency_ratio_low"] <= row["latency_ratio"] <= row["latency_ratio_high"]
+        assert row["throughput_per_s"] > 0
+        assert row["load_ms"] > 0
+        assert row["first_inference_ms"] > 0
+        assert 20 * 2**20 < row["peak_rss_bytes"] < 4 * 2**30
+    eager = rows[FP32, "torch-eager"]
+    assert (eager["latency_ratio"], eager["latency_ratio_low"], eager["latency_ratio_high"]) == (1, 1, 1)
+    assert eager["peak_rss_bytes"] > 1.5 * rows[FP32, "onnxruntime"]["peak_rss_bytes"]  # torch alone is larger
+
+
+def test_the_run_names_itself_its_machine_and_its_protocol(measured):
+    edge = measured[0]
+    assert re.fullmatch("[0-9a-f]{12}", edge["run_id"])
+    assert datetime.fromisoformat(edge["started"]).utcoffset().total_seconds() == 0
+    assert isinstance(edge["busy"], bool)
+    assert edge["machine"]["cpu"]
+    assert {"load_average_1min_before", "load_average_1min_after", "others_cores_during"} <= edge["machine"].keys()
+    assert edge["protocol"]["windows"] == 2
+    assert edge["protocol"]["threads"] == 1
+
+
+def test_windows_add_up_to_the_rows(measured):
+    edge, windows, _, _ = measured
+    assert len(windows) == 2 * len(edge["rows"])
+    assert list(windows[0]) == ["variant", "runtime", "round", "order", "runs", "p50_ms", "p95_ms", "min_ms"]
+    for row in edge["rows"]:
+        own = [w for w in windows if (w["variant"], w["runtime"]) == (row["variant"], row["runtime"])]
+        assert sum(int(w["runs"]) for w in own) == row["runs"]
+        assert min(float(w["min_ms"]) for w in own) == row["latency_ms_min"]
+        eager = [w for w in windows if (w["variant"], w["runtime"]) == (FP32, "torch-eager")]
+        ratios = [float(b["p50_ms"]) / float(w["p50_ms"]) for b in eager for w in own if b["round"] == w["round"]]
+        assert row["latency_ratio"] == pytest.approx(np.median(ratios))
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.json"])
+def test_a_missing_variant_is_named_before_anything_is_timed(project, monkeypatch, file):
+    (paths.compressed(INT8) / file).unlink()
+    monkeypatch.setattr(edge_benchmark, "measure_fresh", lambda *_: pytest.fail("timed"))
+    with pytest.raises(UserError, match=rf"{INT8}.*{file} is missing"):
+        edge_benchmark.main()
+    assert not paths.EDGE.exists()
+
+
+def test_a_changed_model_is_refused(project):
+    with (paths.compressed(INT8) / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match=f"{INT8}: .* is not the file that model"):
+        edge_benchmark.main()
+
+
+def test_both_runtimes_give_the_same_logits(project):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8)
+    onnx, eager = (runtime.open(paths.compressed(FP32), 1)(pixels) for runtime in (ONNXRUNTIME, TORCH_EAGER))
+    assert onnx.shape == (1, 5)
+    np.testing.assert_allclose(onnx, eager, rtol=1e-4, atol=1e-4)

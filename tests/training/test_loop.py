@@ -1,0 +1,194 @@
+import copy
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.common.errors import UserError
+from stages.common.params import Base, NoneContinued
+from stages.datasets.store import Part
+from stages.training import loop
+from stages.training.checkpoint import checkpoint_folder
+from stages.training.loop import recipe_for, steps_in, train
+
+BASE = Base(device="cpu", threads=1)
+
+
+def run(network, parts, preprocess, recipe, **more):
+    return train(network, *parts, preprocess, recipe, base=BASE, seed=3, title="test", **more)
+
+
+def weights(network) -> bytes:
+    return b"".join(t.numpy().tobytes() for t in network.state_dict().values())
+
+
+def test_training_learns_and_gives_back_the_best_epoch_by_validation(network, parts, preprocess, recipe):
+    trained = run(network, parts, preprocess, recipe.model_copy(update={"epochs": 6}))
+    assert trained.validation_top1 > 0.9
+    assert len(trained.curve) == 6
+    assert trained.curve[trained.epoch - 1]["validation_top1"] == max(row["validation_top1"] for row in trained.curve)
+    assert tuple(trained.curve[0]) == loop.CURVE_COLUMNS
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(network, parts, preprocess, recipe):
+    results = [
+        weights(train(copy.deepcopy(network), *parts, preprocess, recipe, base=BASE, seed=seed, title="t").network)
+        for seed in (3, 3, 4)
+    ]
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_a_training_killed_after_an_epoch_ends_bit_for_bit_where_the_uninterrupted_one_does(
+    network, parts, preprocess, recipe, tmp_path, optimizer
+):
+    recipe = recipe.model_copy(update={"optimizer": optimizer})
+    whole = run(copy.deepcopy(network), parts, preprocess, recipe)
+
+    process = multiprocessing.get_context("spawn").Process(
+        target=_train_until_killed, args=(copy.deepcopy(network), parts, preprocess, recipe, tmp_path)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+    seen = []
+    with checkpoint_folder(tmp_path, {"a": 1}) as folder:
+        assert (folder / "checkpoint.pt").exists()
+        resumed = run(
+            copy.deepcopy(network), (_Watched(parts[0], seen), parts[1]), preprocess, recipe, checkpoints=folder
+        )
+    assert len(seen) == 6  # two epochs of three batches: the first was not done again
+    assert weights(resumed.network) == weights(whole.network)
+    timing = ("seconds", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in timing} for row in resumed.curve] == [
+        {k: v for k, v in row.items() if k not in timing} for row in whole.curve
+    ]
+    assert not any(tmp_path.iterdir())
+
+
+def _train_until_killed(network, parts, preprocess, recipe, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    with checkpoint_folder(tmp_path, {"a": 1}) as folder:
+        seen: list[int] = []
+
+        def kill(count: int) -> None:
+            if count == 5:  # in the second epoch
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run(network, (_Watched(parts[0], seen, kill), parts[1]), preprocess, recipe, checkpoints=folder)
+
+
+class _Watched(Part):
+    """A part that counts how many batches were read from it."""
+
+    def __init__(self, part: Part, seen: list[int], on_read=lambda count: None) -> None:
+        super().__init__(_WatchedImages(part.images, seen, on_read), part.labels)
+
+
+class _WatchedImages:
+    def __init__(self, images: np.ndarray, seen: list[int], on_read) -> None:
+        self.images, self.seen, self.on_read = images, seen, on_read
+
+    def __getitem__(self, index):
+        self.seen.append(len(index))
+        self.on_read(len(self.seen))
+        return self.images[index]
+
+
+def test_a_loss_that_is_not_finite_ends_with_a_clear_error(network, parts, preprocess, recipe):
+    with pytest.raises(UserError, match="the loss became"):
+        run(network, parts, preprocess, recipe.model_copy(update={"optimizer": "sgd", "learning_rate": 1e30}))
+
+
+def test_a_constraint_is_called_around_each_step_and_bounds_the_choice_of_epoch(network, parts, preprocess, recipe):
+    class Recorder:
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def before_step(self, step: int) -> None:
+            assert all(p.grad is not None for p in network.parameters())
+            self.calls.append(f"before {step}")
+
+        def after_step(self, step: int) -> None:
+            self.calls.append(f"after {step}")
+
+        def project(self, copy_of_network) -> None:
+            assert copy_of_network is not network
+            for parameter in copy_of_network.parameters():
+                parameter.data.zero_()
+
+        def met_after(self, step: int) -> bool:
+            return step >= 8
+
+        def state_dict(self) -> dict:
+            return {}
+
+        def load_state_dict(self, state: dict) -> None:
+            raise AssertionError
+
+    recorder = Recorder()
+    trained = run(network, parts, preprocess, recipe, constraint=recorder)
+    assert recorder.calls == [f"{when} {step}" for step in range(9) for when in ("before", "after")]
+    assert trained.epoch == 3
+    assert all((p == 0).all() for p in trained.network.parameters())  # the projected average is what is kept
+
+
+def test_a_target_that_no_epoch_meets_is_a_clear_error(network, parts, preprocess, recipe):
+    class Never:
+        before_step = after_step = staticmethod(lambda step: None)
+        project = staticmethod(lambda network: None)
+        met_after = staticmethod(lambda step: False)
+        state_dict = staticmethod(dict)
+
+    with pytest.raises(UserError, match="no epoch ended with the pruning target met"):
+        run(network, parts, preprocess, recipe.model_copy(update={"epochs": 1}), constraint=Never())
+
+
+def test_cuda_is_refused_where_there_is_none(network, parts, preprocess, recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no usable CUDA device"):
+        train(network, *parts, preprocess, recipe, base=Base(device="cuda"), seed=0, title="t")
+
+
+def test_two_processes_do_not_train_the_same_thing(tmp_path):
+    with checkpoint_folder(tmp_path, {"a": 1}) as first, checkpoint_folder(tmp_path, {"a": 2}) as second:
+        assert first != second
+        with (
+            pytest.raises(UserError, match=f"process {os.getpid()} is still training this"),
+            checkpoint_folder(tmp_path, {"a": 1}),
+        ):
+            pass
+
+
+def test_a_failed_training_keeps_its_checkpoint(tmp_path):
+    with pytest.raises(RuntimeError), checkpoint_folder(tmp_path, {"a": 1}) as folder:
+        (folder / "checkpoint.pt").touch()
+        raise RuntimeError
+    assert (folder / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_clear_error_and_the_last_one_stays(tmp_path, monkeypatch):
+    from stages.training.checkpoint import load_checkpoint, save_checkpoint
+
+    save_checkpoint(tmp_path, {"epoch": 1})
+
+    def full(state, path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_checkpoint(tmp_path, {"epoch": 2})
+    assert load_checkpoint(tmp_path) == {"epoch": 1}
+
+
+def test_a_pruner_trains_by_finetunes_recipe_with_its_own_budget(recipe):
+    own = recipe_for(recipe, NoneContinued(method="none_continued", epochs=7, learning_rate_factor=0.5))
+    assert own == recipe.model_copy(update={"epochs": 7, "learning_rate": 0.0025, "muon_learning_rate": 0.01})
+    assert steps_in(own, 100) == 21
