@@ -1,8 +1,8 @@
 """report: from what was measured to what a person reads: tables, statistics, claims, plots, cards and one page.
 
 in    reports/profile/<variant>/ and reports/edge/ of the variants listed in params.yaml, reports/curves/
-out   reports/: metrics.json, variants.json, variants.csv, claims.json, cards/<variant>.md, plots/*.csv and *.png,
-      index.html
+out   reports/: metrics.json, run.json, variants.json, variants.csv, claims.json, cards/<variant>.md, plots/*.csv and
+      *.png, index.html
 run   python -m stages.report
 
 Nothing is written before everything is computed, so a broken input leaves the last good report whole.
@@ -19,7 +19,7 @@ from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.page import render_page
 from stages.reporting.plots import Picture, draw_all
-from stages.reporting.rows import ROW_KEYS, assemble_groups, assemble_rows, choose, headline_metrics
+from stages.reporting.rows import ROW_KEYS, assemble_groups, assemble_rows, choose, describe_run, headline_metrics
 from stages.reporting.tables import Table, plot_tables
 
 
@@ -28,6 +28,7 @@ class Report:
     """All that is written, in memory."""
 
     metrics: dict[str, float | int | str]
+    run: dict
     rows: list[dict]
     claims: list[dict]
     cards: dict[str, str]
@@ -45,6 +46,7 @@ def make_report(run: Run) -> Report:
     pictures = draw_all(run, rows, choices)
     return Report(
         headline_metrics(run, rows, choices),
+        describe_run(run),
         rows,
         claims,
         {row["variant"]: card(run, row, groups) for row in rows},
@@ -68,6 +70,7 @@ def write_report(report: Report) -> None:
     write_csv(paths.REPORTS / "variants.csv", report.rows, ROW_KEYS)
     write_json(paths.REPORTS / "variants.json", report.rows)
     write_json(paths.REPORTS / "claims.json", report.claims)
+    write_json(paths.REPORTS / "run.json", report.run)
     write_text(paths.REPORTS / "index.html", report.page)
     write_json(paths.REPORTS / "metrics.json", report.metrics)
 

@@ -10,7 +10,7 @@ from reporting.synthetic_run import params_of, write_run
 from stages import report
 from stages.common.errors import UserError
 
-OUTPUTS = ("metrics.json", "variants.json", "variants.csv", "claims.json", "index.html", "cards", "plots")
+OUTPUTS = ("metrics.json", "run.json", "variants.json", "variants.csv", "claims.json", "index.html", "cards", "plots")
 
 
 @pytest.fixture
@@ -39,6 +39,10 @@ def test_the_report_is_written_whole(folder: Path):
     names = ("pareto_size", "pareto_latency", "size", "training", "confusion")
     assert {f"{name}.{ending}" for name in names for ending in ("csv", "png")} <= plots
     assert (folder / "reports/metrics.json").read_text().endswith("}\n")
+    run = json.loads((folder / "reports/run.json").read_text())
+    assert {run["run_id"]} == {row["run_id"] for row in rows}
+    assert {"machine", "protocol", "data_name", "n_test", "versions"} <= run.keys()
+    assert "rows" not in run
 
 
 def test_the_same_inputs_give_the_same_bytes(folder: Path):

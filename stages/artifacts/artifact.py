@@ -113,8 +113,8 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
         raise UserError(f"{path} is missing: run `dvc repro` or `dvc pull`")
     if (found := sha256_of(path)) != description.tensors["sha256"]:
         raise UserError(
-            f"{path} has sha256 {found[:12]}…, model.json says {description.tensors['sha256'][:12]}…: it is not the file"
-            " described there; run `dvc repro`"
+            f"{path} has sha256 {found[:12]}…, model.json says {description.tensors['sha256'][:12]}…: it is not the"
+            " file described there; run `dvc repro`"
         )
     try:
         state = load_file(path)

@@ -212,6 +212,15 @@ def headline_metrics(run: Run, rows: list[dict], choices: Choices) -> dict[str, 
     return metrics
 
 
+def describe_run(run: Run) -> dict:
+    """Where and on what the run was made: data, machine, timing protocol and versions, for `run.json`."""
+    measured = next(iter(run.variants.values()))
+    data = {key: value for key, value in measured.profile.items() if key.startswith("data_")}
+    counts = {key: measured.profile[key] for key in ("n_test", "n_validation") if key in measured.profile}
+    eager = {model: row["latency_ms_p50"] for model, row in run.eager.items()}
+    return {**run.edge, **data, **counts, "eager_latency_ms_p50": eager, "versions": measured.description["versions"]}
+
+
 def small_dense(run: Run) -> str | None:
     """The `small_dense` variant with the best validation top-1: a smaller network simply trained; None without one."""
     listed = [

@@ -1,0 +1,126 @@
+"""A folder as a pipeline run leaves it: params, images and the artifacts of a small ConvNeXt, made once per process."""
+
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from stages.artifacts.artifact import Description, save_artifact
+from stages.common import paths
+from stages.common.params import load_params
+from stages.datasets.store import read_info
+from stages.networks.build import NetworkSpec, build_network
+from stages.quantize import compress
+
+SIZE, CLASSES = 24, ["zero", "one", "two", "three", "four"]
+COUNTS = {"train": 4, "validation": 60, "test": 50}
+PARAMS = {
+    "base": {"threads": 1},
+    "data": {"name": "noise", "source": "digits", "image_size": SIZE, "validation_fraction": 0.2},
+    "finetune": {"epochs": 1, "batch_size": 8, "optimizer": "adamw", "learning_rate": 0.001},
+    "models": {"toy": {"library": "timm", "architecture": "convnext_atto", "input_size": 32, "seed": 3}},
+    "prune": {"none": {"method": "none"}},
+    "prunings": {"toy-none": {"model": "toy", "pruner": "none"}},
+    "quantize": {"fp32": {"method": "fp32"}, "int8": {"method": "int8_dynamic"}},
+    "variants": {
+        "toy-none-fp32": {"pruning": "toy-none", "quantizer": "fp32"},
+        "toy-none-int8": {"pruning": "toy-none", "quantizer": "int8"},
+    },
+    "edge_benchmark": {"warmup_runs": 2, "windows": 2, "window_seconds": 0.02},
+}
+
+
+def pruned_project(folder: Path) -> Path:
+    """As the prune stage leaves it."""
+    return shutil.copytree(_pruned(), folder, dirs_exist_ok=True)
+
+
+def compressed_project(folder: Path) -> Path:
+    """As the quantize stage leaves it, for every variant."""
+    return shutil.copytree(_compressed(), folder, dirs_exist_ok=True)
+
+
+@functools.cache
+def _pruned() -> Path:
+    folder = _kept_folder()
+    (folder / paths.PARAMS).write_text(yaml.safe_dump(PARAMS))
+    _write_images(folder / paths.IMAGES)
+    torch.manual_seed(0)
+    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": True, "ls_init_value": 0.5}
+    spec = NetworkSpec("timm", "convnext_atto", arguments, len(CLASSES))
+    network = build_network(spec).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    description = Description(
+        name="toy-none",
+        stage="prune",
+        model="toy",
+        network=spec,
+        classes=CLASSES,
+        image_size=SIZE,
+        input_size=32,
+        mean=[0.5, 0.5, 0.5],
+        std=[0.25, 0.25, 0.25],
+        data=read_info(folder / paths.IMAGES).as_parent(),
+        parameters={"method": "none"},
+        seed=3,
+        metrics={"validation_top1": 0.2},
+    )
+    save_artifact(folder / paths.pruned("toy-none"), network, description)
+    return folder
+
+
+@functools.cache
+def _compressed() -> Path:
+    folder = pruned_project(_kept_folder())
+    params = load_params(folder / paths.PARAMS)
+    for variant, entry in params.variants.items():
+        parent, own = folder / paths.pruned(entry.pruning), folder / paths.compressed(variant)
+        compress(parent, own, variant, params.quantize[entry.quantizer], folder / paths.IMAGES, 1)
+    return folder
+
+
+def _write_images(folder: Path) -> None:
+    """Blurred noise with random labels: the logits spread over the classes, as those of pure noise would not."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    files = {}
+    for part, count in COUNTS.items():
+        coarse = generator.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+        arrays = {
+            "images": coarse.repeat(SIZE // 4, 1).repeat(SIZE // 4, 2),
+            "labels": generator.integers(0, len(CLASSES), count),
+        }
+        for kind, array in arrays.items():
+            np.save(folder / f"{part}_{kind}.npy", array)
+            files[f"{part}_{kind}.npy"] = hashlib.sha256(array).hexdigest()
+    info = {
+        "name": "noise",
+        "source": "blurred noise",
+        "licence": "none needed",
+        "image_size": SIZE,
+        "classes": CLASSES,
+        "counts": COUNTS,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "files": files,
+        "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "unreadable": [],
+    }
+    (folder / "images.json").write_text(json.dumps(info))
+
+
+_KEPT: list[tempfile.TemporaryDirectory] = []  # removed when the interpreter ends
+
+
+def _kept_folder() -> Path:
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="toy-project-"))
+    return Path(_KEPT[-1].name)
