@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 TOP = Path(__file__).parents[1]
+GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main")
 
 
 def call(*command: str, cwd: Path) -> str:
@@ -52,10 +53,9 @@ def checkout(tmp_path_factory) -> Path:
     params["variants"] = {key: params["variants"][key] for key in ("convnext-none-fp32", "convnext-oto50-int8_dynamic")}
     params["edge_benchmark"] |= {"windows": 2, "window_seconds": 0.02}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    git = ("git", "-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main")
-    call(*git, "init", "-q", cwd=folder)
+    call(*GIT, "init", "-q", cwd=folder)
     call("git", "add", "-A", cwd=folder)
-    call(*git, "commit", "-qm", "start", cwd=folder)
+    call(*GIT, "commit", "-qm", "start", cwd=folder)
     return folder
 
 
@@ -96,17 +96,30 @@ def test_the_second_run_does_nothing(checkout, first_run):
     assert "up to date" in output
 
 
-def test_changing_one_pruner_reruns_its_branch_alone(checkout, first_run):
-    dense = (checkout / "reports/profile/convnext-none-fp32/profile.json").read_bytes()
-    output = call("dvc", "exp", "run", "-S", "prune.oto50.group_sparsity=0.7", cwd=checkout)
-    assert stages_run(output) == [
+def test_a_queued_change_of_one_pruner_runs_its_own_code_and_its_branch_alone(checkout, first_run):
+    call("git", "add", "-A", cwd=checkout)
+    call(*GIT, "commit", "-qm", "first run", cwd=checkout)
+    call("dvc", "exp", "run", "--queue", "--name", "sparser", "-S", "prune.oto50.group_sparsity=0.7", cwd=checkout)
+    script = checkout / "stages/prune.py"
+    code = script.read_text()
+    script.write_text("raise SystemExit('the code of the workspace, not of the experiment')\n")
+    try:
+        call("dvc", "exp", "run", "--run-all", cwd=checkout)
+    finally:
+        script.write_text(code)
+    assert stages_run(call("dvc", "queue", "logs", "sparser", cwd=checkout)) == [
         "prune@convnext-oto50",
         "quantize@convnext-oto50-int8_dynamic",
         "profile@convnext-oto50-int8_dynamic",
         "edge-benchmark",
         "report",
     ]
-    assert (checkout / "reports/profile/convnext-none-fp32/profile.json").read_bytes() == dense
+    shown = call("dvc", "exp", "show", "--csv", "--rev", "HEAD", cwd=checkout)
+    assert "sparser" in shown
+    sparser = json.loads(call("git", "show", "sparser:reports/variants.json", cwd=checkout))
+    dense, small = json.loads((checkout / "reports/variants.json").read_text())
+    assert sparser[0]["top1"] == dense["top1"]
+    assert sparser[1]["params"] < small["params"]
 
 
 def test_a_bad_value_stops_before_any_work_with_one_message(checkout, first_run):

@@ -4,7 +4,7 @@ import yaml
 
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, group_of
-from stages.reporting.text import bytes_text, count_text, ms_text, p_text, percent_text, points_text, ratio_text
+from stages.reporting.text import bytes_text, count_text, ms_text, p_equals, percent_text, points_text, ratio_text
 
 LOADING = """\
 import numpy as np
@@ -182,11 +182,6 @@ def machine_text(run: Run) -> str:
     name = machine.get("cpu") or machine.get("processor") or "an unnamed CPU"
     threads = (run.edge.get("protocol") or {}).get("threads")
     return name if threads is None else f"{name}, {threads} thread{'s' * (threads > 1)}"
-
-
-def p_equals(p: float) -> str:
-    text = p_text(p)
-    return text if text.startswith("<") else f"= {text}"
 
 
 def _listed(names: list[str], most: int = 12) -> str:

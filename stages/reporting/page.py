@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.reporting.cards import describe, machine_text, p_equals
+from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
 from stages.reporting.inputs import Run
 from stages.reporting.plots import Picture
@@ -11,8 +11,10 @@ from stages.reporting.rows import Choices, Group, small_dense
 from stages.reporting.tables import confusion_rows
 from stages.reporting.text import (
     bytes_text,
+    claim_text,
     count_text,
     ms_text,
+    p_equals,
     p_text,
     percent_text,
     points_text,
@@ -215,15 +217,8 @@ def _claims(entries: list[dict]) -> list[dict]:
     """Entries of claims.json with their numbers in words."""
     units = {claim.id: claim.unit for claim in read_claims()}
 
-    def words(value: float | None, unit: str) -> str:
-        if value is None:
-            return "\N{EN DASH}"
-        if unit == "points":
-            return f"{points_text(value)} points"
-        return f"{value:g} ms" if unit == "ms" else percent_text(value).replace("-", "\N{MINUS SIGN}")
-
     keys = ("published", "ours_as_counted_there", "ours_honest")
-    return [entry | {f"{key}_text": words(entry[key], units[entry["id"]]) for key in keys} for entry in entries]
+    return [entry | {f"{key}_text": claim_text(entry[key], units[entry["id"]]) for key in keys} for entry in entries]
 
 
 def _per_class(run: Run, choices: Choices) -> list[tuple[str, str]]:

@@ -33,6 +33,20 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def p_equals(p: float) -> str:
+    """For a sentence: `= 0.031` or `< 0.001`."""
+    return p_text(p) if p < 0.001 else f"= {p_text(p)}"
+
+
+def claim_text(value: float | None, unit: str) -> str:
+    """A figure of a claim in its unit (`fraction`, `points` or `ms`, as in claims.yaml)."""
+    if value is None:
+        return "\N{EN DASH}"
+    if unit == "points":
+        return f"{points_text(value)} points"
+    return f"{value:g} ms" if unit == "ms" else percent_text(value).replace("-", "\N{MINUS SIGN}")
+
+
 def ms_text(milliseconds: float) -> str:
     return f"{_three_digits(milliseconds)} ms"
 

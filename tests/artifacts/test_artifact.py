@@ -171,7 +171,7 @@ def test_changed_tensors_are_refused(tmp_path):
     state = load_file(path)
     state["head.fc.bias"] += 1
     save_file(state, path)
-    with pytest.raises(UserError, match="not the file it describes"):
+    with pytest.raises(UserError, match="not the file described there"):
         load_artifact(tmp_path / "toy")
     path.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):

@@ -1,0 +1,134 @@
+"""The numbers in README.md: written from a profile's report files, never by hand.
+
+`python -m stages.reporting.readme` (at the top) fills every block `<!-- <profile>:<block> -->` ... `<!-- end -->` from
+`profiles/<profile>/reports/`; a test fails where README.md and those files differ.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.common.errors import UserError, run_stage
+from stages.common.files import read_json, write_text
+from stages.reporting.claims import read_claims
+from stages.reporting.text import (
+    bytes_text,
+    claim_text,
+    count_text,
+    ms_text,
+    p_equals,
+    p_text,
+    percent_text,
+    points_text,
+)
+
+README = Path("README.md")
+BLOCK = re.compile(r"(<!-- (?P<profile>\w+):(?P<block>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, top: Path) -> str:
+    """`text` with every block's content made anew from the report files below `top`.
+
+    Raises:
+        UserError: if a block has an unknown name, or its report is missing.
+    """
+
+    def content(match: re.Match) -> str:
+        if match["block"] not in BLOCKS:
+            raise UserError(f"README.md: no block {match['block']!r}; known: {', '.join(BLOCKS)}")
+        reports = top / "profiles" / match["profile"] / "reports"
+        return f"{match[1]}{BLOCKS[match['block']](reports)}\n{match[4]}"
+
+    return BLOCK.sub(content, text)
+
+
+def headline_block(reports: Path) -> str:
+    """What to ship, how small, how fast, how sure, in two sentences."""
+    rows, run, metrics = (read_json(reports / f"{name}.json") for name in ("variants", "run", "metrics"))
+    by_name = {row["variant"]: row for row in rows}
+    chosen = by_name[metrics["headline_variant"]]
+    dense = by_name[f"{chosen['model']}-none-fp32"]
+    seeds = len({row["seed"] for row in rows})
+    change = (
+        ""
+        if chosen["top1_delta"] is None
+        else f", {points_text(chosen['top1_delta'], 2)} points against dense, p {p_equals(chosen['p_value'])}"
+    )
+    return (
+        f"On {run['data_name']} (n = {run['n_test']:,} test images, {_plural(seeds, 'seed')}), `{chosen['variant']}` is"
+        f" the smallest variant within a point of the dense network on validation images:"
+        f" **{bytes_text(chosen['size_bytes'])} instead of {bytes_text(dense['size_bytes'])},"
+        f" {ms_text(chosen['latency_ms_p50'])} instead of {ms_text(dense['latency_ms_p50'])}** (both in ONNX Runtime;"
+        f" {ms_text(run['eager_latency_ms_p50'][chosen['model']])} dense in PyTorch eager),"
+        f" **{percent_text(chosen['top1'], 2)} top-1** [{percent_text(chosen['top1_ci_low'], 2)},"
+        f" {percent_text(chosen['top1_ci_high'], 2)}]{change}. {_machine(run)}"
+    )
+
+
+def variants_block(reports: Path) -> str:
+    """One line for each variant."""
+    rows, run = read_json(reports / "variants.json"), read_json(reports / "run.json")
+    lines = [
+        "| variant | top-1, % [95 %] | Δ, points (p) | model.onnx | artifact | parameters: true (visible) |"
+        " MACs: true (visible) | p50 ms | over eager |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        delta = "baseline"
+        if row["top1_delta"] is not None:
+            delta = f"{points_text(row['top1_delta'], 2)} ({p_text(row['p_value'])})"
+        lines.append(
+            f"| {row['variant']} | {100 * row['top1']:.2f} [{100 * row['top1_ci_low']:.2f},"
+            f" {100 * row['top1_ci_high']:.2f}] | {delta} | {bytes_text(row['size_bytes'])} |"
+            f" {bytes_text(row['artifact_bytes'])} |"
+            f" {count_text(row['params'])} ({count_text(row['params_visible'])}) |"
+            f" {count_text(row['macs'])} ({count_text(row['macs_visible'])}) | {row['latency_ms_p50']:.3f} |"
+            f" {row['latency_ratio']:.2f} |"
+        )
+    lines += [
+        "",
+        f"{run['data_name']}, n = {run['n_test']:,} test images, {_plural(len({row['seed'] for row in rows}), 'seed')};"
+        f" run `{run['run_id']}`. {_machine(run)}",
+    ]
+    return "\n".join(lines)
+
+
+def claims_block(reports: Path) -> str:
+    """One line for each sentence of the study."""
+    units = {claim.id: claim.unit for claim in read_claims()}
+    lines = ["| the study says | published | ours, counted as there | ours, counted honestly | verdict |"]
+    lines.append("|---|---:|---:|---:|---|")
+    for entry in read_json(reports / "claims.json"):
+        values = [entry[key] for key in ("published", "ours_as_counted_there", "ours_honest")]
+        figures = " | ".join(claim_text(value, units[entry["id"]]) for value in values)
+        lines.append(f"| {entry['claim']} | {figures} | **{entry['verdict']}** |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "headline": headline_block,
+    "variants": variants_block,
+    "claims": claims_block,
+}
+
+
+def _machine(run: dict) -> str:
+    machine, protocol = run["machine"], run["protocol"]
+    busy = ", others were using the CPU" if run["busy"] else ""
+    return (
+        f"Timed on {machine['cpu']} ({_plural(protocol['threads'], 'thread')}, batch 1, interleaved in one run{busy}),"
+        f" ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}."
+    )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{'one' if count == 1 else count} {noun}{'s' * (count != 1)}"
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    write_text(README, filled(text, Path(".")))
+
+
+if __name__ == "__main__":
+    run_stage(main)
