@@ -19,7 +19,7 @@ from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.training.loop import CURVE_COLUMNS
 
-ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.1}
+ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.1, "drop_path_rate": 0.2}
 PARAMS = {
     "base": {"seed": 3, "device": "cpu", "threads": 1},
     "data": {"name": "toy", "source": "digits", "image_size": 16, "validation_fraction": 0.2},
