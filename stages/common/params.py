@@ -148,7 +148,7 @@ class Oto(Training):
 class Unstructured(Training):
     method: Literal["l1_unstructured", "random_unstructured"]
     sparsity: Fraction
-    scope: Literal["global", "layer"] = "global"
+    scope: Literal["global", "layer"] = "layer"
 
 
 class Fp32(Section):
