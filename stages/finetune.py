@@ -7,17 +7,15 @@ curve `reports/curves/dense/<model>.csv`. Killed at any moment, the next run goe
     python -m stages.finetune <model>
 """
 
-import sys
-
 import torch
 
 from stages.artifacts.artifact import Description, save_artifact
 from stages.common import paths
 from stages.common.errors import run_stage
 from stages.common.files import write_csv
-from stages.common.params import Params, check_architectures, load_params
+from stages.common.params import Params, check_architectures, key_argument, load_params
 from stages.datasets.store import Info, open_part, read_info
-from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of
+from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of, state_hash
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.loop import CURVE_COLUMNS, train
 
@@ -43,7 +41,7 @@ def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Descrip
 
 def main() -> None:
     params = load_params()
-    key = sys.argv[1]
+    key = key_argument("models", params.models)
     check_architectures(params)
     info = read_info(paths.IMAGES)
     spec = spec_of(params.models[key], len(info.classes))
@@ -54,6 +52,7 @@ def main() -> None:
     if weights != "none":
         print(f"{key}: loaded {weights}; fresh: {', '.join(load_weights(network, spec, weights)) or 'nothing'}")
     identity = {
+        "network": state_hash(network),
         "data": info.sha256,
         "parameters": description.parameters,
         "seed": description.seed,

@@ -8,7 +8,6 @@ Run: python -m stages.profile <variant>
 
 import gzip
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from stages.artifacts.artifact import DESCRIPTION, ONNX, load_classifier
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, sha256_of, write_csv, write_json
-from stages.common.params import load_params
+from stages.common.params import key_argument, load_params
 from stages.datasets.store import open_part, read_info
 from stages.export.session import open_session, session_logits, usable_cores
 from stages.networks.predict import predict_logits, top1
@@ -109,9 +108,7 @@ def profile(
 
 def main() -> None:
     params = load_params()
-    if len(sys.argv) != 2 or sys.argv[1] not in params.variants:
-        raise UserError(f"usage: python -m stages.profile <variant>, one of: {', '.join(params.variants)}")
-    variant = sys.argv[1]
+    variant = key_argument("variants", params.variants)
     threads = params.base.threads or usable_cores()
     torch.set_num_threads(threads)
     folder = paths.compressed(variant)

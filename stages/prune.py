@@ -8,8 +8,6 @@ next run goes on from the last finished epoch.
     python -m stages.prune <key>
 """
 
-import copy
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,16 @@ from stages.artifacts.artifact import Description, load_artifact, parent_of, sav
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.common.params import NoneContinued, NonePruner, Oto, Params, Unstructured, load_params
+from stages.common.params import (
+    NoneContinued,
+    NonePruner,
+    Oto,
+    Params,
+    Training,
+    Unstructured,
+    key_argument,
+    load_params,
+)
 from stages.datasets.store import Info, Part, open_part, read_info
 from stages.networks.build import NetworkSpec
 from stages.networks.layer_scale import fold_layer_scale
@@ -71,6 +78,11 @@ class Session:
         return self.params.prune[self.pruner_name]
 
     @property
+    def trained_spec(self) -> NetworkSpec:
+        """What a pruner that trains starts from: the dense network with its layer scale folded."""
+        return replace(self.parent.network, layer_scale_folded=True)
+
+    @property
     def seed(self) -> int:
         return self.params.seed_of(self.parent.model)
 
@@ -106,13 +118,15 @@ def prune(session: Session) -> Pruned:
     Raises:
         UserError: if the network cannot be pruned exactly or the target cannot be met.
     """
+    if isinstance(session.pruner, Training):
+        fold_layer_scale(session.dense)  # for all that train, or the control would have other parameters
     match session.pruner:
         case NonePruner():
             metrics = {"validation_top1": session.parent.metrics["validation_top1"]}
             return Pruned(session.dense, session.parent.network, metrics)
         case NoneContinued():
             trained = session.train(session.dense, None)
-            return Pruned(trained.network, session.parent.network, _metrics(trained), trained.curve)
+            return Pruned(trained.network, session.trained_spec, _metrics(trained), trained.curve)
         case Unstructured():
             return prune_unstructured(session)
         case Oto():
@@ -125,14 +139,12 @@ def prune_unstructured(session: Session) -> Pruned:
     keep.project(session.dense)
     trained = session.train(session.dense, keep)
     metrics = _metrics(trained) | {"sparsity": sparsity_of(trained.network)}
-    return Pruned(trained.network, session.parent.network, metrics, trained.curve)
+    return Pruned(trained.network, session.trained_spec, metrics, trained.curve)
 
 
 def prune_oto(session: Session) -> Pruned:
     """Drive channel groups to zero while training (HESSO), cut them out, and make sure that nothing changed."""
-    network, pruner = copy.deepcopy(session.dense), session.pruner
-    fold_layer_scale(network)
-    spec = replace(session.parent.network, layer_scale_folded=True)
+    network, pruner, spec = session.dense, session.pruner, session.trained_spec
     groups = channel_groups(network, session.parent.input_size)
     check_exact(network, spec, groups, session.parent.input_size)
     steps = steps_in(recipe_for(session.params.finetune, pruner), len(session.train_part))
@@ -190,9 +202,7 @@ def _count(network: nn.Module) -> int:
 
 def main() -> None:
     params = load_params()
-    key = sys.argv[1] if len(sys.argv) > 1 else ""
-    if key not in params.prunings:
-        raise UserError(f"{key!r}: not listed under prunings ({', '.join(params.prunings)})")
+    key = key_argument("prunings", params.prunings)
     folder = paths.dense(params.prunings[key].model)
     dense, parent = load_artifact(folder)
     refuse_unfit(folder, dense, parent, read_info(paths.IMAGES))

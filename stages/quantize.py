@@ -6,7 +6,6 @@ Out: `models/compressed/<variant>/` with `model.onnx`, whose top-1 on the valida
 Run: python -m stages.quantize <variant>
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from stages.artifacts.artifact import ONNX, Description, LayerStorage, load_artifact, parent_of, save_artifact
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
-from stages.common.params import Quantizer, load_params
+from stages.common.params import Quantizer, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits, usable_cores
@@ -27,6 +26,7 @@ from stages.networks.preprocess import Classifier
 from stages.quantization.dynamic import int8_dynamic
 
 LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
+ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
 BATCH = 256
 
 
@@ -44,7 +44,7 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
     """Compare the written `model.onnx` with the PyTorch classifier on validation images.
 
     Raises:
-        UserError: if their top-1 differ by more than `LARGEST_DIFFERENCE`.
+        UserError: if their top-1 differ by more than `LARGEST_DIFFERENCE`, and by more than `ALLOWED_IMAGES` images.
     """
     onnx_logits = session_logits(open_session(onnx, threads), part.images, batch_size)
     torch_logits = predict_logits(classifier, part.images, batch_size)
@@ -54,10 +54,12 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
         "validation_agreement": float(np.mean(onnx_logits.argmax(1) == torch_logits.argmax(1))),
         "n_validation": len(part),
     }
-    if abs(metrics["validation_top1"] - metrics["validation_top1_torch"]) > LARGEST_DIFFERENCE:
+    difference = abs(metrics["validation_top1"] - metrics["validation_top1_torch"])
+    if difference > LARGEST_DIFFERENCE and round(difference * len(part)) > ALLOWED_IMAGES:
         raise UserError(
             f"model.onnx has top-1 {metrics['validation_top1']:.2%} on the {len(part)} validation images, PyTorch"
-            f" {metrics['validation_top1_torch']:.2%}: more than {LARGEST_DIFFERENCE:.1%} apart, not saved"
+            f" {metrics['validation_top1_torch']:.2%}: more than {LARGEST_DIFFERENCE:.1%} apart, not saved; fp32 is the"
+            " quantizer that always agrees"
         )
     return metrics
 
@@ -112,9 +114,7 @@ def compress(
 
 def main() -> None:
     params = load_params()
-    if len(sys.argv) != 2 or sys.argv[1] not in params.variants:
-        raise UserError(f"usage: python -m stages.quantize <variant>, one of: {', '.join(params.variants)}")
-    variant = sys.argv[1]
+    variant = key_argument("variants", params.variants)
     pruning, quantizer = params.variants[variant].pruning, params.variants[variant].quantizer
     threads = params.base.threads or usable_cores()
     torch.set_num_threads(threads)

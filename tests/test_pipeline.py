@@ -116,7 +116,8 @@ def test_a_queued_change_of_one_pruner_runs_its_own_code_and_its_branch_alone(ch
     ]
     shown = call("dvc", "exp", "show", "--csv", "--rev", "HEAD", cwd=checkout)
     assert "sparser" in shown
-    sparser = json.loads(call("git", "show", "sparser:reports/variants.json", cwd=checkout))
+    commit = call("git", "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/sparser", cwd=checkout).strip()
+    sparser = json.loads(call("git", "show", f"{commit}:reports/variants.json", cwd=checkout))
     dense, small = json.loads((checkout / "reports/variants.json").read_text())
     assert sparser[0]["top1"] == dense["top1"]
     assert sparser[1]["params"] < small["params"]

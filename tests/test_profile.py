@@ -116,5 +116,5 @@ def test_a_model_onnx_of_another_artifact_is_refused(project, monkeypatch):
 
 
 def test_an_unlisted_variant_is_refused(project, monkeypatch):
-    with pytest.raises(UserError, match="usage: python -m stages"):
+    with pytest.raises(UserError, match="give one entry of variants"):
         run(monkeypatch, "toy-none-int4")

@@ -113,7 +113,7 @@ def test_a_missing_parent_is_named(unquantized, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [[], ["toy-none-int4"], [FP32, INT8]])
 def test_an_unlisted_variant_is_refused_with_the_listed_ones(unquantized, monkeypatch, arguments):
-    with pytest.raises(UserError, match=f"one of: {FP32}, {INT8}"):
+    with pytest.raises(UserError, match=f"give one entry of variants: {FP32}, {INT8}"):
         run(monkeypatch, *arguments)
 
 

@@ -30,6 +30,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _partial(path)
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
 
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
@@ -84,6 +84,12 @@ class Finetune(Section):
     """Exponential moving average of the weights; 0 switches it off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
+    @model_validator(mode="after")
+    def mixing_pairs_images(self) -> "Finetune":
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"batch_size = {self.batch_size}: mixup and cutmix pair images, so it must be even")
+        return self
+
 
 class NonePruner(Section):
     method: Literal["none"]
@@ -95,6 +101,11 @@ class Training(Section):
     epochs: Count
     learning_rate_factor: Positive
     """Times `finetune`'s learning rates, at the peak of the schedule."""
+
+    @property
+    def budget(self) -> tuple[int, float]:
+        """What two pruners must share to be compared."""
+        return self.epochs, self.learning_rate_factor
 
 
 class NoneContinued(Training):
@@ -137,7 +148,7 @@ class Oto(Training):
 class Unstructured(Training):
     method: Literal["l1_unstructured", "random_unstructured"]
     sparsity: Fraction
-    scope: Literal["global", "layer"] = "global"
+    scope: Literal["global", "layer"] = "layer"
 
 
 class Fp32(Section):
@@ -217,10 +228,13 @@ def load_params(path: Path = paths.PARAMS) -> Params:
         UserError: with one line for each problem: the key's path, the value given, what is allowed.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # YAML 1.2, as DVC reads and writes it: to PyYAML's 1.1, 5e-05 is a text
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.absolute()} is missing: run from the top folder or from profiles/<name>") from None
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections (a mapping), not {type(raw).__name__}")
@@ -296,12 +310,13 @@ def _broken_references(params: Params) -> list[str]:
                 " variants"
             )
         pruners = [params.prune[p.pruner] for p in params.prunings.values() if p.model == model]
-        trained = {p.epochs for p in pruners if isinstance(p, Training) and p.method != "none_continued"}
-        control = {p.epochs for p in pruners if p.method == "none_continued"}
-        if missing := sorted(trained - control):
+        trained = {p.budget for p in pruners if isinstance(p, Training) and p.method != "none_continued"}
+        control = {p.budget for p in pruners if p.method == "none_continued"}
+        for epochs, factor in sorted(trained - control):
             problems.append(
-                f"models.{model}: pruners train for {missing[0]} more epochs, so a none_continued pruner with"
-                f" epochs: {missing[0]} must be listed for it (the control: the same steps without pruning)"
+                f"models.{model}: a pruner trains for {epochs} more epochs at learning_rate_factor {factor}, so a"
+                " none_continued pruner with the same two must be listed for it (the control: the same steps without"
+                " pruning)"
             )
     return problems
 
@@ -344,6 +359,18 @@ def _known_keys(where: list[str]) -> str:
         section = field.annotation
     near = difflib.get_close_matches(where[-1], section.model_fields, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(section.model_fields)}"
+
+
+def key_argument(section: str, known: dict[str, Any]) -> str:
+    """The entry of `section` that the command line names.
+
+    Raises:
+        UserError: if it names none, or one that is not listed.
+    """
+    if len(sys.argv) == 2 and sys.argv[1] in known:
+        return sys.argv[1]
+    given = " ".join(sys.argv[1:])
+    raise UserError(f"{given!r}: give one entry of {section}: {', '.join(known)}")
 
 
 def plan(params: Params) -> str:

@@ -73,7 +73,18 @@ def _float_model(classifier: Classifier, image_size: int) -> onnx.ModelProto:
     for name, module in list(twin.named_modules()):
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             replace_module(twin, name, _GlobalMean())
-    program = torch.onnx.export(
+    try:
+        program = _exported(twin, image_size)
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{type(classifier.network).__name__} cannot be exported to ONNX: {reason}") from None
+    model = program.model_proto
+    _strip(model)
+    return model
+
+
+def _exported(twin: nn.Module, image_size: int) -> torch.onnx.ONNXProgram:
+    return torch.onnx.export(
         twin,
         (torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8),),  # 2: the exporter fixes an axis of length 1
         dynamo=True,
@@ -84,9 +95,6 @@ def _float_model(classifier: Classifier, image_size: int) -> onnx.ModelProto:
         external_data=False,
         verbose=False,
     )
-    model = program.model_proto
-    _strip(model)
-    return model
 
 
 def _with_int8_layers(model: onnx.ModelProto, layers: dict[str, dict[str, torch.Tensor]]) -> onnx.ModelProto:

@@ -1,5 +1,6 @@
 """Build any timm or torchvision classifier by name, at the widths that pruning left, with or without weights."""
 
+import hashlib
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,6 +58,14 @@ def build_network(spec: NetworkSpec) -> nn.Module:
     return network
 
 
+def state_hash(network: nn.Module) -> str:
+    """sha256 over all tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[str]:
     """Load `pretrained` weights from the library's hub, or those of a file, in place.
 
@@ -95,7 +104,7 @@ def _construct(spec: NetworkSpec) -> nn.Module:
         if spec.library == "timm":
             return _timm_model(spec, num_classes=spec.classes)
         return torchvision.models.get_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever a constructor stumbles over
         raise UserError(
             f"{spec.library} {spec.architecture} does not take arguments {spec.arguments}:"
             f" {error or type(error).__name__}"

@@ -39,6 +39,7 @@ class Classifier(nn.Module):
     def __init__(self, preprocess: Preprocess, network: nn.Module) -> None:
         super().__init__()
         self.preprocess, self.network = preprocess, network
+        self.training = network.training
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(self.preprocess(pixels))

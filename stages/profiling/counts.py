@@ -10,7 +10,7 @@ times its weight bits times its activation bits (arXiv 1804.10969, without the a
 from dataclasses import dataclass
 
 import torch
-from timm.layers import LayerScale
+from timm.layers import LayerScale, LayerScale2d
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -36,6 +36,7 @@ ELEMENTWISE = (
     CountingLayerNorm,
     GlobalResponseNorm,
     LayerScale,
+    LayerScale2d,
     ConvNeXtBlock,  # layer scale
     CNBlock,  # layer scale
     VisionTransformer,  # class token and positions

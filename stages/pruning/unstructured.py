@@ -35,15 +35,26 @@ def zeros_of(network: nn.Module, pruner: Unstructured, seed: int) -> dict[str, t
 
     Returns:
         For each weight by name, bool of its shape: True where it is to be zero.
+
+    Raises:
+        UserError: if no weight of some layer would be left: nothing passes such a layer, nor any gradient to train it.
     """
     weights = {name: weight.cpu() for name, weight in prunable_weights(network).items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if pruner.scope == "layer":
-            return {name: _chosen(weight, pruner) for name, weight in weights.items()}
-        row = _chosen(torch.cat([weight.flatten() for weight in weights.values()]), pruner)
-        parts = row.split([weight.numel() for weight in weights.values()])
-        return {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+            zeros = {name: _chosen(weight, pruner) for name, weight in weights.items()}
+        else:
+            row = _chosen(torch.cat([weight.flatten() for weight in weights.values()]), pruner)
+            parts = row.split([weight.numel() for weight in weights.values()])
+            zeros = {name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), parts, strict=True)}
+    if emptied := [name.removesuffix(".weight") for name, mask in zeros.items() if mask.all()]:
+        remedy = "lower sparsity" + (", or set scope: layer" if pruner.scope == "global" else "")
+        raise UserError(
+            f"sparsity {pruner.sparsity} leaves no weight in {', '.join(emptied[:3])}"
+            f"{f' and {len(emptied) - 3} more layers' if len(emptied) > 3 else ''}: {remedy}"
+        )
+    return zeros
 
 
 def _chosen(weight: torch.Tensor, pruner: Unstructured) -> torch.Tensor:

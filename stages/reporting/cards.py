@@ -3,18 +3,20 @@
 import yaml
 
 from stages.reporting.inputs import Run
-from stages.reporting.rows import Group, group_of
+from stages.reporting.rows import Group, control_of, group_of
+from stages.reporting.statistics import PairedDifference
 from stages.reporting.text import bytes_text, count_text, ms_text, p_equals, percent_text, points_text, ratio_text
 
 LOADING = """\
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 classes = {classes}
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-image = Image.open("picture.jpg").convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR)
-pixels = np.asarray(image, np.uint8)[None]  # [1, {size}, {size}, 3]; scaling and normalisation are in the model
+image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")  # upright
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)  # white under what is transparent
+pixels = np.asarray(image.convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR))[None]  # uint8 NHWC
 logits = session.run(None, {{"pixels": pixels}})[0][0]
 print(classes[int(logits.argmax())])
 """
@@ -58,7 +60,6 @@ def _metadata(run: Run, row: dict) -> dict:
         "license": "other",
         "license_name": "see-the-section-licences",
         "tags": ["edge", "model-compression", "onnxruntime", row["pruner"], row["quantizer"]],
-        "datasets": [profile["data_name"]],
         "metrics": ["accuracy"],
         "model-index": [
             {
@@ -84,14 +85,19 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
         f" {percent_text(row['top1_ci_low'], 2)} to {percent_text(row['top1_ci_high'], 2)}, n = {row['n_test']:,}) |",
     ]
     group = groups[group_of(run.params, row["variant"])]
-    if row["top1_delta"] is not None:
+    seeds = len(group.variants)
+    pooled = f", pooled over {seeds} seeds" if seeds > 1 else ""
+    baseline, control = run.params.baseline_of(row["variant"]), control_of(run.params, row["variant"])
+    if group.difference is not None:
+        lines.append(f"| against {baseline}{pooled} | {_difference(group.difference, group.p_value)} |")
+    if group.control is not None:
         lines.append(
-            f"| against {run.params.baseline_of(row['variant'])} | {points_text(row['top1_delta'], 2)} points"
-            f" (paired exact test, Holm-corrected p {p_equals(row['p_value'])}) |"
+            f"| against {control}, the control that trained as long{pooled} |"
+            f" {_difference(group.control, group.control_p_value)} |"
         )
     if group.top1_deviation is not None:
         lines.append(
-            f"| over {len(group.variants)} seeds | {percent_text(group.top1, 2)} \N{PLUS-MINUS SIGN}"
+            f"| over {seeds} seeds | {percent_text(group.top1, 2)} \N{PLUS-MINUS SIGN}"
             f" {100 * group.top1_deviation:.2f} (standard deviation) |"
         )
     lines += [
@@ -106,12 +112,17 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
     return "\n".join(lines)
 
 
+def _difference(difference: PairedDifference, p_value: float) -> str:
+    delta, low, high = (points_text(value, 2) for value in (difference.delta, difference.low, difference.high))
+    return f"{delta} points [{low}, {high}] (paired exact test, Holm-corrected p {p_equals(p_value)})"
+
+
 def _data(run: Run, row: dict) -> str:
     profile = run.variants[row["variant"]].profile
     return (
         f"{profile['data_name']} (source: {profile['data_source']}), {profile['image_size']} px, sha256"
         f" `{profile['data_sha256']}`. Epochs and variants were chosen on a validation part of the training data; the"
-        f" {row['n_test']:,} test images were read once, for the figures above."
+        f" {row['n_test']:,} test images had no part in training or choice."
     )
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from stages.common.params import NoneContinued, Params, Training
+from stages.common.params import Params
 from stages.reporting.inputs import Run
-from stages.reporting.rows import Group, compare, model_family
-from stages.reporting.statistics import holm, paired_difference
+from stages.reporting.rows import Group, control_of, is_control, model_family
+from stages.reporting.statistics import PairedDifference, holm, paired_difference
 from stages.reporting.text import p_text
 
 HOLDS = "holds"
@@ -33,6 +33,8 @@ class Claim:
     check: str
     pruners: tuple[str, ...] = ()
     quantizers: tuple[str, ...] = ()
+    tolerance_there: float | None = None
+    operating_point: float | None = None
     there: str = ""
     honest: str = ""
 
@@ -82,11 +84,14 @@ def assess(claims: list[Claim], run: Run, rows: list[dict], groups: dict[str, Gr
     return entries
 
 
-def verdict_at_least(published: float, tolerance: float, as_counted_there: float, honest: float) -> str:
-    """An effect of at least the published size, less the tolerance."""
+def verdict_at_least(
+    published: float, tolerance: float, as_counted_there: float, honest: float, tolerance_there: float | None = None
+) -> str:
+    """An effect of at least the published size, less the tolerance (`tolerance_there` where it is given)."""
     if honest >= published - tolerance:
         return HOLDS
-    return ONLY_AS_COUNTED if as_counted_there >= published - tolerance else FAILS
+    least = published - (tolerance if tolerance_there is None else tolerance_there)
+    return ONLY_AS_COUNTED if as_counted_there >= least else FAILS
 
 
 def verdict_at_most(limit: float, as_counted_there: float, honest: float) -> str:
@@ -113,23 +118,50 @@ def _mean_reduction(group: Group, key: str, params: Params, rows: dict[str, dict
     return float(np.mean([1 - rows[v][key] / rows[params.baseline_of(v)][key] for v in group.variants]))
 
 
-def _reduction(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
-    matching = _matching(claim, run, groups)
-    if not matching:
-        return _absent(claim)
-    largest = max(matching, key=lambda group: _mean_reduction(group, claim.there, run.params, rows))
-    there = _mean_reduction(largest, claim.there, run.params, rows)
-    honest = _mean_reduction(largest, claim.honest, run.params, rows)
-    how = (
-        f"1 - {claim.there} / {claim.there} of the dense float variant ({claim.counted_there}); honestly the same with"
-        f" {claim.honest}. The largest reduction in the run{_over_seeds(largest)}; may fall short by"
-        f" {claim.tolerance:g}."
+def _operating_group(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Group | None:
+    """The one group that answers: nearest the study's operating point, else the largest reduction; None without any."""
+    matching, params = _matching(claim, run, groups), run.params
+    if claim.operating_point is None:
+        return max(matching, key=lambda group: _mean_reduction(group, claim.there, params, rows), default=None)
+
+    def distance(group: Group) -> float:
+        return abs(_mean_reduction(group, "artifact_bytes", params, rows) - claim.operating_point)
+
+    return min(matching, key=distance, default=None)
+
+
+def _choice(claim: Claim, group: Group, run: Run, rows: dict[str, dict]) -> str:
+    """In a sentence: which variant answers, why this one, and what it does to accuracy."""
+    weights = _mean_reduction(group, "artifact_bytes", run.params, rows)
+    why = (
+        "the largest reduction in the run"
+        if claim.operating_point is None
+        else f"whose saved weights shrink by {weights:.1%}, the nearest to the study's {claim.operating_point:.1%}"
     )
-    verdict = verdict_at_least(claim.published, claim.tolerance, there, honest)
-    return Finding(verdict, how, there, honest, tuple(largest.variants))
+    return f"Variant: {group.name}{_over_seeds(group)}, {why}; its top-1 less that of dense: {_of(group.difference)}."
+
+
+def _reduction(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
+    group = _operating_group(claim, run, rows, groups)
+    if group is None:
+        return _absent(claim)
+    there, honest, onnx = (
+        _mean_reduction(group, key, run.params, rows) for key in (claim.there, claim.honest, "size_bytes")
+    )
+    how = f"1 - {claim.there} / {claim.there} of the dense float variant ({claim.counted_there}), which"
+    if claim.there == claim.honest:
+        how += f" may fall short by {claim.tolerance:g}; model.onnx shrinks by {onnx:.1%}."
+    else:
+        how += (
+            f" may fall short by {claim.tolerance_there or claim.tolerance:g}; honestly the same with {claim.honest},"
+            f" which may fall short by {claim.tolerance:g}."
+        )
+    verdict = verdict_at_least(claim.published, claim.tolerance, there, honest, claim.tolerance_there)
+    return Finding(verdict, f"{how} {_choice(claim, group, run, rows)}", there, honest, tuple(group.variants))
 
 
 def _limited_reduction(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
+    """As counted there by MACs, which cannot fall; honestly by time."""
     matching = _matching(claim, run, groups)
     if not matching:
         return _absent(claim)
@@ -137,63 +169,61 @@ def _limited_reduction(claim: Claim, run: Run, rows: dict[str, dict], groups: di
     honest = max(_mean_reduction(group, claim.honest, run.params, rows) for group in matching)
     variants = tuple(variant for group in matching for variant in group.variants)
     zeros = max(1 - rows[v]["params_nonzero"] / rows[v]["params"] for v in variants)
-    times = [rows[v]["latency_ms_p50"] / rows[run.params.baseline_of(v)]["latency_ms_p50"] for v in variants]
     how = (
-        f"Share of {claim.honest} gone: dense hardware multiplies zeros too. Up to {zeros:.0%} of the weights are zero,"
-        f" and median latency is {min(times):.2f} to {max(times):.2f} times the dense variant's. Limited is read as at"
-        f" most {claim.tolerance:g}."
+        f"As counted there the share of {claim.there} gone, which says little: MACs count zeros by definition. Honestly"
+        f" the share of median latency gone, {honest:.1%} at most, with up to {zeros:.0%} of the weights zero. Limited"
+        f" is read as at most {claim.tolerance:g}."
     )
     return Finding(verdict_at_most(claim.tolerance, there, honest), how, there, honest, variants)
 
 
 def _accuracy_gain(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
     """Against dense as counted there; honestly against the control that trained for the same extra steps."""
-    matching = _matching(claim, run, groups)
-    if not matching:
+    group = _operating_group(claim, run, rows, groups)
+    if group is None:
         return _absent(claim)
-    params = run.params
-    smallest = min(matching, key=lambda group: float(np.mean([rows[v]["size_bytes"] for v in group.variants])))
-    dense = compare(run, [(v, params.baseline_of(v)) for v in smallest.variants])
-    controls = {variant: _control_of(params, variant) for variant in smallest.variants}
-    if not all(controls.values()):
-        how = (
-            "Top-1 of the smallest such variant less that of dense"
-            f" ({_signed(dense.delta)}); the control that trains as long without pruning is not among the variants."
-        )
-        return Finding(NOT_TESTED, how, dense.delta, None, tuple(smallest.variants))
-    control = compare(run, list(controls.items()))
+    params, dense, control = run.params, group.difference, group.control
+    choice = _choice(claim, group, run, rows)
+    dense_top1 = float(np.mean([rows[params.baseline_of(v)]["top1"] for v in group.variants]))
+    if 1 - dense_top1 < claim.published - claim.tolerance:
+        how = f"Dense has top-1 {dense_top1:.2%}, so there is no room to gain {_signed(claim.published)}. {choice}"
+        return Finding(NOT_TESTED, how, dense.delta, None, tuple(group.variants))
+    if control is None:
+        how = f"The control that trains as long without pruning is not among the variants. {choice}"
+        return Finding(NOT_TESTED, how, dense.delta, None, tuple(group.variants))
     corrected = holm({"dense": dense.p_value, "control": control.p_value})
-    sure = corrected["control"] < 1 - params.report.confidence
-    honest = control.delta if sure else min(control.delta, 0.0)  # a gain that may be chance is none
-    holds = verdict_at_least(claim.published, claim.tolerance, dense.delta, honest)
-    how = (
-        f"Top-1 less that of dense, {claim.counted_there}: {_signed(dense.delta)}"
-        f" [{_signed(dense.low)}, {_signed(dense.high)}], p = {p_text(corrected['dense'])}. Honestly less that of the"
-        f" control (none_continued, the same extra steps without pruning): {_signed(control.delta)}"
-        f" [{_signed(control.low)}, {_signed(control.high)}], p = {p_text(corrected['control'])}."
-        f" n = {dense.n} test images, paired, exact, Holm over the two; the smallest such variant"
-        f"{_over_seeds(smallest)}; may fall short by {claim.tolerance:g}."
+
+    def sure(difference: PairedDifference, p_value: float) -> float:
+        """The gain; one that may be chance is none."""
+        return difference.delta if p_value < 1 - params.report.confidence else min(difference.delta, 0.0)
+
+    verdict = verdict_at_least(
+        claim.published, claim.tolerance, sure(dense, corrected["dense"]), sure(control, corrected["control"])
     )
-    return Finding(holds, how, dense.delta, control.delta, (*smallest.variants, *dict.fromkeys(controls.values())))
+    how = (
+        f"Top-1 less that of dense, {claim.counted_there}: {_of(dense)}, p = {p_text(corrected['dense'])}. Honestly"
+        f" less that of the control (none_continued, the same extra steps without pruning): {_of(control)},"
+        f" p = {p_text(corrected['control'])}. n = {dense.n} test images, paired, exact, Holm over the two. Either gain"
+        f" counts only with p below {1 - params.report.confidence:.2g}, and may fall short by {claim.tolerance:g}."
+    )
+    if len(group.variants) == 1:
+        how += " One seed: the test covers other test images, not training again."
+    controls = dict.fromkeys(control_of(params, variant) for variant in group.variants)
+    return Finding(verdict, f"{how} {choice}", dense.delta, control.delta, (*group.variants, *controls))
 
 
 def _combination(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
-    """How much smaller the combination is than the smaller of its parts, and what it costs beyond the two."""
-    params, found = run.params, []
-    for group in _matching(claim, run, groups):
-        pruner = params.pruner_of(group.variants[0])
-        family = model_family(params, params.model_of(group.variants[0]))
-        floats = [name for name, q in params.quantize.items() if q.method == "fp32"]
-        quantizer = params.variants[group.variants[0]].quantizer
-        pruned = next((f"{family}-{pruner}-{q}" for q in floats if f"{family}-{pruner}-{q}" in groups), None)
-        quantized = f"{family}-none-{quantizer}"
-        if pruned and quantized in groups and _same_models(params, groups, group, pruned, quantized):
-            found.append((group, groups[pruned], groups[quantized]))
-    if not found:
+    """How much smaller the combination is than the smaller of its parts, and what it costs beyond the two.
+
+    The p-value of the accuracy's interaction is approximate: an image's contrast of four outcomes runs from -2 to 2,
+    and that its sign is as likely either way does not follow from there being no interaction.
+    """
+    params = run.params
+    both = _operating_group(claim, run, rows, groups)
+    parts = None if both is None else _parts(both, params, groups)
+    if parts is None:
         return _absent(claim, "each technique alone")
-    both, pruned, quantized = min(
-        found, key=lambda parts: float(np.mean([rows[v][claim.honest] for v in parts[0].variants]))
-    )
+    pruned, quantized = parts
 
     def beyond(key: str) -> float:
         sizes = [float(np.mean([rows[v][key] for v in group.variants])) for group in (both, pruned, quantized)]
@@ -215,24 +245,41 @@ def _combination(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str
     accuracy = paired_difference(interaction, len(both.variants), params.report.confidence)
     there, honest = beyond(claim.there), beyond(claim.honest)
     how = (
-        f"Share by which the combination is smaller than the smaller of its parts. In log size it gives"
+        f"Share by which the combination's {claim.honest} are fewer than those of the smaller of its parts; in bytes of"
+        f" model.onnx {beyond('size_bytes'):.1%}. In log size it gives"
         f" {2 ** log_ratio(both):.2f}x, its parts {2 ** log_ratio(pruned):.2f}x and {2 ** log_ratio(quantized):.2f}x:"
         f" {abs(extra):.2f} bits {'more' if extra > 0 else 'less'} than their sum. Top-1 beyond the sum of both"
-        f" changes:"
-        f" {_signed(accuracy.delta)} [{_signed(accuracy.low)}, {_signed(accuracy.high)}], p ="
-        f" {p_text(accuracy.p_value)}{_over_seeds(both)}."
+        f" changes: {_of(accuracy)}, p = {p_text(accuracy.p_value)} (approximate). {_choice(claim, both, run, rows)}"
     )
     verdict = HOLDS if honest > claim.tolerance else ONLY_AS_COUNTED if there > claim.tolerance else FAILS
     return Finding(verdict, how, there, honest, (*both.variants, *pruned.variants, *quantized.variants))
 
 
+def _parts(both: Group, params: Params, groups: dict[str, Group]) -> tuple[Group, Group] | None:
+    """The groups with only its pruner and with only its quantizer, of the same models; None where one is missing."""
+    first = both.variants[0]
+    family, pruner = model_family(params, params.model_of(first)), params.pruner_of(first)
+    floats = [f"{family}-{pruner}-{name}" for name, quantizer in params.quantize.items() if quantizer.method == "fp32"]
+    pruned = next((name for name in floats if name in groups), None)
+    quantized = f"{family}-none-{params.variants[first].quantizer}"
+    if pruned is None or quantized not in groups or not _same_models(params, groups, both, pruned, quantized):
+        return None
+    return groups[pruned], groups[quantized]
+
+
 def _pretraining(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
-    """Does compression cost a pre-trained network less accuracy than the same network trained from scratch?"""
+    """Does compression cost a pre-trained network less accuracy than the same network trained from scratch?
+
+    The controls (`none_continued`, float) are left out: nothing is compressed in them. The p-value is approximate, as
+    an image's contrast of four outcomes runs from -2 to 2 for each pair.
+    """
     params = run.params
     pairs = []
     for variant in run.variants:
         model = params.model_of(variant)
         if params.models[model].weights == "none" or variant == params.baseline_of(variant):
+            continue
+        if is_control(params, variant):
             continue
         for scratch in params.models:
             other = f"{scratch}-{params.pruner_of(variant)}-{params.variants[variant].quantizer}"
@@ -250,9 +297,8 @@ def _pretraining(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str
     gain = paired_difference(differences, len(pairs), params.report.confidence)
     sure = gain.p_value < 1 - params.report.confidence
     how = (
-        f"Change of top-1 under compression, pre-trained less from scratch, mean of {len(pairs)} pairs:"
-        f" {_signed(gain.delta)} [{_signed(gain.low)}, {_signed(gain.high)}], p = {p_text(gain.p_value)}; holds if"
-        " above 0 and sure."
+        f"Change of top-1 under compression, pre-trained less from scratch, mean of {len(pairs)} pairs: {_of(gain)},"
+        f" p = {p_text(gain.p_value)} (approximate); holds if above 0 and sure."
     )
     verdict = HOLDS if gain.delta > 0 and sure else FAILS
     return Finding(verdict, how, gain.delta, gain.delta, tuple(dict.fromkeys(name for pair in pairs for name in pair)))
@@ -260,22 +306,6 @@ def _pretraining(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str
 
 def _camera(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
     return Finding(NOT_TESTED, f"Published for {claim.counted_there}; this run used stored test images and no camera.")
-
-
-def _control_of(params: Params, variant: str) -> str | None:
-    """The float `none_continued` variant of the same model that trained for as many extra epochs; None without one."""
-    model, pruner = params.model_of(variant), params.prune[params.pruner_of(variant)]
-    for name in params.variants:
-        control = params.prune[params.pruner_of(name)]
-        if (
-            params.model_of(name) == model
-            and isinstance(control, NoneContinued)
-            and isinstance(pruner, Training)
-            and control.epochs == pruner.epochs
-            and params.quantize[params.variants[name].quantizer].method == "fp32"
-        ):
-            return name
-    return None
 
 
 def _same_models(params: Params, groups: dict[str, Group], group: Group, *others: str) -> bool:
@@ -299,6 +329,10 @@ def _over_seeds(group: Group) -> str:
 
 def _signed(fraction: float) -> str:
     return f"{100 * fraction:+.2f} points"
+
+
+def _of(difference: PairedDifference) -> str:
+    return f"{_signed(difference.delta)} [{_signed(difference.low)}, {_signed(difference.high)}]"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -30,6 +30,8 @@ EDGE_NUMBERS = (
     "latency_ms_p95",
     "latency_ms_min",
     "latency_ratio",
+    "latency_ratio_low",
+    "latency_ratio_high",
     "load_ms",
     "first_inference_ms",
     "peak_rss_bytes",

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.common.params import Training
 from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
 from stages.reporting.inputs import Run
-from stages.reporting.plots import Picture
-from stages.reporting.rows import Choices, Group, small_dense
+from stages.reporting.plots import Picture, confusion_counts, worst_classes
+from stages.reporting.rows import Choices, Group, control_of, is_control, small_dense
+from stages.reporting.statistics import PairedDifference
 from stages.reporting.tables import confusion_rows
 from stages.reporting.text import (
+    allowance_text,
     bytes_text,
     claim_text,
     count_text,
@@ -37,8 +40,8 @@ class Cell:
 
     text: str
     key: float | str
-    small: str = ""
-    """A second line: the interval, the p-value or the visible count."""
+    small: tuple[str, ...] = ()
+    """Lines below it: the interval, the p-value or the visible count."""
 
 
 def render_page(
@@ -72,10 +75,12 @@ def render_page(
         alternatives=_alternatives(run, by_name, choices),
         busy=bool(run.edge.get("busy")),
         columns=COLUMNS,
-        variants=[(row, _cells(run, row), row["variant"] == choices.headline) for row in rows],
+        variants=[(row, _cells(run, row, groups[row["group"]]), row["variant"] == choices.headline) for row in rows],
+        several_threads=(run.edge.get("protocol") or {}).get("threads", 1) > 1,
         groups=_seed_rows(groups),
         eager=[(model, ms_text(row["latency_ms_p50"])) for model, row in run.eager.items()],
         pictures=pictures,
+        networks=list(dict.fromkeys(model.architecture for model in run.params.models.values())),
         claims=_claims(claims),
         verdict_class=VERDICT_CLASS,
         confusion=confusion_rows(run, choices.headline) if len(run.classes) <= CONFUSION_TABLE else [],
@@ -97,17 +102,7 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
     baseline = rows[run.params.baseline_of(choices.headline)]
     group = groups[row["group"]]
     drop = run.params.report.headline_max_drop
-    if row["top1_delta"] is None:
-        change = "It is the dense network itself: no smaller variant stayed within the allowed drop."
-    else:
-        difference = group.difference
-        sure = row["p_value"] < 1 - run.params.report.confidence
-        change = (
-            f"{points_text(group.difference.delta)} points against the dense network"
-            f" [{points_text(difference.low)}, {points_text(difference.high)}], same test images, p"
-            f" {p_equals(row['p_value'])}: "
-            + ("a real difference." if sure else "no difference that this many images could show.")
-        )
+    dense = "the best dense network's" if len(run.params.models) > 1 else "the dense network's"
     if group.top1_deviation is None:
         spread = "one seed, so the spread of training again is not known"
     else:
@@ -119,7 +114,7 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
     interval = f"[{percent_text(row['top1_ci_low'])}, {percent_text(row['top1_ci_high'])}], n = {row['n_test']:,}"
     return {
         "variant": choices.headline,
-        "rule": f"the smallest file whose validation top-1 is at most {_points(drop)} under its dense network's",
+        "rule": f"the smallest file whose validation top-1 is at most {allowance_text(drop)} under {dense}",
         "figures": [
             (
                 "size",
@@ -134,9 +129,40 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
             ),
             ("test top-1", percent_text(row["top1"]), f"{interval}; dense: {percent_text(baseline['top1'])}"),
         ],
-        "change": change,
+        "change": _change(run, group, choices.headline),
         "spread": spread,
     }
+
+
+def _change(run: Run, group: Group, variant: str) -> str:
+    """What the variant gives up or gains, and how much of that is compression rather than more training."""
+    if group.difference is None:
+        others = any(name != run.params.baseline_of(name) for name in run.variants)
+        return "It is the dense network itself" + (
+            ": no smaller variant stayed within the allowed drop." if others else "; the run has no compressed variant."
+        )
+    pooled = f", pooled over {len(group.variants)} seeds" if len(group.variants) > 1 else ""
+
+    def words(difference: PairedDifference, p_value: float, other: str) -> str:
+        sure = p_value < 1 - run.params.report.confidence
+        return (
+            f"{points_text(difference.delta)} points against {other} [{points_text(difference.low)},"
+            f" {points_text(difference.high)}], same test images{pooled}, p {p_equals(p_value)}: "
+            + ("more than chance explains." if sure else "no difference that this many images could show.")
+        )
+
+    change = words(group.difference, group.p_value, "the dense network")
+    if group.control is not None:
+        control = f"the control ({control_of(run.params, variant)}), which trained for as long without compression"
+        return (
+            f"{change} {words(group.control, group.control_p_value, control)}"
+            " Only the second is the doing of compression; the first holds the longer training too."
+        )
+    if is_control(run.params, variant):
+        return f"{change} It is not compressed: it only trained longer."
+    if isinstance(run.params.prune[run.params.pruner_of(variant)], Training):
+        return f"{change} It trained longer than dense; the control that tells how much that does is not in the run."
+    return change
 
 
 def _alternatives(run: Run, rows: dict[str, dict], choices: Choices) -> list[tuple[str, str, str]]:
@@ -165,33 +191,59 @@ def _alternatives(run: Run, rows: dict[str, dict], choices: Choices) -> list[tup
 COLUMNS = (
     ("variant", "Variant", ""),
     ("top1", "Top-1", "test accuracy of model.onnx, with its interval"),
-    ("top1_delta", "Change", "points against the dense network of the same model and seed; corrected p-value"),
+    (
+        "top1_delta",
+        "Change",
+        "points against the dense network of the same model and seed; last line: against the control",
+    ),
     ("size_bytes", "Size", "model.onnx; below it, under gzip"),
     ("params", "Parameters", "the truth; below it, what parameters() shows"),
     ("macs", "MACs", "the truth for one image; below it, what thop shows"),
     ("latency_ms_p50", "Latency", "median at batch 1; below it, the 95th percentile"),
-    ("latency_ratio", "Speed-up", "over the dense network in PyTorch eager"),
+    ("latency_ratio", "Speed-up", "over the dense network in PyTorch eager; below it, its interval over rounds"),
     ("peak_rss_bytes", "Memory", "peak resident; below it, the time to load"),
 )
 """Key, heading and explanation of each column of the variant table."""
 
 
-def _cells(run: Run, row: dict) -> list[Cell]:
-    delta = row["top1_delta"]
+def _cells(run: Run, row: dict, group: Group) -> list[Cell]:
+    edge = run.variants[row["variant"]].edge
     return [
         Cell(
             percent_text(row["top1"]),
             row["top1"],
-            f"{100 * row['top1_ci_low']:.1f} to {100 * row['top1_ci_high']:.1f}",
+            (f"{100 * row['top1_ci_low']:.1f} to {100 * row['top1_ci_high']:.1f}",),
         ),
-        Cell("baseline", 0.0) if delta is None else Cell(points_text(delta), delta, f"p {p_equals(row['p_value'])}"),
-        Cell(bytes_text(row["size_bytes"]), row["size_bytes"], f"gzip {bytes_text(row['size_gzip_bytes'])}"),
-        Cell(count_text(row["params"]), row["params"], f"visible {count_text(row['params_visible'])}"),
-        Cell(count_text(row["macs"]), row["macs"], f"visible {count_text(row['macs_visible'])}"),
-        Cell(ms_text(row["latency_ms_p50"]), row["latency_ms_p50"], f"p95 {ms_text(row['latency_ms_p95'])}"),
-        Cell(ratio_text(row["latency_ratio"]), row["latency_ratio"]),
-        Cell(bytes_text(row["peak_rss_bytes"]), row["peak_rss_bytes"], f"load {ms_text(row['load_ms'])}"),
+        _change_cell(row, group),
+        Cell(bytes_text(row["size_bytes"]), row["size_bytes"], (f"gzip {bytes_text(row['size_gzip_bytes'])}",)),
+        Cell(count_text(row["params"]), row["params"], (f"visible {count_text(row['params_visible'])}",)),
+        Cell(count_text(row["macs"]), row["macs"], (f"visible {count_text(row['macs_visible'])}",)),
+        Cell(ms_text(row["latency_ms_p50"]), row["latency_ms_p50"], (f"p95 {ms_text(row['latency_ms_p95'])}",)),
+        Cell(
+            ratio_text(row["latency_ratio"]),
+            row["latency_ratio"],
+            (f"{edge['latency_ratio_low']:.2f} to {edge['latency_ratio_high']:.2f}",),
+        ),
+        Cell(bytes_text(row["peak_rss_bytes"]), row["peak_rss_bytes"], (f"load {ms_text(row['load_ms'])}",)),
     ]
+
+
+def _change_cell(row: dict, group: Group) -> Cell:
+    """The variant's own change; below it the tests, which are the group's where it has several seeds."""
+    if row["top1_delta"] is None:
+        return Cell("baseline", 0.0)
+    seeds = len(group.variants)
+    pooled = f" ({seeds} seeds)" if seeds > 1 else ""
+
+    def line(start: str, difference: PairedDifference, p_value: float) -> str:
+        return f"{start}[{points_text(difference.low)}, {points_text(difference.high)}], p {p_equals(p_value)}"
+
+    start = f"dense{pooled} {points_text(group.difference.delta)} " if pooled else ""
+    small = [line(start, group.difference, group.p_value)]
+    if group.control is not None:
+        start = f"control{pooled} {points_text(group.control.delta)} "
+        small.append(line(start, group.control, group.control_p_value))
+    return Cell(points_text(row["top1_delta"]), row["top1_delta"], tuple(small))
 
 
 def _seed_rows(groups: dict[str, Group]) -> list[tuple[str, tuple[str, ...]]]:
@@ -223,8 +275,8 @@ def _claims(entries: list[dict]) -> list[dict]:
 
 def _per_class(run: Run, choices: Choices) -> list[tuple[str, str]]:
     """The three classes that the headline variant finds least often."""
-    lines = sorted(confusion_rows(run, choices.headline), key=lambda line: line["recall"])
-    return [(line["name"], percent_text(line["recall"])) for line in lines[:3]]
+    counts = confusion_counts(run, choices.headline)
+    return [(run.classes[k], percent_text(counts[k, k] / counts[k].sum())) for k in worst_classes(counts, 3)]
 
 
 def _layers(run: Run, variant: str) -> tuple[list[str], list[list[str]]]:
@@ -260,7 +312,3 @@ def _value(value: object) -> str:
     if value is None:
         return "not known"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _points(fraction: float) -> str:
-    return "1 point" if abs(fraction - 0.01) < 1e-12 else f"{100 * fraction:g} points"

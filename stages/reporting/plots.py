@@ -12,8 +12,8 @@ from html import escape
 from itertools import pairwise, product
 
 from stages.reporting.inputs import Run
-from stages.reporting.rows import Choices, mark_front
-from stages.reporting.text import bytes_text, count_text, ms_text, percent_text, short_name
+from stages.reporting.rows import Choices, mark_front, model_family
+from stages.reporting.text import bytes_text, count_text, ms_text, percent_text, short_name, wrapped
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -25,8 +25,14 @@ WIDTH = 5.2
 PNG_DPI = 150
 LABEL_GAPS = (5, 11, 19, 30, 44)
 """Distances in points that a label may stand from its marker; the nearest that is free is taken."""
+LABEL_LETTERS, LEGEND_LETTERS = 22, 50
+"""So many letters stand in a line of a label and of the legend before it is wrapped."""
+LINE_HEIGHT = 0.19
+"""Inches of a line of text."""
 CONFUSION_NUMBERS = 12
 """Up to so many classes the cells of the confusion matrix hold numbers."""
+CONFUSION_CLASSES = 50
+"""Up to so many classes the confusion matrix is shown whole; beyond that, so many of the worst."""
 
 
 @dataclass
@@ -71,7 +77,7 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     words, unit, write = COSTS[cost]
     on_front = mark_front(rows, cost)
     scale, unit = _scale([row[cost] for row in rows], unit)
-    figure, axes = _figure(4.3)
+    figure, axes = _figure(3.7)
     colors, markers = _looks(run)
     xs = [row[cost] / scale for row in rows]
     _cost_axis(axes, xs)
@@ -95,7 +101,7 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     axes.set_xlabel(f"{words} ({unit})")
     axes.set_ylabel("test top-1 (%)")
     axes.margins(y=0.12)
-    _legend(figure, axes, run, colors, markers)
+    _legend(figure, colors, markers)
     boxes = _label_points(figure, axes, _labels(run, rows, xs, on_front, choices))
     best = [row["variant"] for row in sorted(rows, key=lambda row: row[cost]) if on_front[row["variant"]]]
     alt = (
@@ -122,18 +128,24 @@ def params_bars(run: Run, rows: list[dict]) -> Picture:
 
 
 def sparsity(run: Run, rows: list[dict]) -> Picture | None:
-    """Accuracy against the sparsity asked for, a line for each pruning method and quantizer; None without a choice."""
+    """Accuracy against the sparsity asked for, a line for each model, pruning method and quantizer.
+
+    Seeds of a model share a line. None where no line has two sparsities.
+    """
     lines: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
+    families = {model: model_family(run.params, model) for model in run.params.models}
+    several = len(set(families.values())) > 1
     for row in rows:
         pruner = run.params.prune[row["pruner"]]
         asked = getattr(pruner, "group_sparsity", getattr(pruner, "sparsity", None))
         if asked is not None:
-            key = (pruner.method, row["quantizer"])
+            method = f"{families[row['model']]} {pruner.method}" if several else pruner.method
+            key = (method, row["quantizer"])
             lines.setdefault(key, []).append((asked, row["top1"], row["variant"]))
     lines = {key: sorted(points) for key, points in lines.items() if len({asked for asked, _, _ in points}) > 1}
     if not lines:
         return None
-    figure, axes = _figure(3.6)
+    figure, axes = _figure(3.3)
     methods, quantizers = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     titles = {}
     for number, ((method, quantizer), points) in enumerate(lines.items()):
@@ -155,7 +167,7 @@ def sparsity(run: Run, rows: list[dict]) -> Picture | None:
             titles[f"sparsity-point-{number}-{index}"] = f"{variant}: sparsity {asked:g}, top-1 {percent_text(top1)}"
     axes.set_xlabel("sparsity asked for (groups or weights)")
     axes.set_ylabel("test top-1 (%)")
-    _legend_below(figure, axes)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     alt = f"Line plot of test top-1 accuracy against sparsity for {', '.join(methods)}."
     return _finish(figure, "sparsity", "Accuracy against sparsity", alt, titles)
 
@@ -164,7 +176,7 @@ def training(run: Run) -> Picture | None:
     """Validation top-1 and training loss by epoch, a line for each run; None if nothing was trained."""
     if not run.curves:
         return None
-    figure, (upper, lower) = _figure(5.4, rows=2)
+    figure, (upper, lower) = _figure(4.8, rows=2)
     titles = {}
     for index, (name, curve) in enumerate(run.curves.items()):
         look = {
@@ -185,34 +197,44 @@ def training(run: Run) -> Picture | None:
     lower.set_ylabel("training loss")
     lower.set_xlabel("epoch")
     _whole_numbers(lower)
-    _legend_below(figure, upper)
+    _legend_below(figure, *upper.get_legend_handles_labels())
     alt = "Line plots of validation top-1 accuracy and training loss by epoch. " + "; ".join(titles.values()) + "."
     return _finish(figure, "training", "Training curves", alt, titles)
 
 
 def confusion(run: Run, variant: str) -> Picture:
-    """Rows: the true class; columns: what the variant says; shares of the true class."""
+    """Rows: the true class; columns: what the variant says; shares of the true class.
+
+    Beyond `CONFUSION_CLASSES` classes, only those that are found least often, both ways, in their own order.
+    """
     import numpy as np
 
     counts = confusion_counts(run, variant)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shown, title = list(range(len(counts))), f"Confusion matrix of {variant}"
+    alt = f"Confusion matrix of {variant} on {len(run.labels)} test images: shares of each true class."
+    for worst in worst_classes(counts, 1):
+        alt += f" Found least often: {run.classes[worst]}, {percent_text(shares[worst, worst])} of its images."
+    if len(counts) > CONFUSION_CLASSES:
+        shown = sorted(worst_classes(counts, CONFUSION_CLASSES))
+        title += f": the {len(shown)} classes found least often"
+        alt += f" Shown are the {len(shown)} classes found least often of {len(counts)}."
+    names = [wrapped(run.classes[k], LABEL_LETTERS) for k in shown]
+    counts, shares = counts[np.ix_(shown, shown)], shares[np.ix_(shown, shown)]
     figure, axes = _figure(4.9)
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     axes.grid(visible=False)
-    few = len(run.classes) <= CONFUSION_NUMBERS
-    step = max(1, len(run.classes) // 20)
-    places = range(0, len(run.classes), step)
-    axes.set_xticks(places, [run.classes[place] for place in places], rotation=90)
-    axes.set_yticks(places, [run.classes[place] for place in places])
+    places = range(0, len(names), max(1, len(names) // 20))
+    axes.set_xticks(places, [names[place] for place in places], rotation=90)
+    axes.set_yticks(places, [names[place] for place in places])
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    if few:
-        for actual, predicted in product(range(len(run.classes)), repeat=2):
+    if len(names) <= CONFUSION_NUMBERS:
+        for actual, predicted in product(range(len(names)), repeat=2):
             color = "white" if shares[actual, predicted] < 0.6 else "black"
             text = str(counts[actual, predicted]) if counts[actual, predicted] else "\N{MIDDLE DOT}"
             axes.text(predicted, actual, text, ha="center", va="center", color=color, fontsize=7)
-    alt = f"Confusion matrix of {variant} on {len(run.labels)} test images; the table beside it holds the same counts."
-    return _finish(figure, "confusion", f"Confusion matrix of {variant}", alt, {})
+    return _finish(figure, "confusion", title, alt, {})
 
 
 def confusion_counts(run: Run, variant: str):
@@ -224,13 +246,24 @@ def confusion_counts(run: Run, variant: str):
     return np.bincount(pairs, minlength=k * k)[: k * k].reshape(k, k)
 
 
+def worst_classes(counts, most: int) -> list[int]:
+    """The classes found least often (lowest recall), worst first; a class without test images has none to lose."""
+    import numpy as np
+
+    images = counts.sum(axis=1)
+    order = np.argsort(np.diag(counts) / np.maximum(images, 1), kind="stable")
+    return order[images[order] > 0][:most].tolist()
+
+
 def _bars(
     run: Run, rows: list[dict], series: list[tuple[str, str]], unit: str, name: str, title: str, write
 ) -> Picture:
     several_seeds = len({row["group"] for row in rows}) < len(rows)
     shown = list({row["group"]: row for row in reversed(rows)}.values())[::-1] if several_seeds else rows
     scale, unit = _scale([row[key] for row in shown for _, key in series], unit)
-    figure, axes = _figure(1.3 + 0.42 * len(shown))
+    names = [wrapped(short_name(run.params, row["variant"]), LABEL_LETTERS) for row in shown]
+    lines = max(name.count("\n") + 1 for name in names)
+    figure, axes = _figure(0.9 + max(0.42, LINE_HEIGHT * lines) * len(shown))
     titles, thickness = {}, 0.8 / len(series)
     for place, (words, key) in enumerate(series):
         for index, row in enumerate(shown):
@@ -247,11 +280,11 @@ def _bars(
             )
             bar.set_gid(f"{name}-bar-{place}-{index}")
             titles[f"{name}-bar-{place}-{index}"] = f"{row['variant']}: {words} {write(row[key])}"
-    axes.set_yticks(range(len(shown)), [short_name(run.params, row["variant"]) for row in shown])
+    axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(unit)
-    _legend_below(figure, axes)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     alt = "Bar chart. " + "; ".join(
         f"{row['variant']}: " + ", ".join(f"{words} {write(row[key])}" for words, key in series) for row in shown
     )
@@ -362,7 +395,7 @@ def _whole_numbers(axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _legend(figure, axes, run: Run, colors: dict[str, str], markers: dict[str, str]) -> None:
+def _legend(figure, colors: dict[str, str], markers: dict[str, str]) -> None:
     """Pruners by colour, quantizers by marker, and the front's line, under the plot."""
     from matplotlib.lines import Line2D
 
@@ -371,17 +404,17 @@ def _legend(figure, axes, run: Run, colors: dict[str, str], markers: dict[str, s
         Line2D([], [], color=INK, marker=marker, ls="", ms=6, label=quantizer) for quantizer, marker in markers.items()
     ]
     handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=_columns([h.get_label() for h in handles]))
+    _legend_below(figure, handles, [handle.get_label() for handle in handles])
 
 
-def _legend_below(figure, axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels))
-
-
-def _columns(labels: list[str]) -> int:
-    """As many columns as fit the width of the figure at the legend's letter width."""
-    return max(1, min(len(labels), int(66 // (max(map(len, labels)) + 6))))
+def _legend_below(figure, handles: list, labels: list[str]) -> None:
+    """Under the plot, for which the figure grows; as many columns as fit its width at the legend's letter width."""
+    labels = [wrapped(label, LEGEND_LETTERS) for label in labels]
+    letters = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), 66 // (letters + 6)))
+    lines = -(-len(labels) // columns) * max(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _labels(
@@ -398,12 +431,14 @@ def _labels(
     for _, x, y, row in sorted(order, key=lambda item: item[0]):
         if row["group"] not in seen:
             seen.add(row["group"])
-            labels.append((x, y, short_name(run.params, row["variant"])))
+            labels.append((x, y, wrapped(short_name(run.params, row["variant"]), LABEL_LETTERS)))
     return labels
 
 
 def _label_points(figure, axes, labels: list[tuple[float, float, str]]) -> list[tuple[float, ...]]:
-    """Write labels beside their points where nothing is in the way; the last ones may find no room and are left out.
+    """Write labels beside their points where nothing is in the way; where there is no room, a label is left out.
+
+    The first, the headline's, is never left out: without room it stands over what is near its point.
 
     Greedy: each label takes the nearest free one of twelve directions at growing distances (Christensen, Marks &
     Shieber 1995 give greedy placement as the baseline); one that stands away from its point gets a thin line to it.
@@ -461,6 +496,10 @@ def _label_points(figure, axes, labels: list[tuple[float, float, str]]) -> list[
             if not any(_overlap(box, other) for other in (*taken, *obstacles)):
                 best = (gap, box)
                 break
+        if best is None and not taken:
+            x0 = min(max(px, inside.x0), inside.x1 - width - 2)
+            y0 = min(max(py + 6 * point, inside.y0), inside.y1 - height - 2)
+            best = (0, (x0, y0, x0 + width + 2, y0 + height + 2))
         if best is None:
             text.remove()
             continue

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 from stages.reporting.inputs import Run
-from stages.reporting.plots import confusion_counts
+from stages.reporting.plots import CONFUSION_CLASSES, confusion_counts, worst_classes
 from stages.reporting.rows import Choices, mark_front
+
+CONFUSED_WITH = 3
+"""So many wrong answers stand for each class in a `confusion.csv` that does not hold the whole matrix."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,42 @@ def _training(run: Run) -> Table:
 
 
 def _confusion(run: Run, variant: str) -> Table:
-    """Test images of the headline variant by true and predicted class, with the share of the true class."""
-    counts = confusion_counts(run, variant).tolist()
+    """Test images of the headline variant by true and predicted class, with the share of the true class.
+
+    Every cell up to `CONFUSION_CLASSES` classes. Beyond that a whole matrix is neither drawn nor read, so only errors
+    stand here: of the `CONFUSION_CLASSES` classes found least often, the most frequent wrong answers, at most
+    `CONFUSED_WITH` each, none of them zero.
+    """
+    counts = confusion_counts(run, variant)
+    classes = range(len(counts))
+    if len(counts) <= CONFUSION_CLASSES:
+        cells = [(actual, said) for actual in classes for said in classes]
+    else:
+        cells = []
+        for actual in worst_classes(counts, CONFUSION_CLASSES):
+            order = (-counts[actual]).argsort(kind="stable").tolist()
+            wrong = [said for said in order if said != actual and counts[actual, said]]
+            cells += [(actual, said) for said in wrong[:CONFUSED_WITH]]
+    images = counts.sum(axis=1)
     return Table(
         ("actual", "predicted", "images", "share"),
         [
-            {"actual": actual, "predicted": said, "images": n, "share": round(n / max(1, sum(line)), 4)}
-            for actual, line in zip(run.classes, counts, strict=True)
-            for said, n in zip(run.classes, line, strict=True)
+            {
+                "actual": run.classes[actual],
+                "predicted": run.classes[said],
+                "images": int(counts[actual, said]),
+                "share": round(counts[actual, said].item() / max(1, images[actual].item()), 4),
+            }
+            for actual, said in cells
         ],
     )
 
 
 def confusion_rows(run: Run, variant: str) -> list[dict]:
-    """For each true class its name, counts by predicted class, and the share found (recall)."""
+    """For each true class its name, counts by predicted class, and the share found (recall; None without images)."""
     counts = confusion_counts(run, variant)
+    images = counts.sum(axis=1)
     return [
-        {"name": name, "counts": counts[k].tolist(), "recall": counts[k, k] / max(1, counts[k].sum())}
+        {"name": name, "counts": counts[k].tolist(), "recall": counts[k, k] / images[k] if images[k] else None}
         for k, name in enumerate(run.classes)
     ]

@@ -1,5 +1,7 @@
 """Numbers as a person reads them: the same words in the page, the plots, the tables and the cards."""
 
+import re
+
 from stages.common.params import Params
 from stages.reporting.rows import group_of, model_family
 
@@ -27,6 +29,11 @@ def percent_text(fraction: float, decimals: int = 1) -> str:
 def points_text(fraction: float, decimals: int = 1) -> str:
     """A difference of two accuracies in percentage points, with its sign (a true minus)."""
     return f"{100 * fraction:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def allowance_text(fraction: float) -> str:
+    """A size in percentage points without sign: `1 point`, `2.5 points`."""
+    return f"{100 * fraction:g} point{'s' * (f'{100 * fraction:g}' != '1')}"
 
 
 def p_text(p: float) -> str:
@@ -61,6 +68,16 @@ def short_name(params: Params, variant: str) -> str:
     name = f"{pruner}-{quantizer}"
     families = {model_family(params, model) for model in params.models}
     return name if len(families) == 1 else group_of(params, variant)
+
+
+def wrapped(name: str, letters: int) -> str:
+    """Lines of at most so many letters, broken after `-`, `_` or a space; a longer piece stays whole."""
+    lines = [""]
+    for piece in re.findall(r"[^-_ ]*[-_ ]|[^-_ ]+", name):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > letters:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _three_digits(value: float) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -16,12 +17,18 @@ import stages
 from stages.common.errors import UserError
 from stages.common.files import atomic_file
 
-CODE = ("common", "datasets", "networks", "pruning", "training")  # folders whose change makes a checkpoint stale
+CODE = ("common", "datasets", "networks", "pruning", "training", "finetune.py", "prune.py")
+"""What makes a checkpoint stale when it changes."""
+LIBRARIES = ("torch", "torchvision", "timm", "only-train-once")
+FINISHED = "finished"
 
 
 @contextlib.contextmanager
 def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """A folder for this very training, found again after a kill; it is removed when the block ends well.
+    """A folder for this very training, found again after a kill.
+
+    When the block ends well the folder stays, with the finished training in it: DVC may be killed before it has taken
+    the outputs over, and then runs the stage again. The next training of the same parent removes it.
 
     Args:
         parent: one for each stage and key, under `.scratch`.
@@ -30,7 +37,8 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
     Raises:
         UserError: if another process is training the same thing.
     """
-    key = hashlib.sha256(json.dumps([identity, torch.__version__, _code_hash()], sort_keys=True).encode()).hexdigest()
+    versions = [importlib.metadata.version(name) for name in LIBRARIES]
+    key = hashlib.sha256(json.dumps([identity, versions, _code_hash()], sort_keys=True).encode()).hexdigest()
     folder = parent / key[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as lock:
@@ -45,8 +53,11 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+        for other in parent.iterdir():
+            if other != folder and (other / FINISHED).exists():
+                shutil.rmtree(other, ignore_errors=True)
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        (folder / FINISHED).touch()
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -62,12 +73,19 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint, or None where there is none."""
+    """The last checkpoint; None where there is none, or none that can be read."""
     path = folder / "checkpoint.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many words for a broken file
+        print(f"{path} is broken ({str(error).splitlines()[0]}): starting again", flush=True)
+        return None
 
 
 def _code_hash() -> str:
     top = Path(stages.__file__).parent
-    sources = sorted(file for folder in CODE for file in (top / folder).rglob("*.py"))
+    sources = [top / name if name.endswith(".py") else (top / name).rglob("*.py") for name in CODE]
+    sources = sorted(file for source in sources for file in ([source] if isinstance(source, Path) else source))
     return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
 
 import torch
 
@@ -31,6 +32,21 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent names: not known to this torch
     return any(getattr(torch.cpu, name, bool)() for name in native)
+
+
+@contextlib.contextmanager
+def clear_memory_errors(what: str) -> Iterator[None]:
+    """Turn the ways in which torch and Python run out of memory into one clear error.
+
+    Raises:
+        UserError: naming `what` did not fit.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"{what} does not fit into memory: lower it; the last finished epoch is kept") from None
+        raise
 
 
 def _keep_memory() -> None:

@@ -26,7 +26,7 @@ from stages.networks.preprocess import Classifier, Preprocess
 from stages.training.augment import AlternatingFlip, BatchMixing, flip_and_crop
 from stages.training.checkpoint import load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
-from stages.training.host import prepare_host, use_bfloat16
+from stages.training.host import clear_memory_errors, prepare_host, use_bfloat16
 from stages.training.optimizers import Optimizers, schedule
 
 CURVE_COLUMNS = (
@@ -98,9 +98,28 @@ def train(
         checkpoints: a folder from `checkpoint_folder`; the last finished epoch in it is continued.
 
     Raises:
-        UserError: if the loss becomes NaN or infinite, if no epoch meets the constraint, or if memory or disk run out.
+        UserError: if the loss becomes NaN or infinite, if no epoch meets the constraint, if memory or disk run out, or
+            if the network does not take images of this size.
     """
     device = prepare_host(base)
+    with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"):
+        return _train(
+            network, train_part, validation_part, preprocess, recipe, device, seed, title, constraint, checkpoints
+        )
+
+
+def _train(
+    network: nn.Module,
+    train_part: Part,
+    validation_part: Part,
+    preprocess: Preprocess,
+    recipe: Finetune,
+    device: torch.device,
+    seed: int,
+    title: str,
+    constraint: Constraint | None,
+    checkpoints: Path | None,
+) -> Trained:
     bfloat16 = use_bfloat16(recipe.precision, device)
     network.train().to(device, memory_format=torch.channels_last)
     preprocess = copy.deepcopy(preprocess).to(device)
@@ -108,20 +127,19 @@ def train(
     optimizers = Optimizers(network, recipe)
     average = _average_of(network, recipe) if recipe.average_decay else None
     flip = AlternatingFlip(len(train_part), recipe.horizontal_flip, seed)
-    with torch.no_grad():
-        classes = network(torch.zeros(2, 3, preprocess.input_size, preprocess.input_size, device=device)).shape[1]
-    mixing = BatchMixing(recipe, classes, device)
+    mixing = BatchMixing(recipe, _classes(network, preprocess.input_size, title), device)
     curve: list[dict[str, float]] = []
     best: dict[str, Any] = {}
 
     if checkpoints is not None and (saved := load_checkpoint(checkpoints)):
-        network.load_state_dict(saved["network"])
-        optimizers.load_state_dict(saved["optimizers"])
-        if average is not None:
-            average.load_state_dict(saved["average"])
+        curve, best = saved["curve"], saved["best"]
         if constraint is not None:
             constraint.load_state_dict(saved["constraint"])
-        curve, best = saved["curve"], saved["best"]
+        if len(curve) < recipe.epochs:
+            network.load_state_dict(saved["network"])
+            optimizers.load_state_dict(saved["optimizers"])
+            if average is not None:
+                average.load_state_dict(saved["average"])
 
     with epoch_progress(title, recipe.epochs, batches, done=len(curve)) as progress:
         for epoch in range(len(curve), recipe.epochs):
@@ -185,16 +203,13 @@ def train(
                 weights = {name: tensor.detach().cpu().clone() for name, tensor in candidate.state_dict().items()}
                 best = {"epoch": epoch + 1, "score": list(score), "weights": weights}
             if checkpoints is not None:
-                state = {
-                    "network": network.state_dict(),
-                    "optimizers": optimizers.state_dict(),
-                    "curve": curve,
-                    "best": best,
-                }
-                if average is not None:
-                    state["average"] = average.state_dict()
+                state = {"curve": curve, "best": best}
                 if constraint is not None:
                     state["constraint"] = constraint.state_dict()
+                if len(curve) < recipe.epochs:  # nothing goes on from the last one
+                    state |= {"network": network.state_dict(), "optimizers": optimizers.state_dict()}
+                    if average is not None:
+                        state["average"] = average.state_dict()
                 save_checkpoint(checkpoints, state)
             progress.epoch(mean_loss, curve[-1]["validation_top1"], curve[-1]["images_per_second"])
 
@@ -206,6 +221,29 @@ def train(
     network.cpu().to(memory_format=torch.contiguous_format).eval()
     logits = predict_logits(Classifier(preprocess.cpu(), network), validation_part.images, EVALUATION_BATCH)
     return Trained(network, curve, top1(logits, validation_part.labels), best["epoch"])
+
+
+@torch.no_grad()
+def _classes(network: nn.Module, input_size: int, title: str) -> int:
+    """The number of logits, by one pass in evaluation mode: in training mode it would move running statistics.
+
+    Raises:
+        UserError: if the network does not take images of this size, or gives something other than logits.
+    """
+    network.eval()
+    try:
+        logits = network(torch.zeros(2, 3, input_size, input_size, device=next(network.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{title}: the network does not take input_size {input_size} ({reason}): choose another"
+        ) from None
+    network.train()
+    if getattr(network, "aux_logits", False) or not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise UserError(
+            f"{title}: the network gives more than logits; networks with auxiliary outputs cannot be trained"
+        )
+    return logits.shape[1]
 
 
 def _average_of(network: nn.Module, recipe: Finetune) -> AveragedModel:

@@ -112,7 +112,30 @@ def test_a_model_without_its_baseline_is_refused(raw, tmp_path):
 
 def test_pruning_with_recovery_needs_the_control_of_the_same_length(raw, tmp_path):
     raw["prune"]["oto50"]["epochs"] += 1
-    assert "a none_continued pruner with epochs: 11 must be listed" in refusal(raw, tmp_path)
+    assert "a pruner trains for 11 more epochs at learning_rate_factor 0.5" in refusal(raw, tmp_path)
+
+
+def test_the_control_must_train_at_the_same_learning_rate(raw, tmp_path):
+    raw["prune"]["none_continued"]["learning_rate_factor"] = 1.0
+    assert "a none_continued pruner with the same two must be listed" in refusal(raw, tmp_path)
+
+
+def test_numbers_that_dvc_writes_without_a_point_are_numbers(raw, tmp_path):
+    text = yaml.safe_dump(raw).replace("learning_rate: 0.002", "learning_rate: 5e-05")
+    (tmp_path / "params.yaml").write_text(text)
+    assert load_params(tmp_path / "params.yaml").finetune.learning_rate == 0.00005
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    text = (TOP / "params.yaml").read_text().replace("  seed: 0  ", "  seed: 0\n  seed: 1  ", 1)
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match="duplicate key"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_mixing_needs_an_even_batch(raw, tmp_path):
+    raw["finetune"] |= {"batch_size": 33, "mixup": 0.2}
+    assert "it must be even" in refusal(raw, tmp_path)
 
 
 def test_an_unknown_architecture_is_refused_with_the_nearest_names(raw, tmp_path):

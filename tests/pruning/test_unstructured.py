@@ -109,3 +109,12 @@ def test_zero_sparsity_chooses_nothing():
 def test_network_without_weights_to_prune_is_refused():
     with pytest.raises(UserError, match="no convolution or Linear layer"):
         zeros_of(nn.Sequential(nn.Flatten(), nn.LayerNorm(4)), pruner(), seed=0)
+
+
+def test_a_sparsity_that_empties_a_layer_is_refused_with_its_name():
+    network = toy()
+    with torch.no_grad():
+        network[5].weight.mul_(1e-3)  # a head of small weights, as a fine-tuned one has
+    with pytest.raises(UserError, match=r"leaves no weight in 5: lower sparsity, or set scope: layer"):
+        zeros_of(network, pruner(sparsity=0.8), seed=0)
+    assert not zeros_of(network, pruner(sparsity=0.8, scope="layer"), seed=0)["5.weight"].all()

@@ -45,7 +45,20 @@ def params_of(
     }
 
 
-def write_run(folder: Path, params: dict, n: int = 400, accuracy: dict[str, float] | None = None) -> None:
+def change_profile(folder: Path, variant: str, **values) -> None:
+    """Overwrite single values of a variant's profile.json."""
+    path = folder / "reports/profile" / variant / "profile.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def write_run(
+    folder: Path,
+    params: dict,
+    n: int = 400,
+    accuracy: dict[str, float] | None = None,
+    classes: list[str] = CLASSES,
+    threads: int = 1,
+) -> None:
     """Write params.yaml and everything the report stage reads under `folder`.
 
     Args:
@@ -53,7 +66,7 @@ def write_run(folder: Path, params: dict, n: int = 400, accuracy: dict[str, floa
             variants get wrong overlap, as real ones do.
     """
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    labels = np.arange(n) % len(CLASSES)
+    labels = np.arange(n) % len(classes)
     hardness = np.random.default_rng(0).random(n)
     rows = []
     for number, (variant, entry) in enumerate(params["variants"].items()):
@@ -61,7 +74,7 @@ def write_run(folder: Path, params: dict, n: int = 400, accuracy: dict[str, floa
         method, random = params["prune"][pruning["pruner"]]["method"], np.random.default_rng(number + 1)
         wanted = (accuracy or {}).get(pruning["pruner"], 0.8)
         right = hardness + random.normal(0, 0.08, n) < np.quantile(hardness, wanted)
-        predicted = np.where(right, labels, (labels + 1 + random.integers(0, len(CLASSES) - 1, n)) % len(CLASSES))
+        predicted = np.where(right, labels, (labels + 1 + random.integers(0, len(classes) - 1, n)) % len(classes))
         onnx = hashlib.sha256(variant.encode()).hexdigest()
         left, int8 = SHRINK.get(method, 1.0), quantizer == "int8_dynamic"
         parameters, macs = int(2_400_000 * left), int(90_000_000 * left)
@@ -92,7 +105,7 @@ def write_run(folder: Path, params: dict, n: int = 400, accuracy: dict[str, floa
             "data_sha256": "d" * 64,
             "image_size": 16,
             "input_size": 16,
-            "classes": CLASSES,
+            "classes": classes,
         }
         target = folder / "reports/profile" / variant
         target.mkdir(parents=True, exist_ok=True)
@@ -105,7 +118,7 @@ def write_run(folder: Path, params: dict, n: int = 400, accuracy: dict[str, floa
             "name": variant,
             "parent": {"name": entry["pruning"], "sha256": "a" * 64},
             "seed": profile["seed"],
-            "classes": CLASSES,
+            "classes": classes,
             "versions": {"torch": "2.11.0", "timm": "1.0.31"},
             "tensors": {"sha256": "b" * 64, "bytes": size - 30_000},
             "onnx": {"sha256": onnx, "bytes": size},
@@ -117,8 +130,8 @@ def write_run(folder: Path, params: dict, n: int = 400, accuracy: dict[str, floa
         "run_id": "20240902-120000-abcdef",
         "started": "2024-09-02T12:00:00+00:00",
         "busy": False,
-        "machine": {"cpu": "A CPU of the tests", "cores": 2, "onnxruntime": "1.20.0"},
-        "protocol": {"threads": 1, "windows": 10},
+        "machine": {"cpu": "A CPU of the tests", "cores": 2, "onnxruntime": "1.20.0", "torch": "2.11.0"},
+        "protocol": {"threads": threads, "windows": 10},
         "rows": rows,
     }
     (folder / "reports/edge").mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,15 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from synthetic_run import params_of, write_run
 
+from stages.common.params import load_params
 from stages.reporting.claims import assess, read_claims
-from stages.reporting.inputs import Run
+from stages.reporting.inputs import Run, read_run
 from stages.reporting.page import render_page
 from stages.reporting.plots import Picture, draw_all
 from stages.reporting.rows import assemble_groups, assemble_rows, choose
+from stages.reporting.text import points_text
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -87,8 +90,51 @@ def test_every_variant_and_claim_is_in_the_page(page: str, run: Run):
     assert page.count('class="verdict') == len(read_claims())
 
 
+def test_the_change_stands_beside_that_against_the_control(page: str, run: Run):
+    answer = page[page.index('class="answer"') : page.index("</section>")]
+    assert "against the control (atto-continued-fp32)" in answer
+    assert "real" not in answer
+    row = page[page.index('data-key="atto-oto50-int8"') :]
+    group = assemble_groups(run)["atto-oto50-int8"]
+    assert f"<small>control {points_text(group.control.delta)} [{points_text(group.control.low)}," in row
+    baseline = page[page.index('data-key="atto-none-fp32"') : page.index('data-key="atto-none-int8"')]
+    assert "control" not in baseline[: baseline.index("</tr>")]
+
+
+def test_the_speed_up_has_its_interval_and_threads_that_sleep_are_named(tmp_path, monkeypatch, page: str, run: Run):
+    edge = run.variants["atto-oto50-int8"].edge
+    assert f"<small>{edge['latency_ratio_low']:.2f} to {edge['latency_ratio_high']:.2f}</small>" in page
+    assert "do not spin" not in page
+    write_run(tmp_path, params_of(pruners={"none": {"method": "none"}}, variants=[("none", "fp32")]), threads=2)
+    monkeypatch.chdir(tmp_path)
+    alone = render(read_run(load_params()))
+    assert "do not spin" in alone
+    assert "the run has no compressed variant" in alone
+    assert "no smaller variant stayed" not in alone
+
+
+def test_claims_say_of_which_network_and_data_they_speak(page: str):
+    claims = page[page.index('id="claims"') :]
+    words = claims[: claims.index("<table")]
+    assert "ConvNeXt (Small) on CIFAR-10" in words
+    assert "convnext_atto" in words
+    assert "toys" in words
+
+
+def test_a_class_without_test_images_is_not_the_worst(tmp_path, monkeypatch):
+    write_run(tmp_path, params_of(), n=4)  # of five classes
+    monkeypatch.chdir(tmp_path)
+    page = render(read_run(load_params()))
+    worst = page[page.index("Found least often") :]
+    assert "deer" not in worst[: worst.index("</p>")]
+    assert "&ndash;</td>" in page
+
+
 def test_seeds_have_a_table_of_their_own(seeds_run: Run):
     page = render(seeds_run)
     assert "Over seeds" in page
     assert "mean of 3 seeds" in page
+    assert "pooled over 3 seeds" in page
+    assert "<small>dense (3 seeds) " in page
+    assert "<small>control (3 seeds) " in page
     assert len(page.encode()) < 3_000_000

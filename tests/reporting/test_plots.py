@@ -10,9 +10,10 @@ from synthetic_run import params_of, write_run
 
 from stages.common.params import load_params
 from stages.reporting.inputs import Run, read_run
-from stages.reporting.plots import Picture, confusion_counts, draw_all, training
+from stages.reporting.plots import PNG_DPI, Picture, confusion, confusion_counts, draw_all, sparsity, training
 from stages.reporting.rows import assemble_groups, assemble_rows, choose
-from stages.reporting.text import bytes_text, count_text, points_text
+from stages.reporting.tables import plot_tables
+from stages.reporting.text import allowance_text, bytes_text, count_text, points_text, wrapped
 
 
 def crowded() -> tuple[dict, dict[str, float]]:
@@ -62,6 +63,67 @@ def test_labels_do_not_overlap_and_name_the_headline(tmp_path: Path, monkeypatch
     assert "sparsity" in pictures
 
 
+def test_forty_long_names_fit_and_the_headline_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pruners = {"none": {"method": "none"}}
+    pruners["continued"] = {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5}
+    for number in range(18):
+        name = f"{'structured-pruning-with-a-long-recovery' if number else 'x' * 40}-{number:02}"
+        pruners[name] = pruners["continued"] | {"method": "oto", "group_sparsity": 0.5}
+    variants = [(pruner, quantizer) for pruner in pruners for quantizer in ("fp32", "int8")]
+    write_run(tmp_path, params_of(pruners=pruners, variants=variants), n=100)
+    monkeypatch.chdir(tmp_path)
+    run = read_run(load_params())
+    pictures = draw_all(run, assemble_rows(run, assemble_groups(run)), choose(run))
+    for name in ("pareto_size", "pareto_latency", "pareto_macs"):
+        assert pictures[name].labels, name
+    for name, least in {"size": 40 * 0.42, "pareto_size": 7, "training": 8}.items():
+        assert Image.open(io.BytesIO(pictures[name].png)).height > least * PNG_DPI, name
+
+
+def test_names_wrap_after_a_dash_and_stay_whole_otherwise():
+    assert wrapped("none_continued-int8", 22) == "none_continued-int8"
+    assert wrapped("structured-pruning-long-int8_dynamic", 22) == "structured-pruning-\nlong-int8_dynamic"
+    assert wrapped("x" * 30 + "-int8", 22) == "x" * 30 + "-\nint8"
+    assert wrapped("a-b-", 22).replace("\n", "") == "a-b-"
+
+
+def test_many_classes_give_a_bounded_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_run(tmp_path, params_of(), n=2000, classes=[f"class {k}" for k in range(1000)])
+    monkeypatch.chdir(tmp_path)
+    run = read_run(load_params())
+    choices = choose(run)
+    counts = confusion_counts(run, choices.headline)
+    table = plot_tables(run, assemble_rows(run, assemble_groups(run)), choices)["confusion"]
+    assert 0 < len(table.rows) <= 150
+    shown = {row["actual"] for row in table.rows}
+    recall = {f"class {k}": counts[k, k] / 2 for k in range(1000)}
+    assert len(shown) == 50
+    assert max(recall[name] for name in shown) <= min(recall[name] for name in recall.keys() - shown)
+    assert all(row["images"] > 0 and row["actual"] != row["predicted"] for row in table.rows)
+    picture = confusion(run, choices.headline)
+    assert "50 classes found least often of 1000" in picture.alt
+    assert len(picture.svg) < 1_000_000
+
+
+def test_models_do_not_share_a_line_of_the_sparsity_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    network = {"library": "timm", "architecture": "convnext_atto", "input_size": 16}
+    oto = {"method": "oto", "epochs": 4, "learning_rate_factor": 0.5}
+    pruners = {
+        "none": {"method": "none"},
+        "continued": {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5},
+        "oto50": oto | {"group_sparsity": 0.5},
+        "oto70": oto | {"group_sparsity": 0.7},
+    }
+    models = {"small": network, "tuned": network | {"weights": "pretrained"}}
+    params = params_of(pruners=pruners, models=models)
+    write_run(tmp_path, params | {"variants": {v: e for v, e in params["variants"].items() if v.endswith("fp32")}})
+    monkeypatch.chdir(tmp_path)
+    run = read_run(load_params())
+    picture = sparsity(run, assemble_rows(run, assemble_groups(run)))
+    assert "small oto, tuned oto" in picture.alt
+    assert len(set(re.findall(r'id="sparsity-point-(\d)-', picture.svg))) == 2
+
+
 def test_every_variant_is_a_mark_that_names_itself(run: Run, pictures: dict[str, Picture]):
     svg = pictures["pareto_size"].svg
     marks = re.findall(r'class="mark" tabindex="0" role="img" aria-label="([^:"]+):', svg)
@@ -102,4 +164,5 @@ def test_numbers_as_a_person_reads_them():
         "100 MB",
     ]
     assert [count_text(n) for n in (9, 61_300, 2_484_000)] == ["9", "61.3 k", "2.48 M"]
+    assert [allowance_text(x) for x in (0.01, 0.005, 0.025)] == ["1 point", "0.5 points", "2.5 points"]
     assert points_text(-0.0123) == "\N{MINUS SIGN}1.2"

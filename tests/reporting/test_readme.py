@@ -1,27 +1,33 @@
+import json
 from pathlib import Path
 
 import pytest
-from reporting.synthetic_run import params_of, write_run
+from synthetic_run import params_of, write_run
 
 from stages import report
 from stages.common.errors import UserError
 from stages.reporting.readme import BLOCKS, filled
+from stages.reporting.text import points_text
 
 TOP = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "profiles" / "tiny"
+    return reported(tmp_path, monkeypatch, params_of())
+
+
+def reported(top: Path, monkeypatch: pytest.MonkeyPatch, params: dict) -> Path:
+    folder = top / "profiles" / "tiny-one"
     folder.mkdir(parents=True)
-    write_run(folder, params_of())
+    write_run(folder, params)
     monkeypatch.chdir(folder)
     report.main()
-    return tmp_path
+    return top
 
 
 def block(name: str) -> str:
-    return f"before\n<!-- tiny:{name} -->\n999 old numbers\n<!-- end -->\nafter\n"
+    return f"before\n<!-- tiny-one:{name} -->\n999 old numbers\n<!-- end -->\nafter\n"
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_report_files():
@@ -32,7 +38,7 @@ def test_the_numbers_in_the_readme_are_those_of_the_report_files():
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_is_written_anew_and_the_text_around_it_stays(top, name):
     text = filled(block(name), top)
-    assert text.startswith(f"before\n<!-- tiny:{name} -->\n")
+    assert text.startswith(f"before\n<!-- tiny-one:{name} -->\n")
     assert text.endswith("\n<!-- end -->\nafter\n")
     assert "999 old numbers" not in text
     assert len(text) > len(block(name)) + 100
@@ -40,17 +46,41 @@ def test_a_block_is_written_anew_and_the_text_around_it_stays(top, name):
 
 
 def test_the_table_has_a_line_for_every_variant_with_its_accuracy(top):
-    import json
-
     text = filled(block("variants"), top)
-    for row in json.loads((top / "profiles/tiny/reports/variants.json").read_text()):
+    for row in json.loads((top / "profiles/tiny-one/reports/variants.json").read_text()):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {row['variant']} |")]
         assert f"{100 * row['top1']:.2f}" in line
+
+
+def test_the_table_has_the_change_against_the_control_of_those_that_have_one(top):
+    text = filled(block("variants"), top)
+    rows = json.loads((top / "profiles/tiny-one/reports/variants.json").read_text())
+    top1 = {row["variant"]: row["top1"] for row in rows}
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    place = lines[0].index("Δ control, points")
+    found = {line[1]: line[place] for line in lines[2:]}
+    expected = points_text(top1["atto-oto50-int8"] - top1["atto-continued-fp32"], 2)
+    assert found["atto-oto50-int8"] == expected
+    assert found["atto-none-int8"] == found["atto-none-fp32"] == found["atto-continued-fp32"] == ""
+
+
+def test_the_words_follow_the_params(tmp_path, monkeypatch):
+    params = params_of() | {"report": {"confidence": 0.9, "headline_max_drop": 0.025}}
+    top = reported(tmp_path, monkeypatch, params)
+    assert "[90 %]" in filled(block("variants"), top)
+    assert "within 2.5 points of the dense network" in filled(block("headline"), top)
+
+
+def test_a_dense_headline_has_a_sentence_of_its_own(tmp_path, monkeypatch):
+    params = params_of(pruners={"none": {"method": "none"}}, variants=[("none", "fp32")])
+    text = filled(block("headline"), reported(tmp_path, monkeypatch, params))
+    assert "no smaller variant than the dense network `atto-none-fp32`" in text
+    assert "instead of" not in text
 
 
 def test_an_unknown_block_or_a_missing_report_is_named(top):
     with pytest.raises(UserError, match="no block 'nothing'; known: headline, variants, claims"):
         filled(block("nothing"), top)
-    (top / "profiles/tiny/reports/run.json").unlink()
+    (top / "profiles/tiny-one/reports/run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json is missing"):
         filled(block("headline"), top)

@@ -1,9 +1,8 @@
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import params_of, write_run
+from synthetic_run import change_profile, params_of, write_run
 
 from stages.common.params import Params, load_params
 from stages.reporting.inputs import Run, read_run
@@ -12,6 +11,7 @@ from stages.reporting.rows import (
     assemble_groups,
     assemble_rows,
     choose,
+    control_of,
     group_of,
     headline_metrics,
     mark_front,
@@ -76,11 +76,54 @@ def test_the_headline_is_the_smallest_within_the_drop_on_validation(run: Run):
 
 def test_the_headline_is_chosen_without_the_test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path, params_of(), accuracy={"none": 0.8, "continued": 0.8, "oto50": 0.79, "l1": 0.8})
-    path = tmp_path / "reports/profile/atto-oto50-int8/profile.json"
-    profile = json.loads(path.read_text())
-    path.write_text(json.dumps(profile | {"validation_top1": 0.78}))
+    change_profile(tmp_path, "atto-oto50-int8", validation_top1=0.78)
     monkeypatch.chdir(tmp_path)
     assert choose(read_run(load_params())).headline == "atto-oto50-fp32"  # the next in size
+
+
+def test_a_poor_network_that_compresses_well_is_no_headline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    network = {"library": "timm", "architecture": "convnext_atto", "input_size": 16}
+    models = {"good": network, "poor": network | {"arguments": {"depths": [1, 1, 1, 1]}}}
+    write_run(tmp_path, params_of(models=models))
+    for variant in params_of(models=models)["variants"]:
+        if variant.startswith("poor"):
+            change_profile(tmp_path, variant, validation_top1=0.5, size_bytes=1000)
+    monkeypatch.chdir(tmp_path)
+    choices = choose(read_run(load_params()))
+    assert choices.headline == "good-oto50-int8"
+    assert choices.fastest.startswith("good")
+
+
+def test_the_control_is_float_of_the_same_model_and_trained_as_long():
+    oto = {"method": "oto", "learning_rate_factor": 0.5, "group_sparsity": 0.5}
+    more = {"method": "none_continued", "learning_rate_factor": 0.5}
+    pruners = {
+        "none": {"method": "none"},
+        "more4": more | {"epochs": 4},
+        "more8": more | {"epochs": 8},
+        "oto4": oto | {"epochs": 4},
+        "oto8": oto | {"epochs": 8},
+    }
+    variants = [(pruner, quantizer) for pruner in pruners for quantizer in ("int8", "fp32")]
+    params = Params.model_validate(params_of(seeds=2, pruners=pruners, variants=variants))
+    assert control_of(params, "atto-s1-oto8-int8") == "atto-s1-more8-fp32"
+    assert control_of(params, "atto-oto4-fp32") == "atto-more4-fp32"
+    assert control_of(params, "atto-more4-int8") == "atto-more4-fp32"
+    assert control_of(params, "atto-more4-fp32") is None
+    assert control_of(params, "atto-none-int8") is None
+
+
+def test_the_difference_to_the_control_is_paired_and_corrected(run: Run):
+    groups = assemble_groups(run)
+    with_control = {name: group for name, group in groups.items() if group.control is not None}
+    assert set(with_control) == {"atto-oto50-fp32", "atto-oto50-int8", "atto-l1-fp32"}
+    control = run.variants["atto-continued-fp32"].correct
+    raw = {}
+    for name, group in with_control.items():
+        correct = run.variants[name].correct
+        raw[name] = mcnemar_p(int((correct & ~control).sum()), int((control & ~correct).sum()))
+        assert group.control.delta == pytest.approx(correct.mean() - control.mean())
+    assert {name: group.control_p_value for name, group in with_control.items()} == pytest.approx(holm(raw))
 
 
 def test_headline_metrics_are_few_and_flat(run: Run):
@@ -88,6 +131,8 @@ def test_headline_metrics_are_few_and_flat(run: Run):
     assert len(metrics) <= 10
     assert all(isinstance(value, int | float | str) for value in metrics.values())
     assert metrics["headline_size_ratio"] > 10
+    assert metrics["headline_validation_top1"] == 0.79
+    assert "best_top1" not in metrics
     assert not any("small_dense" in key for key in metrics)
 
 

@@ -11,6 +11,7 @@ import torch
 from stages.common.errors import UserError
 from stages.common.params import Base, NoneContinued
 from stages.datasets.store import Part
+from stages.networks.preprocess import Preprocess
 from stages.training import loop
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.loop import recipe_for, steps_in, train
@@ -29,6 +30,7 @@ def weights(network) -> bytes:
 def test_training_learns_and_gives_back_the_best_epoch_by_validation(network, parts, preprocess, recipe):
     trained = run(network, parts, preprocess, recipe.model_copy(update={"epochs": 6}))
     assert trained.validation_top1 > 0.9
+    assert not trained.network.training
     assert len(trained.curve) == 6
     assert trained.curve[trained.epoch - 1]["validation_top1"] == max(row["validation_top1"] for row in trained.curve)
     assert tuple(trained.curve[0]) == loop.CURVE_COLUMNS
@@ -69,7 +71,18 @@ def test_a_training_killed_after_an_epoch_ends_bit_for_bit_where_the_uninterrupt
     assert [{k: v for k, v in row.items() if k not in timing} for row in resumed.curve] == [
         {k: v for k, v in row.items() if k not in timing} for row in whole.curve
     ]
-    assert not any(tmp_path.iterdir())
+    assert weights(_resume_finished(network, parts, preprocess, recipe, tmp_path).network) == weights(whole.network)
+
+
+def _resume_finished(network, parts, preprocess, recipe, tmp_path):
+    """What happens where the stage ended well but DVC was killed before it took the outputs over."""
+    seen: list[int] = []
+    with checkpoint_folder(tmp_path, {"a": 1}) as folder:
+        again = run(
+            copy.deepcopy(network), (_Watched(parts[0], seen), parts[1]), preprocess, recipe, checkpoints=folder
+        )
+    assert seen == []
+    return again
 
 
 def _train_until_killed(network, parts, preprocess, recipe, tmp_path: Path) -> None:
@@ -192,3 +205,47 @@ def test_a_pruner_trains_by_finetunes_recipe_with_its_own_budget(recipe):
     own = recipe_for(recipe, NoneContinued(method="none_continued", epochs=7, learning_rate_factor=0.5))
     assert own == recipe.model_copy(update={"epochs": 7, "learning_rate": 0.0025, "muon_learning_rate": 0.01})
     assert steps_in(own, 100) == 21
+
+
+def test_a_finished_training_is_kept_until_another_of_the_same_entry_begins(tmp_path):
+    with checkpoint_folder(tmp_path, {"a": 1}) as first:
+        pass
+    with pytest.raises(RuntimeError), checkpoint_folder(tmp_path, {"a": 2}) as killed:
+        raise RuntimeError
+    assert not first.exists()
+    with checkpoint_folder(tmp_path, {"a": 3}):
+        pass
+    assert killed.exists()  # unfinished work is never thrown away
+
+
+def test_a_broken_checkpoint_is_named_and_training_starts_again(network, parts, preprocess, recipe, tmp_path, capsys):
+    with checkpoint_folder(tmp_path, {"a": 1}) as folder:
+        (folder / "checkpoint.pt").write_bytes(b"half a checkpoint")
+        trained = run(network, parts, preprocess, recipe, checkpoints=folder)
+    assert len(trained.curve) == recipe.epochs
+    assert "checkpoint.pt is broken" in capsys.readouterr().out
+
+
+def test_an_input_size_that_the_network_does_not_take_is_a_clear_error(network, parts, recipe):
+    with pytest.raises(UserError, match="does not take input_size 8"):
+        run(network, parts, Preprocess([0.5] * 3, [0.25] * 3, 8), recipe)
+
+
+def test_running_out_of_memory_is_a_clear_error(network, parts, preprocess, recipe, monkeypatch):
+    def no_memory(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(loop, "flip_and_crop", no_memory)
+    with pytest.raises(UserError, match="batch_size 32 does not fit into memory"):
+        run(network, parts, preprocess, recipe)
+
+
+def test_finding_the_number_of_classes_leaves_running_statistics_alone(parts, preprocess):
+    from torch import nn
+
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    assert loop._classes(network, 8, "t") == 2
+    assert network.training
+    assert torch.equal(network[1].running_mean, torch.zeros(4))
