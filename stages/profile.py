@@ -55,10 +55,7 @@ def profile(
     """
     classifier, description = load_classifier(folder)
     info = read_info(images)
-    if description.data["sha256"] != info.sha256:
-        raise UserError(
-            f"{folder} was made from other images ({description.data['name']}) than {images} holds: run `dvc repro`"
-        )
+    description.require_images(folder, info.sha256)
     session = open_session(folder / ONNX, threads)
     if sha256_of(folder / ONNX) != description.onnx["sha256"]:
         raise UserError(f"{folder / ONNX} is not the file that model.json describes: run `dvc repro`")

@@ -32,7 +32,7 @@ from stages.common.params import (
 from stages.datasets.store import Info, Part, open_part, read_info
 from stages.networks.build import NetworkSpec
 from stages.networks.layer_scale import fold_layer_scale
-from stages.networks.predict import predict_logits, top1
+from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.pruning.groups import check_exact, cut_channels, relative_difference
 from stages.pruning.hesso import Hesso
@@ -40,7 +40,7 @@ from stages.pruning.only_train_once_adapter import channel_groups
 from stages.pruning.unstructured import KeepZeros, sparsity_of, zeros_of
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.constraint import Constraint
-from stages.training.loop import CURVE_COLUMNS, EVALUATION_BATCH, Trained, recipe_for, steps_in, train
+from stages.training.loop import CURVE_COLUMNS, Trained, recipe_for, steps_in, train
 
 CUT_TOLERANCE = 1e-3
 """Largest difference between zeroed network and subnet, relative to the logits' scale."""
@@ -188,8 +188,7 @@ def refuse_unfit(folder: Path, dense: nn.Module, parent: Description, images: In
         raise UserError(f"{folder}: is {state} already; pruning starts from a dense float artifact")
     if broken := [name for name, tensor in dense.state_dict().items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: make it again with `dvc repro`")
-    if parent.data != images.as_parent():
-        raise UserError(f"{folder}: was made from other images than those in {paths.IMAGES}: run `dvc repro`")
+    parent.require_images(folder, images.sha256)
 
 
 def _metrics(trained: Trained) -> dict[str, float]:

@@ -21,13 +21,12 @@ from stages.common.params import Quantizer, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits, usable_cores
-from stages.networks.predict import predict_logits, top1
+from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
 from stages.quantization.dynamic import int8_dynamic
 
 LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
 ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
-BATCH = 256
 
 
 def quantize(network: nn.Module, quantizer: Quantizer) -> tuple[nn.Module, dict[str, LayerStorage]]:
@@ -75,10 +74,7 @@ def compress(
     """
     network, parent = load_artifact(parent_folder)
     part = open_part(images, "validation")
-    if parent.data["sha256"] != read_info(images).sha256:
-        raise UserError(
-            f"{parent_folder} was made from other images ({parent.data['name']}) than {images} holds: run `dvc repro`"
-        )
+    parent.require_images(parent_folder, read_info(images).sha256)
     if parent.layers:
         raise UserError(
             f"{parent_folder} is quantized already ({len(parent.layers)} packed layers): quantize its float parent"
@@ -101,7 +97,7 @@ def compress(
         layers=layers,
     )
     classifier = Classifier(description.preprocess(), packed).eval()
-    batch_size = 1 if layers else BATCH  # a dynamic scale spans the batch, and a device sees one image at a time
+    batch_size = 1 if layers else EVALUATION_BATCH  # a dynamic scale spans the batch; a device sees one image
 
     def add_onnx(unfinished: Path) -> dict[str, Any]:
         written = export_onnx(classifier, description.image_size, unfinished / ONNX)

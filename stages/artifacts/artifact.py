@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import atomic_folder, read_json, sha256_of, write_json
 from stages.networks.build import NetworkSpec, build_network
@@ -71,6 +72,13 @@ class Description:
 
     def preprocess(self) -> Preprocess:
         return Preprocess(self.mean, self.std, self.input_size)
+
+    def require_images(self, folder: Path, sha256: str) -> None:
+        """Raise a `UserError` where the artifact, read from `folder`, was made from other images than those at hand."""
+        if self.data["sha256"] != sha256:
+            raise UserError(
+                f"{folder} was made from other images ({self.data['name']}) than {paths.IMAGES} holds: run `dvc repro`"
+            )
 
 
 def save_artifact(

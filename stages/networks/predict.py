@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
+EVALUATION_BATCH = 256
+
 
 @torch.no_grad()
 def predict_logits(

@@ -21,7 +21,7 @@ from stages.common.errors import UserError
 from stages.common.params import Base, Finetune, Training
 from stages.common.progress import epoch_progress
 from stages.datasets.store import Part
-from stages.networks.predict import predict_logits, top1
+from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.training.augment import AlternatingFlip, BatchMixing, flip_and_crop
 from stages.training.checkpoint import load_checkpoint, save_checkpoint
@@ -38,7 +38,6 @@ CURVE_COLUMNS = (
     "images_per_second",
     "seconds",
 )
-EVALUATION_BATCH = 256
 
 
 @dataclass
