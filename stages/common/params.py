@@ -101,11 +101,15 @@ class Training(Section):
     epochs: Count
     learning_rate_factor: Positive
     """Times `finetune`'s learning rates, at the peak of the schedule."""
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the loss that asks for the dense parent's softened outputs (arXiv 1503.02531); 0 trains on labels."""
+    distillation_temperature: Positive = 2.0
 
     @property
-    def budget(self) -> tuple[int, float]:
+    def budget(self) -> tuple[int, float, float, float]:
         """What two pruners must share to be compared."""
-        return self.epochs, self.learning_rate_factor
+        temperature = self.distillation_temperature if self.distillation else 0.0
+        return self.epochs, self.learning_rate_factor, self.distillation, temperature
 
 
 class NoneContinued(Training):
@@ -128,27 +132,106 @@ class Importance(Section):
         return self
 
 
-class Oto(Training):
-    method: Literal["oto"]
-    group_sparsity: Fraction
-    start_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps before the first pruning period."""
-    end_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the steps by which the last pruning period has ended; the rest is recovery."""
-    pruning_periods: Count = 5
-    importance: Importance = Importance()
+class Structured(Training):
+    """What every pruner that removes whole channels has: one target, and what the narrower network must be like."""
+
+    group_sparsity: Fraction | None = None
+    """Share of all channels to remove."""
+    params_reduction: Fraction | None = None
+    """Share of the dense network's parameters to remove."""
+    macs_reduction: Fraction | None = None
+    """Share of the dense network's MACs to remove."""
+    minimum_width: Count = 1
+    """Channels that every layer keeps at least."""
+    divisible_by: Count = 1
+    """Every layer that is cut keeps a multiple of this, as vector units like it."""
+    layer_norm: Literal["exact", "exact_matmul", "plain"] = "exact"
+    """How a cut LayerNorm counts: by its original width (by padding, or by sums as matrix products), or plainly."""
+    allow_partial: bool = False
+    """Prune what can be cut exactly and leave the rest whole, instead of refusing the network."""
 
     @model_validator(mode="after")
-    def periods_fit(self) -> "Oto":
+    def one_target(self) -> "Structured":
+        if len(self.target) != 1:
+            given = ", ".join(self.target) or "none"
+            raise ValueError(f"give one of group_sparsity, params_reduction and macs_reduction (given: {given})")
+        return self
+
+    @property
+    def target(self) -> dict[str, float]:
+        """The one target by name."""
+        targets = self.model_dump(include={"group_sparsity", "params_reduction", "macs_reduction"})
+        return {name: value for name, value in targets.items() if value is not None}
+
+
+class Scheduled(Section):
+    """When pruning happens, as shares of the training's steps."""
+
+    start_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Warm-up: the steps before pruning begins."""
+    end_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """By here pruning has ended; the rest is recovery."""
+
+    @model_validator(mode="after")
+    def start_is_before_end(self) -> "Scheduled":
         if self.start_fraction >= self.end_fraction:
             raise ValueError("start_fraction must be less than end_fraction")
         return self
 
 
-class Unstructured(Training):
+class Oto(Structured, Scheduled):
+    method: Literal["oto"]
+    optimizer: Literal["hesso", "dhspg"] = "hesso"
+    pruning_periods: Count = 5
+    """HESSO's; DHSPG picks its redundant channels once, when the warm-up ends."""
+    importance: Importance = Importance()
+    penalty: Positive = 1e-3
+    """DHSPG's lambda: the least weight of the group norms of redundant channels."""
+    penalty_limit: Positive = 10.0
+    """DHSPG's largest lambda."""
+    half_space: Fraction = 0.0
+    """DHSPG's epsilon: a step that leaves this share of a channel's own direction or less makes it zero."""
+
+
+class RandomStructured(Structured):
+    """Channels removed at random, at once, before training."""
+
+    method: Literal["random_structured"]
+
+
+class SmallDense(Structured):
+    """No pruning: a uniformly narrower network, trained from scratch for the steps of the dense one and a pruner's."""
+
+    method: Literal["small_dense"]
+
+
+class Depgraph(Structured, Scheduled):
+    """Torch-Pruning's dependency-graph pruner (arXiv 2301.12900), as a peer."""
+
+    method: Literal["depgraph"]
+    importance: Literal["magnitude", "group_lasso"] = "magnitude"
+    """`magnitude` prunes before training; `group_lasso` trains with a growing penalty until `end_fraction` first."""
+    penalty: Positive = 1e-4
+    """Of `group_lasso`: the regularisation's strength, added to the gradients."""
+    layer_norm: Literal["exact", "exact_matmul", "plain"] = "plain"
+
+
+class Unstructured(Training, Scheduled):
     method: Literal["l1_unstructured", "random_unstructured"]
     sparsity: Fraction
     scope: Literal["global", "layer"] = "layer"
+    pattern: Literal["none", "2:4"] = "none"
+    """`2:4`: two of every four neighbouring inputs of an output are zero, as sparse tensor cores want it."""
+    schedule: Literal["one_shot", "gradual"] = "one_shot"
+    """`gradual`: cubic from 0 at `start_fraction` to `sparsity` at `end_fraction` (arXiv 1710.01878, equation 1)."""
+    prunings: Count = 10
+    """Of the gradual schedule: how often the zeros are chosen anew."""
+
+    @model_validator(mode="after")
+    def pattern_has_its_sparsity(self) -> "Unstructured":
+        if self.pattern == "2:4" and (self.sparsity != 0.5 or self.scope != "layer"):
+            raise ValueError("pattern 2:4 zeroes half of every layer: set sparsity: 0.5 and scope: layer")
+        return self
 
 
 class Fp32(Section):
@@ -160,7 +243,10 @@ class Int8Dynamic(Section):
     per_channel: bool = True
 
 
-Pruner = Annotated[NonePruner | NoneContinued | Oto | Unstructured, Field(discriminator="method")]
+Pruner = Annotated[
+    NonePruner | NoneContinued | Oto | RandomStructured | SmallDense | Depgraph | Unstructured,
+    Field(discriminator="method"),
+]
 Quantizer = Annotated[Fp32 | Int8Dynamic, Field(discriminator="method")]
 
 
@@ -312,11 +398,12 @@ def _broken_references(params: Params) -> list[str]:
         pruners = [params.prune[p.pruner] for p in params.prunings.values() if p.model == model]
         trained = {p.budget for p in pruners if isinstance(p, Training) and p.method != "none_continued"}
         control = {p.budget for p in pruners if p.method == "none_continued"}
-        for epochs, factor in sorted(trained - control):
+        for epochs, factor, distillation, temperature in sorted(trained - control):
+            softly = f" with distillation {distillation} at temperature {temperature}" if distillation else ""
             problems.append(
-                f"models.{model}: a pruner trains for {epochs} more epochs at learning_rate_factor {factor}, so a"
-                " none_continued pruner with the same two must be listed for it (the control: the same steps without"
-                " pruning)"
+                f"models.{model}: a pruner trains for {epochs} more epochs at learning_rate_factor {factor}{softly}, so"
+                " a none_continued pruner with the same settings must be listed for it (the control: the same steps"
+                " without pruning)"
             )
     return problems
 
@@ -383,7 +470,7 @@ def plan(params: Params) -> str:
         )
     for key, pruning in params.prunings.items():
         pruner = params.prune[pruning.pruner]
-        settings = ", ".join(f"{k} {v}" for k, v in pruner.model_dump(exclude={"method", "importance"}).items())
+        settings = ", ".join(f"{k} {v}" for k, v in pruner.model_dump(exclude={"method"}, exclude_unset=True).items())
         lines.append(f"pruning   {key}: {pruner.method}" + (f" ({settings})" if settings else ""))
     for key, variant in params.variants.items():
         lines.append(f"variant   {key}: {params.quantize[variant.quantizer].method}")

@@ -63,12 +63,32 @@ def test_an_unknown_method_lists_the_known_ones(raw, tmp_path):
 
 
 def test_a_missing_value_is_named(raw, tmp_path):
-    del raw["prune"]["oto50"]["group_sparsity"]
+    del raw["prune"]["oto50"]["epochs"]
     del raw["data"]["image_size"]
     message = refusal(raw, tmp_path)
     assert "2 problems" in message
-    assert "prune.oto50.group_sparsity: is required and missing" in message
+    assert "prune.oto50.epochs: is required and missing" in message
     assert "data.image_size: is required and missing" in message
+
+
+@pytest.mark.parametrize(("targets", "given"), [({}, "none"), ({"macs_reduction": 0.5}, "group_sparsity, macs")])
+def test_a_structured_pruner_has_exactly_one_target(raw, tmp_path, targets, given):
+    if not targets:
+        del raw["prune"]["oto50"]["group_sparsity"]
+    raw["prune"]["oto50"].update(targets)
+    assert f"prune.oto50: give one of group_sparsity, params_reduction and macs_reduction (given: {given}" in refusal(
+        raw, tmp_path
+    )
+
+
+def test_two_to_four_sparsity_is_refused_at_another_sparsity(raw, tmp_path):
+    raw["prune"]["l1"]["pattern"] = "2:4"
+    assert "prune.l1: pattern 2:4 zeroes half of every layer" in refusal(raw, tmp_path)
+
+
+def test_a_control_without_the_pruners_distillation_is_no_control(raw, tmp_path):
+    raw["prune"]["oto50"]["distillation"] = 0.5
+    assert "with distillation 0.5 at temperature 2.0" in refusal(raw, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +137,7 @@ def test_pruning_with_recovery_needs_the_control_of_the_same_length(raw, tmp_pat
 
 def test_the_control_must_train_at_the_same_learning_rate(raw, tmp_path):
     raw["prune"]["none_continued"]["learning_rate_factor"] = 1.0
-    assert "a none_continued pruner with the same two must be listed" in refusal(raw, tmp_path)
+    assert "a none_continued pruner with the same settings must be listed" in refusal(raw, tmp_path)
 
 
 def test_numbers_that_dvc_writes_without_a_point_are_numbers(raw, tmp_path):
