@@ -43,7 +43,7 @@ def make_report(run: Run) -> Report:
     rows = assemble_rows(run, groups)
     choices = choose(run)
     claims = assess(read_claims(), run, rows, groups)
-    pictures = draw_all(run, rows, choices)
+    pictures = draw_all(run, rows, groups, choices)
     return Report(
         headline_metrics(run, rows, choices),
         describe_run(run),

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig
 
 from stages.common.errors import UserError
 from stages.common.params import Model
@@ -103,12 +104,21 @@ def _construct(spec: NetworkSpec) -> nn.Module:
     try:
         if spec.library == "timm":
             return _timm_model(spec, num_classes=spec.classes)
-        return torchvision.models.get_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
+        return torchvision.models.get_model(
+            spec.architecture, num_classes=spec.classes, **_torchvision_arguments(spec.arguments)
+        )
     except Exception as error:  # whatever a constructor stumbles over
         raise UserError(
             f"{spec.library} {spec.architecture} does not take arguments {spec.arguments}:"
             f" {error or type(error).__name__}"
         ) from None
+
+
+def _torchvision_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """ConvNeXt's `block_setting` is a list of objects there; in YAML each is `[input channels, output, blocks]`."""
+    if "block_setting" not in arguments:
+        return arguments
+    return arguments | {"block_setting": [CNBlockConfig(*setting) for setting in arguments["block_setting"]]}
 
 
 def _timm_model(spec: NetworkSpec, **more: Any) -> nn.Module:
@@ -122,7 +132,9 @@ def _hub_state(spec: NetworkSpec) -> dict[str, torch.Tensor]:
     try:
         if spec.library == "timm":
             return _timm_model(spec, pretrained=True).state_dict()
-        return torchvision.models.get_model(spec.architecture, weights="DEFAULT", **spec.arguments).state_dict()
+        return torchvision.models.get_model(
+            spec.architecture, weights="DEFAULT", **_torchvision_arguments(spec.arguments)
+        ).state_dict()
     except Exception as error:  # each hub client has its own errors, and all mean the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -7,6 +7,7 @@ from stages.common.params import Training
 from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
 from stages.reporting.inputs import Run
+from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
 from stages.reporting.rows import Choices, Group, control_of, is_control, small_dense
 from stages.reporting.statistics import PairedDifference
@@ -77,7 +78,8 @@ def render_page(
         columns=COLUMNS,
         variants=[(row, _cells(run, row, groups[row["group"]]), row["variant"] == choices.headline) for row in rows],
         several_threads=(run.edge.get("protocol") or {}).get("threads", 1) > 1,
-        groups=_seed_rows(groups),
+        groups=_seed_rows(run, rows, groups),
+        **_levels(run, rows, groups),
         eager=[(model, ms_text(row["latency_ms_p50"])) for model, row in run.eager.items()],
         pictures=pictures,
         networks=list(dict.fromkeys(model.architecture for model in run.params.models.values())),
@@ -246,10 +248,15 @@ def _change_cell(row: dict, group: Group) -> Cell:
     return Cell(points_text(row["top1_delta"]), row["top1_delta"], tuple(small))
 
 
-def _seed_rows(groups: dict[str, Group]) -> list[tuple[str, tuple[str, ...]]]:
-    """Group, then seeds, mean and deviation, difference with interval, p; empty where every group has one seed."""
+SEED_COSTS = {"params": count_text, "macs": count_text, "size_bytes": bytes_text, "latency_ms_p50": ms_text}
+"""Mean costs in the table over seeds, and how each is written."""
+
+
+def _seed_rows(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[tuple[str, tuple[str, ...]]]:
+    """Group, then seeds, mean and deviation, differences, p, mean costs; empty where every group has one seed."""
     if all(len(group.variants) == 1 for group in groups.values()):
         return []
+    by_name = {row["variant"]: row for row in rows}
     lines = []
     for group in groups.values():
         deviation = "" if group.top1_deviation is None else f" \N{PLUS-MINUS SIGN} {100 * group.top1_deviation:.2f}"
@@ -260,9 +267,39 @@ def _seed_rows(groups: dict[str, Group]) -> list[tuple[str, tuple[str, ...]]]:
             change = f"{points_text(group.difference.delta)}{spread}"
             interval = f"{points_text(group.difference.low)} to {points_text(group.difference.high)}"
             p = p_text(group.p_value)
-        figures = (str(len(group.variants)), f"{100 * group.top1:.2f}{deviation}", change, interval, p)
+        control = "" if group.control is None else points_text(group.control.delta, 2)
+        mean = {key: sum(by_name[v][key] for v in group.variants) / len(group.variants) for key in SEED_COSTS}
+        figures = (str(len(group.variants)), f"{100 * group.top1:.2f}{deviation}", change, interval, p, control)
+        figures += tuple(write(mean[key]) for key, write in SEED_COSTS.items())
         lines.append((group.name, figures))
     return lines
+
+
+def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, list[tuple[str, ...]]]:
+    """Lines of the tables about pruning, in words: at equal MACs, between libraries, and at the cut."""
+    found = levels_of(run, rows, groups)
+
+    def interval(difference: PairedDifference, p_value: float) -> tuple[str, ...]:
+        ends = f"{points_text(difference.low, 2)} to {points_text(difference.high, 2)}"
+        return points_text(difference.delta, 2), ends, p_text(p_value)
+
+    return {
+        "equal_macs": [
+            (one.ours, one.theirs, f"{one.macs_ratio:.3f}", *interval(one.difference, one.p_value))
+            for one in at_equal_macs(run, found)
+        ],
+        "libraries": [
+            (one.one, one.other, *interval(one.difference, one.p_value)) for one in between_libraries(run, groups)
+        ],
+        "cuts": [
+            (
+                cut.group,
+                *(f"{100 * value:.2f}" for value in (cut.before, cut.after, cut.recovered)),
+                f"{cut.difference:.1e}",
+            )
+            for cut in cuts_of(run, found)
+        ],
+    }
 
 
 def _claims(entries: list[dict]) -> list[dict]:

@@ -12,7 +12,8 @@ from html import escape
 from itertools import pairwise, product
 
 from stages.reporting.inputs import Run
-from stages.reporting.rows import Choices, mark_front, model_family
+from stages.reporting.levels import Level, levels_of
+from stages.reporting.rows import Choices, Group, mark_front, model_family
 from stages.reporting.text import bytes_text, count_text, ms_text, percent_text, short_name, wrapped
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
@@ -48,8 +49,9 @@ class Picture:
     """Boxes of the direct labels in pixels (x0, y0, x1, y1), which must not overlap."""
 
 
-def draw_all(run: Run, rows: list[dict], choices: Choices) -> dict[str, Picture]:
+def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choices) -> dict[str, Picture]:
     """All pictures by file name; those with nothing to show are left out."""
+    found = levels_of(run, rows, groups)
     with _style():
         pictures = [
             pareto(run, rows, choices, "size_bytes", "pareto_size"),
@@ -57,7 +59,7 @@ def draw_all(run: Run, rows: list[dict], choices: Choices) -> dict[str, Picture]
             pareto(run, rows, choices, "macs", "pareto_macs"),
             size_bars(run, rows),
             params_bars(run, rows),
-            sparsity(run, rows),
+            *(levels(run, rows, found, cost, f"levels_{short}") for short, cost in LEVEL_COSTS.items()),
             training(run),
             confusion(run, choices.headline),
         ]
@@ -70,6 +72,7 @@ COSTS = {
     "macs": ("multiply-accumulates for one image", "MACs", count_text),
 }
 """What a Pareto plot may have on its x axis: words, unit, and how a value is written."""
+LEVEL_COSTS = {"size": "size_bytes", "macs": "macs", "latency": "latency_ms_p50"}
 
 
 def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -> Picture:
@@ -127,49 +130,55 @@ def params_bars(run: Run, rows: list[dict]) -> Picture:
     return _bars(run, rows, series, "parameters", "params", "Parameters: true, not zero, visible", count_text)
 
 
-def sparsity(run: Run, rows: list[dict]) -> Picture | None:
-    """Accuracy against the sparsity asked for, a line for each model, pruning method and quantizer.
+def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str) -> Picture | None:
+    """Accuracy against the share of a dense network's cost: a line for each method, means and deviations over seeds.
 
-    Seeds of a model share a line. None where no line has two sparsities.
+    None where no method has two levels.
     """
-    lines: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
-    families = {model: model_family(run.params, model) for model in run.params.models}
-    several = len(set(families.values())) > 1
-    for row in rows:
-        pruner = run.params.prune[row["pruner"]]
-        asked = getattr(pruner, "group_sparsity", getattr(pruner, "sparsity", None))
-        if asked is not None:
-            method = f"{families[row['model']]} {pruner.method}" if several else pruner.method
-            key = (method, row["quantizer"])
-            lines.setdefault(key, []).append((asked, row["top1"], row["variant"]))
-    lines = {key: sorted(points) for key, points in lines.items() if len({asked for asked, _, _ in points}) > 1}
-    if not lines:
+    several = len({level.family for level in found}) > 1
+    lines: dict[tuple[str, str], list[Level]] = {}
+    for level in found:
+        method = f"{level.family} {level.kind}" if several else level.kind
+        lines.setdefault((method, level.quantizer), []).append(level)
+    if all(len(line) == 1 for line in lines.values()):
         return None
-    figure, axes = _figure(3.3)
+    words, _, _ = COSTS[cost]
+    figure, axes = _figure(3.7)
     methods, quantizers = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     titles = {}
-    for number, ((method, quantizer), points) in enumerate(lines.items()):
-        color = COLORS[methods.index(method) % len(COLORS)]
-        place = quantizers.index(quantizer)
-        means = {}
-        for asked, top1, _ in points:
-            means.setdefault(asked, []).append(100 * top1)
-        axes.plot(
-            list(means),
-            [sum(values) / len(values) for values in means.values()],
-            color=color,
-            ls=LINES[place % len(LINES)],
-            label=f"{method} {quantizer}",
-        )
-        for index, (asked, top1, variant) in enumerate(points):
-            (point,) = axes.plot([asked], [100 * top1], marker=MARKERS[place % len(MARKERS)], color=color, ms=5)
-            point.set_gid(f"sparsity-point-{number}-{index}")
-            titles[f"sparsity-point-{number}-{index}"] = f"{variant}: sparsity {asked:g}, top-1 {percent_text(top1)}"
-    axes.set_xlabel("sparsity asked for (groups or weights)")
-    axes.set_ylabel("test top-1 (%)")
+    for number, ((method, quantizer), line) in enumerate(lines.items()):
+        look = {
+            "color": COLORS[methods.index(method) % len(COLORS)],
+            "marker": MARKERS[methods.index(method) % len(MARKERS)],
+            "ls": LINES[quantizers.index(quantizer) % len(LINES)],
+        }
+        line = sorted(line, key=lambda level: (level.shares[cost], level.group.name))
+        xs, ys = [100 * level.shares[cost] for level in line], [100 * level.group.top1 for level in line]
+        label = f"{method} {quantizer}" if len(quantizers) > 1 else method
+        axes.plot(xs, ys, color=look["color"], ls=look["ls"], lw=1.2, marker=look["marker"], ms=5, label=label)
+        for index, (level, x, y) in enumerate(zip(line, xs, ys, strict=True)):
+            deviation = 100 * (level.group.top1_deviation or 0.0)
+            axes.plot([x, x], [y - deviation, y + deviation], color=look["color"], lw=1, alpha=0.6)
+            (point,) = axes.plot([x], [y], marker=look["marker"], color=look["color"], ms=5)
+            point.set_gid(f"{name}-point-{number}-{index}")
+            spread = f" \N{PLUS-MINUS SIGN} {deviation:.2f}" if level.group.top1_deviation is not None else ""
+            titles[f"{name}-point-{number}-{index}"] = (
+                f"{level.group.name}: {x:.1f} % of the dense {words}, top-1 {y:.2f} %{spread}"
+            )
+    dense: dict[str, list[float]] = {}
+    for row in rows:
+        if row["variant"] == run.params.baseline_of(row["variant"]):
+            dense.setdefault(model_family(run.params, row["model"]), []).append(100 * row["top1"])
+    for place, (family, top1) in enumerate(dense.items()):
+        label = f"dense {family}" if several else "dense"
+        axes.axhline(sum(top1) / len(top1), color=INK, lw=0.9, ls=LINES[1 + place % 3], label=label)
+    axes.set_xlabel(f"{words}, % of the dense network's")
+    axes.set_ylabel("test top-1 (%), mean over seeds")
     _legend_below(figure, *axes.get_legend_handles_labels())
-    alt = f"Line plot of test top-1 accuracy against sparsity for {', '.join(methods)}."
-    return _finish(figure, "sparsity", "Accuracy against sparsity", alt, titles)
+    alt = (
+        f"Line plot of test top-1 accuracy against {words} as a share of the dense network's, for {', '.join(methods)}."
+    )
+    return _finish(figure, name, f"Levels: accuracy against {words}", alt, titles)
 
 
 def training(run: Run) -> Picture | None:

@@ -23,6 +23,7 @@ def plot_tables(run: Run, rows: list[dict], choices: Choices) -> dict[str, Table
     return {
         "pareto_size": _pareto(rows, "size_bytes"),
         "pareto_latency": _pareto(rows, "latency_ms_p50"),
+        "pareto_macs": _pareto(rows, "macs"),
         "size": _sizes(rows),
         "params": _params(rows),
         "training": _training(run),

@@ -19,6 +19,15 @@ def test_timm_and_torchvision_classifiers_are_built_by_name():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, spec.classes)
 
 
+def test_a_torchvision_convnext_of_any_size_is_built_from_numbers():
+    setting = [[8, 16, 1], [16, None, 2]]
+    spec = NetworkSpec("torchvision", "convnext_tiny", {"block_setting": setting, "layer_scale": 1.0}, 3)
+    network = build_network(spec).eval()
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    assert [m.out_channels for m in network.modules() if isinstance(m, nn.Conv2d)] == [8, 8, 16, 16, 16]
+    assert spec.arguments["block_setting"] == setting
+
+
 def test_the_spec_of_a_model_is_its_entry_in_the_params():
     model = Model(library="timm", architecture="convnext_atto", arguments=ARGUMENTS, input_size=32)
     assert spec_of(model, 4) == ATTO

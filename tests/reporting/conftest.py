@@ -30,4 +30,5 @@ def seeds_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def pictures(run: Run) -> dict[str, Picture]:
-    return draw_all(run, assemble_rows(run, assemble_groups(run)), choose(run))
+    groups = assemble_groups(run)
+    return draw_all(run, assemble_rows(run, groups), groups, choose(run))

@@ -58,12 +58,14 @@ def write_run(
     accuracy: dict[str, float] | None = None,
     classes: list[str] = CLASSES,
     threads: int = 1,
+    left: dict[str, float] | None = None,
 ) -> None:
     """Write params.yaml and everything the report stage reads under `folder`.
 
     Args:
         accuracy: share of images classified correctly, by pruner name; 0.8 where none is given. The images that two
             variants get wrong overlap, as real ones do.
+        left: share of parameters and MACs that is left, by pruner name; that of its method where none is given.
     """
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     labels = np.arange(n) % len(classes)
@@ -76,8 +78,9 @@ def write_run(
         right = hardness + random.normal(0, 0.08, n) < np.quantile(hardness, wanted)
         predicted = np.where(right, labels, (labels + 1 + random.integers(0, len(classes) - 1, n)) % len(classes))
         onnx = hashlib.sha256(variant.encode()).hexdigest()
-        left, int8 = SHRINK.get(method, 1.0), quantizer == "int8_dynamic"
-        parameters, macs = int(2_400_000 * left), int(90_000_000 * left)
+        share = (left or {}).get(pruning["pruner"], SHRINK.get(method, 1.0))
+        int8 = quantizer == "int8_dynamic"
+        parameters, macs = int(2_400_000 * share), int(90_000_000 * share)
         size = int(parameters * (1.1 if int8 else 4)) + 40_000 + 1_000 * number
         profile = {
             "variant": variant,
@@ -116,7 +119,7 @@ def write_run(
         (target / "layers.csv").write_text(f"layer,params,weight_bits\nstem,1200,{8 if int8 else 32}\nhead,64000,32\n")
         description = {
             "name": variant,
-            "parent": {"name": entry["pruning"], "sha256": "a" * 64},
+            "parent": {"name": entry["pruning"], "sha256": "a" * 64, "metrics": _cut_metrics(method, wanted)},
             "seed": profile["seed"],
             "classes": classes,
             "versions": {"torch": "2.11.0", "timm": "1.0.31"},
@@ -124,7 +127,7 @@ def write_run(
             "onnx": {"sha256": onnx, "bytes": size},
         }
         (target / "model.json").write_text(json.dumps(description))
-        rows.append(_timed(variant, "onnxruntime", 1.2 * left * (0.8 if int8 else 1) + 0.01 * number, onnx))
+        rows.append(_timed(variant, "onnxruntime", 1.2 * share * (0.8 if int8 else 1) + 0.01 * number, onnx))
     rows += [_timed(f"{model}-none-fp32", "torch-eager", 8.0, "") for model in params["models"]]
     edge = {
         "run_id": "20240902-120000-abcdef",
@@ -139,6 +142,19 @@ def write_run(
     for kind, names in (("dense", params["models"]), ("pruned", params["prunings"])):
         for number, name in enumerate(names):
             _write_curve(folder / f"reports/curves/{kind}/{name}.csv", 0 if name.endswith("-none") else 6, number)
+
+
+def _cut_metrics(method: str, top1: float) -> dict[str, float]:
+    """What the prune stage tells: an exact cut for `oto`, a costly one for the other structured pruners."""
+    if method not in ("oto", "depgraph", "random_structured"):
+        return {"validation_top1": top1}
+    lost, difference = (0.0, 2e-7) if method == "oto" else (0.4, 0.9)
+    return {
+        "validation_top1": top1,
+        "validation_top1_uncut": top1 - 0.02,
+        "validation_top1_cut": top1 - 0.02 - lost,
+        "cut_difference": difference,
+    }
 
 
 def _timed(variant: str, runtime: str, milliseconds: float, onnx: str) -> dict:

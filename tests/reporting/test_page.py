@@ -20,7 +20,7 @@ def render(run: Run, pictures: dict[str, Picture] | None = None) -> str:
     rows = assemble_rows(run, groups)
     choices = choose(run)
     claims = assess(read_claims(), run, rows, groups)
-    return render_page(run, rows, groups, choices, claims, pictures or draw_all(run, rows, choices))
+    return render_page(run, rows, groups, choices, claims, pictures or draw_all(run, rows, groups, choices))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from synthetic_run import params_of, write_run
 
 from stages.common.params import load_params
 from stages.reporting.inputs import Run, read_run
-from stages.reporting.plots import PNG_DPI, Picture, confusion, confusion_counts, draw_all, sparsity, training
+from stages.reporting.levels import levels_of
+from stages.reporting.plots import PNG_DPI, Picture, confusion, confusion_counts, draw_all, levels, training
 from stages.reporting.rows import assemble_groups, assemble_rows, choose
 from stages.reporting.tables import plot_tables
 from stages.reporting.text import allowance_text, bytes_text, count_text, points_text, wrapped
@@ -53,14 +54,15 @@ def test_labels_do_not_overlap_and_name_the_headline(tmp_path: Path, monkeypatch
     write_run(tmp_path, params, accuracy=accuracy)
     monkeypatch.chdir(tmp_path)
     run = read_run(load_params())
-    pictures = draw_all(run, assemble_rows(run, assemble_groups(run)), choose(run))
+    groups = assemble_groups(run)
+    pictures = draw_all(run, assemble_rows(run, groups), groups, choose(run))
     for name in ("pareto_size", "pareto_latency", "pareto_macs"):
         boxes = pictures[name].labels
         assert len(boxes) >= 6
         for one, other in combinations(boxes, 2):
             apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
             assert apart, name
-    assert "sparsity" in pictures
+    assert {"levels_size", "levels_macs", "levels_latency"} <= set(pictures)
 
 
 def test_forty_long_names_fit_and_the_headline_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -73,7 +75,8 @@ def test_forty_long_names_fit_and_the_headline_keeps_its_label(tmp_path: Path, m
     write_run(tmp_path, params_of(pruners=pruners, variants=variants), n=100)
     monkeypatch.chdir(tmp_path)
     run = read_run(load_params())
-    pictures = draw_all(run, assemble_rows(run, assemble_groups(run)), choose(run))
+    groups = assemble_groups(run)
+    pictures = draw_all(run, assemble_rows(run, groups), groups, choose(run))
     for name in ("pareto_size", "pareto_latency", "pareto_macs"):
         assert pictures[name].labels, name
     for name, least in {"size": 40 * 0.42, "pareto_size": 7, "training": 8}.items():
@@ -105,7 +108,7 @@ def test_many_classes_give_a_bounded_matrix(tmp_path: Path, monkeypatch: pytest.
     assert len(picture.svg) < 1_000_000
 
 
-def test_models_do_not_share_a_line_of_the_sparsity_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_models_do_not_share_a_line_of_the_levels_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     network = {"library": "timm", "architecture": "convnext_atto", "input_size": 16}
     oto = {"method": "oto", "epochs": 4, "learning_rate_factor": 0.5}
     pruners = {
@@ -119,9 +122,11 @@ def test_models_do_not_share_a_line_of_the_sparsity_plot(tmp_path: Path, monkeyp
     write_run(tmp_path, params | {"variants": {v: e for v, e in params["variants"].items() if v.endswith("fp32")}})
     monkeypatch.chdir(tmp_path)
     run = read_run(load_params())
-    picture = sparsity(run, assemble_rows(run, assemble_groups(run)))
+    groups = assemble_groups(run)
+    rows = assemble_rows(run, groups)
+    picture = levels(run, rows, levels_of(run, rows, groups), "macs", "levels_macs")
     assert "small oto, tuned oto" in picture.alt
-    assert len(set(re.findall(r'id="sparsity-point-(\d)-', picture.svg))) == 2
+    assert len(set(re.findall(r'id="levels_macs-point-(\d)-', picture.svg))) == 2
 
 
 def test_every_variant_is_a_mark_that_names_itself(run: Run, pictures: dict[str, Picture]):

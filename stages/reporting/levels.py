@@ -1,0 +1,170 @@
+"""Pruning at several levels: what each pruner costs and keeps, at equal MACs, between libraries and at the cut."""
+
+from dataclasses import dataclass
+
+from stages.common.params import NoneContinued, NonePruner, Pruner, Structured
+from stages.reporting.inputs import Run
+from stages.reporting.rows import Group, compare, model_family
+from stages.reporting.statistics import PairedDifference, holm, mean_and_deviation
+
+COSTS = ("size_bytes", "macs", "latency_ms_p50")
+EQUAL_MACS = 0.05
+"""Two networks are compared at equal MACs where theirs differ by at most this share."""
+KIND = ("optimizer", "importance", "layer_norm", "scope", "pattern", "schedule")
+"""Settings that make another method of a pruner, where they are given."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One pruner at one level, over its seeds."""
+
+    group: Group
+    family: str
+    """The model without its seed."""
+    pruner: str
+    quantizer: str
+    kind: str
+    """What the levels of one method share: `depgraph group_lasso`."""
+    shares: dict[str, float]
+    """Of each of `COSTS`, the share of the same model's dense float network in ONNX Runtime, mean over seeds."""
+    sparsity: float | None
+    """Share of zeros among the weights, of unstructured pruning."""
+
+
+@dataclass(frozen=True)
+class EqualMacs:
+    """An `oto` network against another pruner's at (nearly) the same MACs."""
+
+    ours: str
+    theirs: str
+    macs_ratio: float
+    """Theirs over ours."""
+    difference: PairedDifference
+    p_value: float
+    """Holm-corrected over these comparisons."""
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """The same pruner and quantizer on one library's network against another library's."""
+
+    one: str
+    other: str
+    difference: PairedDifference
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Validation top-1 around the removal of channels, mean over seeds."""
+
+    group: str
+    before: float
+    """With the channels at zero, or whole where nothing was zeroed first."""
+    after: float
+    """Right after removal."""
+    recovered: float
+    difference: float
+    """Largest change of a logit, relative to the logits' scale."""
+
+
+def kind_of(pruner: Pruner) -> str:
+    """A pruner's method with the settings that make it another method, without its level and budget."""
+    given = [getattr(pruner, name) for name in KIND if name in pruner.model_fields_set]
+    return " ".join([pruner.method, *(value for value in given if isinstance(value, str) and value != "none")])
+
+
+def levels_of(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[Level]:
+    """Every group whose pruner removes something, in the order of the params."""
+    by_name = {row["variant"]: row for row in rows}
+    found = []
+    for group in groups.values():
+        row = by_name[group.variants[0]]
+        pruner = run.params.prune[row["pruner"]]
+        if isinstance(pruner, NonePruner | NoneContinued):
+            continue
+        shares = {
+            cost: mean_and_deviation(
+                [by_name[v][cost] / by_name[run.params.baseline_of(v)][cost] for v in group.variants]
+            )[0]
+            for cost in COSTS
+        }
+        family = model_family(run.params, row["model"])
+        zeros = getattr(pruner, "sparsity", None)
+        found.append(Level(group, family, row["pruner"], row["quantizer"], kind_of(pruner), shares, zeros))
+    return found
+
+
+def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
+    """Each float `oto` level against every other structured one of the same network within `EQUAL_MACS`."""
+    structured = [
+        level
+        for level in levels
+        if isinstance(run.params.prune[level.pruner], Structured)
+        and run.params.quantize[level.quantizer].method == "fp32"
+    ]
+    pairs: dict[str, tuple[Level, Level, PairedDifference]] = {}
+    for ours in structured:
+        if run.params.prune[ours.pruner].method != "oto":
+            continue
+        for theirs in structured:
+            same = theirs.family == ours.family and theirs.kind != ours.kind
+            ratio = theirs.shares["macs"] / ours.shares["macs"]
+            seen = f"{theirs.group.name} {ours.group.name}" in pairs  # both are `oto`
+            if not same or seen or abs(ratio - 1) > EQUAL_MACS:
+                continue
+            if len(theirs.group.variants) != len(ours.group.variants):
+                continue
+            difference = compare(run, list(zip(ours.group.variants, theirs.group.variants, strict=True)))
+            pairs[f"{ours.group.name} {theirs.group.name}"] = (ours, theirs, difference)
+    corrected = holm({name: difference.p_value for name, (_, _, difference) in pairs.items()})
+    return [
+        EqualMacs(
+            ours.group.name,
+            theirs.group.name,
+            theirs.shares["macs"] / ours.shares["macs"],
+            difference,
+            corrected[name],
+        )
+        for name, (ours, theirs, difference) in pairs.items()
+    ]
+
+
+def between_libraries(run: Run, groups: dict[str, Group]) -> list[Libraries]:
+    """The first model's groups against those of the first model of another library; empty with one library."""
+    params = run.params
+    families = list(dict.fromkeys(model_family(params, model) for model in params.models))
+    one = families[0]
+    other = next((name for name in families if params.models[name].library != params.models[one].library), None)
+    if other is None:
+        return []
+    found: dict[str, tuple[Group, Group, PairedDifference]] = {}
+    for group in groups.values():
+        rest = group.name.removeprefix(f"{one}-")
+        peer = groups.get(f"{other}-{rest}")
+        if model_family(params, params.model_of(group.variants[0])) != one or peer is None:
+            continue
+        pairs = list(zip(group.variants, peer.variants, strict=False))
+        found[rest] = (group, peer, compare(run, pairs))
+    corrected = holm({rest: difference.p_value for rest, (_, _, difference) in found.items()})
+    return [
+        Libraries(group.name, peer.name, difference, corrected[rest])
+        for rest, (group, peer, difference) in found.items()
+    ]
+
+
+def cuts_of(run: Run, levels: list[Level]) -> list[Cut]:
+    """What removal did to every float level whose channels were removed."""
+    found = []
+    for level in levels:
+        if run.params.quantize[level.quantizer].method != "fp32":
+            continue
+        metrics = [run.variants[name].description["parent"].get("metrics", {}) for name in level.group.variants]
+        if not all("validation_top1_cut" in one for one in metrics):
+            continue
+        before, after, recovered = (
+            mean_and_deviation([one[key] for one in metrics])[0]
+            for key in ("validation_top1_uncut", "validation_top1_cut", "validation_top1")
+        )
+        found.append(Cut(level.group.name, before, after, recovered, max(one["cut_difference"] for one in metrics)))
+    return found

@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_run import params_of, write_run
+
+from stages.common.params import Depgraph, Oto, Unstructured, load_params
+from stages.reporting.claims import assess, read_claims
+from stages.reporting.inputs import Run, read_run
+from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, kind_of, levels_of
+from stages.reporting.page import render_page
+from stages.reporting.plots import draw_all
+from stages.reporting.rows import assemble_groups, assemble_rows, choose
+
+BUDGET = {"epochs": 4, "learning_rate_factor": 0.5}
+PRUNERS = {
+    "none": {"method": "none"},
+    "continued": BUDGET | {"method": "none_continued"},
+    "oto30": BUDGET | {"method": "oto", "group_sparsity": 0.3},
+    "oto50": BUDGET | {"method": "oto", "group_sparsity": 0.5},
+    "dhspg50": BUDGET | {"method": "oto", "optimizer": "dhspg", "group_sparsity": 0.5},
+    "magnitude": BUDGET | {"method": "depgraph", "importance": "magnitude", "macs_reduction": 0.75},
+    "random": BUDGET | {"method": "random_structured", "macs_reduction": 0.4},
+    "narrow": BUDGET | {"method": "small_dense", "macs_reduction": 0.75},
+    "l1": BUDGET | {"method": "l1_unstructured", "sparsity": 0.8},
+}
+LEFT = {"oto30": 0.5, "oto50": 0.25, "dhspg50": 0.26, "magnitude": 0.255, "random": 0.6, "narrow": 0.25}
+ACCURACY = {"oto50": 0.79, "dhspg50": 0.78, "magnitude": 0.7, "random": 0.75, "narrow": 0.76, "continued": 0.81}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two seeds of a timm network and of a torchvision one."""
+    folder = tmp_path_factory.mktemp("levels")
+    timm = {"library": "timm", "architecture": "convnext_atto", "input_size": 16}
+    torchvision = {"library": "torchvision", "architecture": "convnext_tiny", "input_size": 16}
+    models = {f"atto-s{seed}": timm | {"seed": seed} for seed in (0, 1)}
+    models |= {f"tv-s{seed}": torchvision | {"seed": seed} for seed in (0, 1)}
+    write_run(
+        folder,
+        params_of(models=models, pruners=PRUNERS, variants=[(p, "fp32") for p in PRUNERS]),
+        400,
+        ACCURACY,
+        left=LEFT,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return read_run(load_params())
+
+
+@pytest.fixture(scope="module")
+def parts(run: Run) -> tuple:
+    groups = assemble_groups(run)
+    rows = assemble_rows(run, groups)
+    return groups, rows, levels_of(run, rows, groups)
+
+
+def test_a_level_tells_the_share_of_its_own_dense_network(parts: tuple):
+    levels = {level.group.name: level for level in parts[2]}
+    assert "atto-s0-none-fp32" not in levels
+    assert "atto-s0-continued-fp32" not in levels
+    assert levels["atto-s0-oto50-fp32"].shares["macs"] == pytest.approx(0.25)
+    assert levels["atto-s0-l1-fp32"].shares["macs"] == 1
+    assert levels["atto-s0-l1-fp32"].sparsity == 0.8
+
+
+def test_a_method_is_told_by_the_settings_that_make_it_another():
+    assert kind_of(Oto(method="oto", group_sparsity=0.5, **BUDGET)) == "oto"
+    assert kind_of(Oto(method="oto", optimizer="dhspg", layer_norm="plain", group_sparsity=0.5, **BUDGET)) == (
+        "oto dhspg plain"
+    )
+    assert kind_of(Depgraph(method="depgraph", importance="group_lasso", macs_reduction=0.5, **BUDGET)) == (
+        "depgraph group_lasso"
+    )
+    assert kind_of(Unstructured(method="l1_unstructured", sparsity=0.5, schedule="gradual", **BUDGET)) == (
+        "l1_unstructured gradual"
+    )
+
+
+def test_networks_are_compared_where_their_macs_are_equal_and_each_pair_once(run: Run, parts: tuple):
+    pairs = [(one.ours, one.theirs) for one in at_equal_macs(run, parts[2]) if one.ours.startswith("atto")]
+    assert pairs == [
+        ("atto-s0-oto50-fp32", "atto-s0-dhspg50-fp32"),
+        ("atto-s0-oto50-fp32", "atto-s0-magnitude-fp32"),
+        ("atto-s0-oto50-fp32", "atto-s0-narrow-fp32"),
+        ("atto-s0-dhspg50-fp32", "atto-s0-magnitude-fp32"),
+        ("atto-s0-dhspg50-fp32", "atto-s0-narrow-fp32"),
+    ]
+
+
+def test_the_difference_at_equal_macs_is_that_of_the_same_seeds_on_the_same_images(run: Run, parts: tuple):
+    found = next(one for one in at_equal_macs(run, parts[2]) if one.theirs == "atto-s0-magnitude-fp32")
+    seeds = [
+        run.variants[f"atto-s{seed}-oto50-fp32"].correct.mean()
+        - run.variants[f"atto-s{seed}-magnitude-fp32"].correct.mean()
+        for seed in (0, 1)
+    ]
+    assert found.difference.delta == pytest.approx(np.mean(seeds))
+    assert found.difference.low < found.difference.delta < found.difference.high
+    assert found.p_value >= found.difference.p_value
+
+
+def test_libraries_are_compared_pruner_by_pruner(run: Run, parts: tuple):
+    found = between_libraries(run, parts[0])
+    assert len(found) == len(PRUNERS)
+    assert (found[2].one, found[2].other) == ("atto-s0-oto30-fp32", "tv-s0-oto30-fp32")
+
+
+def test_the_jump_at_the_cut_is_told_for_pruners_that_cut(run: Run, parts: tuple):
+    cuts = {cut.group: cut for cut in cuts_of(run, parts[2])}
+    assert cuts["atto-s0-oto50-fp32"].before == pytest.approx(cuts["atto-s0-oto50-fp32"].after)
+    assert cuts["atto-s0-magnitude-fp32"].before - cuts["atto-s0-magnitude-fp32"].after == pytest.approx(0.4)
+    assert cuts["atto-s0-magnitude-fp32"].difference == 0.9
+    assert "atto-s0-l1-fp32" not in cuts
+
+
+def test_the_page_shows_levels_pairs_libraries_and_cuts(run: Run, parts: tuple, tmp_path: Path):
+    groups, rows, _ = parts
+    choices = choose(run)
+    claims = assess(read_claims(), run, rows, groups)
+    page = render_page(run, rows, groups, choices, claims, draw_all(run, rows, groups, choices))
+    for heading in ("Pruners and levels", "At equal MACs", "Between libraries", "What removal did"):
+        assert f">{heading}</h" in page
+    assert "Over control (points)" in page
