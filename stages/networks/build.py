@@ -11,7 +11,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from stages.common.errors import UserError
 from stages.common.params import Model
@@ -104,9 +104,9 @@ def _construct(spec: NetworkSpec) -> nn.Module:
     try:
         if spec.library == "timm":
             return _timm_model(spec, num_classes=spec.classes)
-        return torchvision.models.get_model(
-            spec.architecture, num_classes=spec.classes, **_torchvision_arguments(spec.arguments)
-        )
+        if spec.architecture.startswith("convnext") and "block_setting" in spec.arguments:
+            return _torchvision_convnext(spec)
+        return torchvision.models.get_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
     except Exception as error:  # whatever a constructor stumbles over
         raise UserError(
             f"{spec.library} {spec.architecture} does not take arguments {spec.arguments}:"
@@ -114,11 +114,11 @@ def _construct(spec: NetworkSpec) -> nn.Module:
         ) from None
 
 
-def _torchvision_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """ConvNeXt's `block_setting` is a list of objects there; in YAML each is `[input channels, output, blocks]`."""
-    if "block_setting" not in arguments:
-        return arguments
-    return arguments | {"block_setting": [CNBlockConfig(*setting) for setting in arguments["block_setting"]]}
+def _torchvision_convnext(spec: NetworkSpec) -> nn.Module:
+    """Of any size: torchvision's own entry points fix `block_setting`, here `[input channels, output, blocks]` each."""
+    setting = [CNBlockConfig(*stage) for stage in spec.arguments["block_setting"]]
+    rest = {name: value for name, value in spec.arguments.items() if name != "block_setting"}
+    return ConvNeXt(setting, num_classes=spec.classes, **rest)
 
 
 def _timm_model(spec: NetworkSpec, **more: Any) -> nn.Module:
@@ -132,9 +132,7 @@ def _hub_state(spec: NetworkSpec) -> dict[str, torch.Tensor]:
     try:
         if spec.library == "timm":
             return _timm_model(spec, pretrained=True).state_dict()
-        return torchvision.models.get_model(
-            spec.architecture, weights="DEFAULT", **_torchvision_arguments(spec.arguments)
-        ).state_dict()
+        return torchvision.models.get_model(spec.architecture, weights="DEFAULT", **spec.arguments).state_dict()
     except Exception as error:  # each hub client has its own errors, and all mean the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
