@@ -58,8 +58,8 @@ class Description:
     parameters: dict[str, Any]
     """The stage's own parameters."""
     seed: int
-    parent: dict[str, str] | None = None
-    """`name` and `sha256` of the artifact that it was made from."""
+    parent: dict[str, Any] | None = None
+    """`name`, `sha256` and `metrics` of the artifact that it was made from."""
     layers: dict[str, LayerStorage] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     """Figures on validation images; never on test images."""
@@ -185,9 +185,9 @@ def read_description(folder: Path) -> Description:
     return Description(**raw)
 
 
-def parent_of(folder: Path, description: Description) -> dict[str, str]:
+def parent_of(folder: Path, description: Description) -> dict[str, Any]:
     """How a child names this artifact; `model.json` holds the hashes of all the rest."""
-    return {"name": description.name, "sha256": sha256_of(folder / DESCRIPTION)}
+    return {"name": description.name, "sha256": sha256_of(folder / DESCRIPTION), "metrics": description.metrics}
 
 
 def _stored_tensors(network: nn.Module) -> dict[str, torch.Tensor]:

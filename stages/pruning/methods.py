@@ -1,0 +1,217 @@
+"""The pruners' course, each from the dense network to what it leaves; their steps are in the modules beside."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.common.params import (
+    Depgraph,
+    NoneContinued,
+    NonePruner,
+    Oto,
+    RandomStructured,
+    SmallDense,
+    Structured,
+    Unstructured,
+)
+from stages.networks.build import NetworkSpec, build_network
+from stages.networks.layer_scale import fold_layer_scale
+from stages.pruning.costs import costs_of
+from stages.pruning.depgraph import GroupLasso, prune_depgraph
+from stages.pruning.dhspg import Dhspg
+from stages.pruning.groups import ChannelGroup, check_exact, cut_channels, relative_difference, zero_channels
+from stages.pruning.hesso import Hesso
+from stages.pruning.only_train_once_adapter import channel_groups
+from stages.pruning.session import Pruned, Session
+from stages.pruning.targets import choose_channels
+from stages.pruning.unstructured import KeepZeros, left_dense, sparsity_of
+from stages.training.loop import Trained
+
+CUT_TOLERANCE = 1e-3
+"""Largest difference between zeroed network and subnet, relative to the logits' scale."""
+COMPARED_IMAGES = 64
+
+
+def prune(session: Session) -> Pruned:
+    """Prune the session's dense network as its pruner says.
+
+    Raises:
+        UserError: if the network cannot be pruned exactly or the target cannot be met.
+    """
+    match session.pruner:
+        case NonePruner():
+            metrics = {"validation_top1": session.parent.metrics["validation_top1"]}
+            return Pruned(session.dense, session.parent.network, metrics)
+        case NoneContinued():
+            trained = session.train(session.folded)
+            return Pruned(trained.network, session.folded_spec, _metrics(trained), trained.curve)
+        case Unstructured():
+            return prune_unstructured(session)
+        case Oto():
+            return prune_oto(session)
+        case RandomStructured():
+            return prune_at_random(session)
+        case SmallDense():
+            return train_small_dense(session)
+        case Depgraph():
+            return prune_by_depgraph(session)
+
+
+def prune_unstructured(session: Session) -> Pruned:
+    """Zero single weights, at once or while training, and train while they stay zero."""
+    network, pruner = session.folded, session.pruner
+    keep = KeepZeros(network, pruner, session.steps, session.seed, session.param)
+    trained = session.train(network, keep)
+    keep.project(trained.network)  # the same zeros, all of one sign: gzip sees that
+    metrics = _metrics(trained) | {"sparsity": sparsity_of(trained.network)}
+    if pruner.pattern == "2:4":
+        unfit = left_dense(network)
+        metrics["layers_unpruned"] = len(unfit)
+        print(f"{session.key}: dense, since 4 does not divide their inputs: {', '.join(unfit) or 'no layer'}")
+    return Pruned(trained.network, session.folded_spec, metrics, trained.curve)
+
+
+def prune_oto(session: Session) -> Pruned:
+    """Drive channel groups to zero while training, cut them out, make sure that nothing changed, and train on."""
+    network, pruner = session.folded, session.pruner
+    groups = groups_of(session)
+    costs = costs_of(network, groups, session.input_size)
+    kind = Hesso if pruner.optimizer == "hesso" else Dhspg
+    optimizer = kind(network, groups, costs, pruner, session.steps, session.param)
+    phase = session.epochs_until(optimizer.schedule.end)
+    _require_recovery(session, phase)
+    trained = session.train(network, optimizer, epochs=(0, phase), keep="last", phase="pruning")
+    pruned = optimizer.pruned_channels()
+    optimizer.project(trained.network)
+    subnet, spec = cut_channels(trained.network, _cut_spec(session), groups, pruned)
+    metrics = _cut_metrics(session, trained.network, subnet) | _channels(groups, pruned)
+    return recover(session, subnet, spec, trained, metrics)
+
+
+def prune_at_random(session: Session) -> Pruned:
+    """Remove channels at random at once, then train what is left for the whole budget."""
+    network, groups = session.folded, groups_of(session)
+    scores = torch.rand(sum(group.channels for group in groups), generator=_generator(session))
+    pruned = _choose(session, network, groups, scores)
+    metrics = {"validation_top1_uncut": session.validation_top1(network)}
+    zero_channels(network, groups, pruned)
+    subnet, spec = cut_channels(network, _cut_spec(session), groups, pruned)
+    metrics = _cut_metrics(session, network, subnet) | metrics | _channels(groups, pruned)
+    return recover(session, subnet, spec, None, metrics)
+
+
+def train_small_dense(session: Session) -> Pruned:
+    """Make every layer narrower by the same share, with fresh weights, and train for dense's steps and the budget's.
+
+    Its recipe is finetune's over all those epochs: what a person would do who never heard of pruning.
+    """
+    groups = groups_of(session)
+    uniform = torch.cat([torch.arange(group.channels) / group.channels for group in groups])
+    pruned = _choose(session, session.folded, groups, uniform)
+    torch.manual_seed(session.seed)
+    fresh = build_network(session.parent.network)  # the library's own initialisation, which does not know of widths
+    fold_layer_scale(fresh)
+    network, spec = cut_channels(fresh, replace(session.folded_spec, layer_norm="plain"), groups, pruned)
+    finetune = session.params.finetune
+    recipe = finetune.model_copy(update={"epochs": finetune.epochs + session.pruner.epochs})
+    trained = session.train(network, recipe=recipe)
+    return Pruned(trained.network, spec, _metrics(trained) | _channels(groups, pruned), trained.curve)
+
+
+def prune_by_depgraph(session: Session) -> Pruned:
+    """Torch-Pruning's pruner: at once, or after training with its group lasso; then recovery."""
+    network, pruner, trained = session.folded, session.pruner, None
+    if pruner.importance == "group_lasso":
+        last = round(pruner.end_fraction * session.steps)
+        phase = session.epochs_until(last)
+        _require_recovery(session, phase)
+        lasso = GroupLasso(network, pruner, session.input_size, last)
+        trained = session.train(network, lasso, epochs=(0, phase), keep="last", phase="pruning")
+        network = trained.network
+    subnet, spec = prune_depgraph(network, session.folded_spec, pruner, session.input_size, session.param)
+    return recover(session, subnet, spec, trained, _cut_metrics(session, network, subnet, exact=False))
+
+
+def recover(
+    session: Session, subnet: nn.Module, spec: NetworkSpec, before: Trained | None, metrics: dict[str, float]
+) -> Pruned:
+    """Train the smaller network through the epochs that are left of the budget.
+
+    The learning rate goes on where the schedule stands; the optimizer's moments and the weight average begin afresh.
+    """
+    done = len(before.curve) if before else 0
+    if done == session.recipe.epochs:
+        metrics |= {"validation_top1": session.validation_top1(subnet), "epoch": done}
+        return Pruned(subnet, spec, metrics, before.curve)
+    trained = session.train(subnet, epochs=(done, session.recipe.epochs), phase="recovery")
+    curve = (before.curve if before else []) + trained.curve
+    return Pruned(trained.network, spec, metrics | _metrics(trained), curve)
+
+
+def groups_of(session: Session) -> list[ChannelGroup]:
+    """The channel groups of the folded network, proven to be removable exactly."""
+    groups = channel_groups(session.folded, session.input_size)
+    check_exact(session.folded, session.folded_spec, groups, session.input_size)
+    return groups
+
+
+def _choose(session: Session, network: nn.Module, groups: list[ChannelGroup], scores: torch.Tensor) -> dict:
+    costs = costs_of(network, groups, session.input_size)
+    chosen = choose_channels(scores, groups, costs, session.pruner, key=session.param)
+    widths = [group.channels for group in groups]
+    return dict(zip((group.name for group in groups), chosen.split(widths), strict=True))
+
+
+def _require_recovery(session: Session, phase: int) -> None:
+    """Raise a `UserError` where the cut changes the output and no epoch would be left to mend it."""
+    inexact = session.pruner.layer_norm == "plain" or isinstance(session.pruner, Depgraph)
+    if inexact and phase >= session.recipe.epochs:
+        raise UserError(
+            f"{session.param}.end_fraction = {session.pruner.end_fraction}: pruning takes all {session.recipe.epochs}"
+            " epochs, but this cut changes the output and needs at least one to recover: lower it or raise epochs"
+        )
+
+
+def _cut_spec(session: Session) -> NetworkSpec:
+    return replace(session.folded_spec, layer_norm=session.pruner.layer_norm)
+
+
+def _cut_metrics(session: Session, uncut: nn.Module, subnet: nn.Module, exact: bool = True) -> dict[str, float]:
+    """Validation top-1 on both sides of the cut, and the largest change of a logit relative to the logits' scale.
+
+    Args:
+        exact: whether `uncut` has its pruned channels at zero, so that the two must agree under an exact LayerNorm.
+
+    Raises:
+        UserError: if they must and do not.
+    """
+    preprocess = session.parent.preprocess()
+    size = preprocess.input_size
+    images = preprocess(torch.from_numpy(session.validation_part.images[:COMPARED_IMAGES].copy()))
+    random = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    difference = max(relative_difference(uncut, subnet, x) for x in (images, random))
+    if exact and session.pruner.layer_norm != "plain" and not difference <= CUT_TOLERANCE:
+        raise UserError(
+            f"{session.key}: after cutting, the logits differ by {difference:.2g} of their scale from the zeroed"
+            f" network's (allowed: {CUT_TOLERANCE:g}): not saved; please report this network"
+        )
+    return {
+        "validation_top1_uncut": session.validation_top1(uncut),
+        "validation_top1_cut": session.validation_top1(subnet),
+        "cut_difference": difference,
+    }
+
+
+def _channels(groups: list[ChannelGroup], pruned: dict[str, torch.Tensor]) -> dict[str, float]:
+    total, gone = sum(group.channels for group in groups), sum(int(channels.sum()) for channels in pruned.values())
+    return {"channels_dense": total, "channels": total - gone, "group_sparsity": gone / total}
+
+
+def _metrics(trained: Trained) -> dict[str, float]:
+    return {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
+
+
+def _generator(session: Session) -> torch.Generator:
+    return torch.Generator().manual_seed(session.seed)
