@@ -13,7 +13,6 @@ from stages.common.params import (
     Oto,
     RandomStructured,
     SmallDense,
-    Structured,
     Unstructured,
 )
 from stages.networks.build import NetworkSpec, build_network
