@@ -8,6 +8,7 @@ next run goes on from the last finished epoch.
     python -m stages.prune <key>
 """
 
+import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ from stages.networks.preprocess import Classifier, Preprocess
 from stages.pruning.groups import check_exact, cut_channels, relative_difference
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
-from stages.pruning.unstructured import KeepZeros, sparsity_of, zeros_of
+from stages.pruning.unstructured import KeepZeros, left_dense, sparsity_of
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.constraint import Constraint
+from stages.training.distillation import Distillation
 from stages.training.loop import CURVE_COLUMNS, Trained, recipe_for, steps_in, train
 
 CUT_TOLERANCE = 1e-3
@@ -68,6 +70,8 @@ class Session:
     train_part: Part
     validation_part: Part
     checkpoints: Path | None = None
+    teacher: nn.Module | None = None
+    """The dense parent as it came, where the pruner distils from it."""
 
     @property
     def pruner_name(self) -> str:
@@ -98,16 +102,20 @@ class Session:
         }
 
     def train(self, network: nn.Module, constraint: Constraint | None) -> Trained:
+        pruner, distillation = self.pruner, None
+        if self.teacher is not None:
+            distillation = Distillation(self.teacher, pruner.distillation, pruner.distillation_temperature)
         return train(
             network,
             self.train_part,
             self.validation_part,
             self.parent.preprocess(),
-            recipe_for(self.params.finetune, self.pruner),
+            recipe_for(self.params.finetune, pruner),
             base=self.params.base,
             seed=self.seed,
             title=f"prune {self.key}",
             constraint=constraint,
+            distillation=distillation,
             checkpoints=self.checkpoints,
         )
 
@@ -119,6 +127,8 @@ def prune(session: Session) -> Pruned:
         UserError: if the network cannot be pruned exactly or the target cannot be met.
     """
     if isinstance(session.pruner, Training):
+        if session.pruner.distillation:
+            session.teacher = copy.deepcopy(session.dense)  # pruning and training change `dense` in place
         fold_layer_scale(session.dense)  # for all that train, or the control would have other parameters
     match session.pruner:
         case NonePruner():
@@ -134,12 +144,18 @@ def prune(session: Session) -> Pruned:
 
 
 def prune_unstructured(session: Session) -> Pruned:
-    """Zero single weights, then train while they stay zero."""
-    keep = KeepZeros(session.dense, zeros_of(session.dense, session.pruner, session.seed))
-    keep.project(session.dense)
-    trained = session.train(session.dense, keep)
+    """Zero single weights, at once or while training, and train while they stay zero."""
+    network, pruner, spec = session.dense, session.pruner, session.trained_spec
+    steps = steps_in(recipe_for(session.params.finetune, pruner), len(session.train_part))
+    keep = KeepZeros(network, pruner, steps, session.seed, f"prune.{session.pruner_name}")
+    trained = session.train(network, keep)
+    keep.project(trained.network)  # the same zeros, all of one sign: gzip sees that
     metrics = _metrics(trained) | {"sparsity": sparsity_of(trained.network)}
-    return Pruned(trained.network, session.trained_spec, metrics, trained.curve)
+    if pruner.pattern == "2:4":
+        unfit = left_dense(network)
+        metrics["layers_unpruned"] = len(unfit)
+        print(f"{session.key}: dense, since 4 does not divide their inputs: {', '.join(unfit) or 'no layer'}")
+    return Pruned(trained.network, spec, metrics, trained.curve)
 
 
 def prune_oto(session: Session) -> Pruned:
