@@ -228,6 +228,14 @@ def test_unstructured_zeros_reach_the_artifact(workspace, monkeypatch, pruner):
     assert description.metrics["sparsity"] == zeros / total
     dense = read_description(paths.dense("toy")).network
     assert description.network == replace(dense, layer_scale_folded=True)
+
+
+def test_zeros_reach_the_artifact_with_one_sign_also_without_averaging(workspace, monkeypatch):
+    raw = PARAMS | {"finetune": PARAMS["finetune"] | {"average_decay": 0.0}}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    network, _ = run(monkeypatch, "toy-l1")
+    weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert sum(int((w == 0).sum()) for w in weights) == sum(round(0.8 * w.numel()) for w in weights)
     assert not any((torch.signbit(w) & (w == 0)).any() for w in weights)
 
 

@@ -113,7 +113,10 @@ def test_distillation_changes_the_result_and_at_weight_0_no_bit_of_it(network, t
         return weights(run(network_, parts, preprocess, recipe, distillation=distillation).network)
 
     plain = result(None)
+    asked = []
+    teacher.register_forward_hook(lambda *_: asked.append(True))
     assert result(Distillation(teacher, 0.0, 2.0)) == plain
+    assert not asked
     assert len({plain, result(Distillation(teacher, 0.5, 2.0)), result(Distillation(teacher, 0.5, 4.0))}) == 3
 
 
