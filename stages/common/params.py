@@ -231,6 +231,8 @@ class Unstructured(Training, Scheduled):
     def pattern_has_its_sparsity(self) -> "Unstructured":
         if self.pattern == "2:4" and (self.sparsity != 0.5 or self.scope != "layer"):
             raise ValueError("pattern 2:4 zeroes half of every layer: set sparsity: 0.5 and scope: layer")
+        if self.pattern == "2:4" and self.schedule == "gradual":
+            raise ValueError("pattern 2:4 is chosen at once: set schedule: one_shot, or pattern: none")
         return self
 
 

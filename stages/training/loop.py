@@ -7,9 +7,10 @@ the process came to it: a resumed training ends, on the CPU, bit for bit where t
 import copy
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from stages.common.errors import UserError
 from stages.common.params import Base, Finetune, Training
-from stages.common.progress import epoch_progress
+from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.training.augment import AlternatingFlip, BatchMixing, flip_and_crop
 from stages.training.checkpoint import load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
+from stages.training.distillation import Distillation, freeze, soft_loss
 from stages.training.host import clear_memory_errors, prepare_host, use_bfloat16
 from stages.training.optimizers import Optimizers, schedule
 
@@ -87,6 +89,9 @@ def train(
     seed: int,
     title: str,
     constraint: Constraint | None = None,
+    distillation: Distillation | None = None,
+    epochs: tuple[int, int] | None = None,
+    keep: Literal["best", "last"] = "best",
     checkpoints: Path | None = None,
 ) -> Trained:
     """Train `network` in place and give back the weights of the best epoch by validation top-1 (loss breaks ties).
@@ -94,132 +99,199 @@ def train(
     Args:
         network: takes `[N, 3, S, S]`, gives logits `[N, classes]`.
         constraint: a pruner's; only epochs at whose end it is met may be chosen.
-        checkpoints: a folder from `checkpoint_folder`; the last finished epoch in it is continued.
+        distillation: its teacher is moved to the device, frozen, and sees the very batches that the network sees.
+        epochs: `(first, last)` trains only the epochs [first, last) of the whole, counted from 0: their learning
+            rates, images and steps are those of an uninterrupted training; the optimizer's state and the weight average
+            begin afresh. A training in two phases may so change the network in between.
+        keep: `last` gives back the weights from which training would go on after the last epoch, not their average.
+        checkpoints: a folder of this very training, from `checkpoint_folder`; the last finished epoch in it is
+            continued.
 
     Raises:
         UserError: if the loss becomes NaN or infinite, if no epoch meets the constraint, if memory or disk run out, or
             if the network does not take images of this size.
     """
+    first, last = epochs or (0, recipe.epochs)
+    if not 0 <= first < last <= recipe.epochs:
+        raise ValueError(f"epochs [{first}, {last}) do not lie within the recipe's {recipe.epochs}")
     device = prepare_host(base)
     with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"):
-        return _train(
-            network, train_part, validation_part, preprocess, recipe, device, seed, title, constraint, checkpoints
-        )
+        run = _Run(network, train_part, preprocess, recipe, device, seed, title, constraint, distillation)
+        curve: list[dict[str, float]] = []
+        chosen: dict[str, Any] = {}
+        if checkpoints is not None and (saved := load_checkpoint(checkpoints)):
+            if saved["epochs"] != [first, last]:
+                raise ValueError(f"{checkpoints} belongs to epochs {saved['epochs']}: each phase needs its own folder")
+            curve, chosen = saved["curve"], saved["chosen"]
+            run.load_state_dict(saved["run"])
 
-
-def _train(
-    network: nn.Module,
-    train_part: Part,
-    validation_part: Part,
-    preprocess: Preprocess,
-    recipe: Finetune,
-    device: torch.device,
-    seed: int,
-    title: str,
-    constraint: Constraint | None,
-    checkpoints: Path | None,
-) -> Trained:
-    bfloat16 = use_bfloat16(recipe.precision, device)
-    network.train().to(device, memory_format=torch.channels_last)
-    preprocess = copy.deepcopy(preprocess).to(device)
-    batches, steps = steps_per_epoch(recipe, len(train_part)), steps_in(recipe, len(train_part))
-    optimizers = Optimizers(network, recipe)
-    average = _average_of(network, recipe) if recipe.average_decay else None
-    flip = AlternatingFlip(len(train_part), recipe.horizontal_flip, seed)
-    mixing = BatchMixing(recipe, _classes(network, preprocess.input_size, title), device)
-    curve: list[dict[str, float]] = []
-    best: dict[str, Any] = {}
-
-    if checkpoints is not None and (saved := load_checkpoint(checkpoints)):
-        curve, best = saved["curve"], saved["best"]
-        if constraint is not None:
-            constraint.load_state_dict(saved["constraint"])
-        if len(curve) < recipe.epochs:
-            network.load_state_dict(saved["network"])
-            optimizers.load_state_dict(saved["optimizers"])
-            if average is not None:
-                average.load_state_dict(saved["average"])
-
-    with epoch_progress(title, recipe.epochs, batches, done=len(curve)) as progress:
-        for epoch in range(len(curve), recipe.epochs):
-            started = time.perf_counter()
-            generator = _seed_epoch(seed, epoch)
-            order = torch.randperm(len(train_part), generator=generator).numpy()
-            total = torch.zeros((), device=device)
-            for batch in range(batches):
-                step = epoch * batches + batch
-                index = np.sort(order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size])
-                pixels = torch.from_numpy(train_part.images[index]).to(device, non_blocking=True)
-                labels = torch.from_numpy(train_part.labels[index]).to(device, non_blocking=True)
-                pixels = flip_and_crop(pixels, flip(index, epoch), recipe.crop_padding, generator)
-                x, targets = mixing(preprocess.normalise(pixels), labels)
-                smoothing = recipe.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are smooth already
-                factor = schedule(step, steps, recipe)
-                optimizers.set_factor(factor)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                    logits = network(preprocess.resize(x))
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                network.zero_grad(set_to_none=True)
-                loss.backward()
-                if constraint is not None:
-                    constraint.before_step(step)
-                optimizers.step()
-                if constraint is not None:
-                    constraint.after_step(step)
-                if average is not None:
-                    average.update_parameters(network)
-                total += loss.detach()
-                progress.step()
-
-            mean_loss = total.item() / batches
-            seconds = time.perf_counter() - started
-            if not np.isfinite(mean_loss):
-                raise UserError(
-                    f"{title}: the loss became {mean_loss} in epoch {epoch + 1}: lower the learning rate;"
-                    " nothing was saved"
+        with epoch_progress(title, recipe.epochs, run.batches, done=first + len(curve)) as progress:
+            for epoch in range(first + len(curve), last):
+                started = time.perf_counter()
+                loss = run.train_epoch(epoch, progress)
+                seconds = time.perf_counter() - started
+                candidate = run.candidate()
+                logits = run.predict(candidate, validation_part)
+                validation_loss = _cross_entropy(logits, validation_part.labels)
+                curve.append(
+                    {
+                        "epoch": epoch + 1,
+                        "learning_rate": round(recipe.learning_rate * run.factor(run.last_step(epoch)), 8),
+                        "training_loss": round(loss, 6),
+                        "validation_loss": round(validation_loss, 6),
+                        "validation_top1": round(top1(logits, validation_part.labels), 6),
+                        "images_per_second": round(run.batches * min(recipe.batch_size, len(train_part)) / seconds, 1),
+                        "seconds": round(time.perf_counter() - started, 2),
+                    }
                 )
-            candidate = network if average is None else average.module
-            if average is not None and constraint is not None:
-                candidate = copy.deepcopy(candidate)
-                constraint.project(candidate)
-            logits = predict_logits(
-                Classifier(preprocess, candidate), validation_part.images, EVALUATION_BATCH, device, autocast=bfloat16
-            )
-            validation_loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(validation_part.labels)).item()
-            curve.append(
-                {
-                    "epoch": epoch + 1,
-                    "learning_rate": round(recipe.learning_rate * factor, 8),
-                    "training_loss": round(mean_loss, 6),
-                    "validation_loss": round(validation_loss, 6),
-                    "validation_top1": round(top1(logits, validation_part.labels), 6),
-                    "images_per_second": round(batches * min(recipe.batch_size, len(train_part)) / seconds, 1),
-                    "seconds": round(time.perf_counter() - started, 2),
-                }
-            )
-            score = (curve[-1]["validation_top1"], -validation_loss)
-            if (constraint is None or constraint.met_after(step)) and (not best or score > tuple(best["score"])):
-                weights = {name: tensor.detach().cpu().clone() for name, tensor in candidate.state_dict().items()}
-                best = {"epoch": epoch + 1, "score": list(score), "weights": weights}
-            if checkpoints is not None:
-                state = {"curve": curve, "best": best}
-                if constraint is not None:
-                    state["constraint"] = constraint.state_dict()
-                if len(curve) < recipe.epochs:  # nothing goes on from the last one
-                    state |= {"network": network.state_dict(), "optimizers": optimizers.state_dict()}
-                    if average is not None:
-                        state["average"] = average.state_dict()
-                save_checkpoint(checkpoints, state)
-            progress.epoch(mean_loss, curve[-1]["validation_top1"], curve[-1]["images_per_second"])
+                score = [curve[-1]["validation_top1"], -validation_loss]
+                if keep == "last":
+                    candidate, wanted = network, epoch + 1 == last
+                else:
+                    wanted = not chosen or score > chosen["score"]
+                if wanted and (constraint is None or constraint.met_after(run.last_step(epoch))):
+                    weights = {name: tensor.detach().cpu().clone() for name, tensor in candidate.state_dict().items()}
+                    chosen = {"epoch": epoch + 1, "score": score, "weights": weights}
+                if checkpoints is not None:
+                    state = {"epochs": [first, last], "curve": curve, "chosen": chosen}
+                    save_checkpoint(checkpoints, state | {"run": run.state_dict(finished=epoch + 1 == last)})
+                progress.epoch(loss, curve[-1]["validation_top1"], curve[-1]["images_per_second"])
 
-    if not best:
-        raise UserError(
-            f"{title}: no epoch ended with the pruning target met: give it more epochs or an earlier end_fraction"
-        )
-    network.load_state_dict(best["weights"])
-    network.cpu().to(memory_format=torch.contiguous_format).eval()
-    logits = predict_logits(Classifier(preprocess.cpu(), network), validation_part.images, EVALUATION_BATCH)
-    return Trained(network, curve, top1(logits, validation_part.labels), best["epoch"])
+        if not chosen:
+            raise UserError(
+                f"{title}: no epoch ended with the pruning target met: give it more epochs or an earlier end_fraction"
+            )
+        network.load_state_dict(chosen["weights"])
+        network.cpu().to(memory_format=torch.contiguous_format).eval()
+        logits = predict_logits(Classifier(run.preprocess.cpu(), network), validation_part.images, EVALUATION_BATCH)
+    return Trained(network, curve, top1(logits, validation_part.labels), chosen["epoch"])
+
+
+class _Run:
+    """A training under way: the network, what moves it, and the batches that it sees."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        part: Part,
+        preprocess: Preprocess,
+        recipe: Finetune,
+        device: torch.device,
+        seed: int,
+        title: str,
+        constraint: Constraint | None,
+        distillation: Distillation | None,
+    ) -> None:
+        self.network, self.part, self.recipe, self.device = network, part, recipe, device
+        self.seed, self.title, self.constraint = seed, title, constraint
+        self.distillation = distillation if distillation is not None and distillation.weight else None
+        self.bfloat16 = use_bfloat16(recipe.precision, device)
+        network.train().to(device, memory_format=torch.channels_last)
+        if self.distillation is not None:
+            freeze(self.distillation.teacher, network)
+            self.distillation.teacher.to(device, memory_format=torch.channels_last)
+        self.preprocess = copy.deepcopy(preprocess).to(device)
+        self.batches, self.steps = steps_per_epoch(recipe, len(part)), steps_in(recipe, len(part))
+        self.optimizers = Optimizers(network, recipe)
+        self.average = _average_of(network, recipe) if recipe.average_decay else None
+        self.flip = AlternatingFlip(len(part), recipe.horizontal_flip, seed)
+        self.mixing = BatchMixing(recipe, _classes(network, preprocess.input_size, title), device)
+
+    def train_epoch(self, epoch: int, progress: EpochProgress) -> float:
+        """One step for each batch; gives back the mean loss.
+
+        Raises:
+            UserError: if it is NaN or infinite.
+        """
+        total = torch.zeros((), device=self.device)
+        for batch, (x, targets) in enumerate(self.batches_of(epoch)):
+            total += self.step(epoch * self.batches + batch, x, targets)
+            progress.step()
+        mean = total.item() / self.batches
+        if not np.isfinite(mean):
+            raise UserError(
+                f"{self.title}: the loss became {mean} in epoch {epoch + 1}: lower the learning rate; nothing was saved"
+            )
+        return mean
+
+    def batches_of(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The epoch's images, augmented and in its own order: `[B, 3, H, W]`; labels `[B]`, or mixed `[B, classes]`."""
+        generator = _seed_epoch(self.seed, epoch)
+        order = torch.randperm(len(self.part), generator=generator).numpy()
+        for batch in range(self.batches):
+            index = np.sort(order[batch * self.recipe.batch_size : (batch + 1) * self.recipe.batch_size])
+            pixels = torch.from_numpy(self.part.images[index]).to(self.device, non_blocking=True)
+            labels = torch.from_numpy(self.part.labels[index]).to(self.device, non_blocking=True)
+            pixels = flip_and_crop(pixels, self.flip(index, epoch), self.recipe.crop_padding, generator)
+            yield self.mixing(self.preprocess.normalise(pixels), labels)
+
+    def step(self, step: int, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Move the weights once; gives back the loss, still on the device."""
+        self.optimizers.set_factor(self.factor(step))
+        loss = self.loss(x, targets)
+        self.network.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.constraint is not None:
+            self.constraint.before_step(step)
+        self.optimizers.step()
+        if self.constraint is not None:
+            self.constraint.after_step(step)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return loss.detach()
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross entropy with the targets, and where there is a teacher, its softened outputs."""
+        teacher_logits = None
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            x = self.preprocess.resize(x)
+            if self.distillation is not None:
+                with torch.no_grad():
+                    teacher_logits = self.distillation.teacher(x)
+            logits = self.network(x)
+        smoothing = self.recipe.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are smooth already
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        if teacher_logits is None:
+            return loss
+        weight, temperature = self.distillation.weight, self.distillation.temperature
+        return (1 - weight) * loss + weight * soft_loss(logits, teacher_logits, temperature)
+
+    def factor(self, step: int) -> float:
+        """Of the peak learning rates."""
+        return schedule(step, self.steps, self.recipe)
+
+    def last_step(self, epoch: int) -> int:
+        return (epoch + 1) * self.batches - 1
+
+    def candidate(self) -> nn.Module:
+        """What would be kept now: the network, or its average put on the constraint."""
+        if self.average is None:
+            return self.network
+        if self.constraint is None:
+            return self.average.module
+        average = copy.deepcopy(self.average.module)
+        self.constraint.project(average)
+        return average
+
+    def predict(self, network: nn.Module, part: Part) -> np.ndarray:
+        """Logits `[N, classes]` at the training's precision."""
+        classifier = Classifier(self.preprocess, network)
+        return predict_logits(classifier, part.images, EVALUATION_BATCH, self.device, autocast=self.bfloat16)
+
+    def state_dict(self, finished: bool) -> dict[str, Any]:
+        """All that an unfinished training goes on from; of a finished one only where the constraint came to."""
+        state: dict[str, Any] = {}
+        if self.constraint is not None:
+            state["constraint"] = self.constraint.state_dict()
+        if not finished:
+            state |= {"network": self.network.state_dict(), "optimizers": self.optimizers.state_dict()}
+            if self.average is not None:
+                state["average"] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
 
 
 @torch.no_grad()
@@ -243,6 +315,10 @@ def _classes(network: nn.Module, input_size: int, title: str) -> int:
             f"{title}: the network gives more than logits; networks with auxiliary outputs cannot be trained"
         )
     return logits.shape[1]
+
+
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
 
 
 def _average_of(network: nn.Module, recipe: Finetune) -> AveragedModel:

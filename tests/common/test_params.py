@@ -86,6 +86,11 @@ def test_two_to_four_sparsity_is_refused_at_another_sparsity(raw, tmp_path):
     assert "prune.l1: pattern 2:4 zeroes half of every layer" in refusal(raw, tmp_path)
 
 
+def test_two_to_four_sparsity_is_refused_with_the_gradual_schedule(raw, tmp_path):
+    raw["prune"]["l1"] |= {"pattern": "2:4", "sparsity": 0.5, "schedule": "gradual"}
+    assert "prune.l1: pattern 2:4 is chosen at once: set schedule: one_shot, or pattern: none" in refusal(raw, tmp_path)
+
+
 def test_a_control_without_the_pruners_distillation_is_no_control(raw, tmp_path):
     raw["prune"]["oto50"]["distillation"] = 0.5
     assert "with distillation 0.5 at temperature 2.0" in refusal(raw, tmp_path)

@@ -8,16 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
+from onnx import numpy_helper
+from safetensors.torch import load_file
 
 from stages import prune
 from stages.artifacts.artifact import Description, LayerStorage, load_artifact, read_description, save_artifact
 from stages.common import paths
 from stages.common.errors import UserError
+from stages.common.params import Fp32, Int8Dynamic
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
+from stages.pruning.hesso import Hesso
+from stages.pruning.unstructured import KeepZeros
+from stages.quantize import compress
 from stages.training.loop import CURVE_COLUMNS
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.1, "drop_path_rate": 0.2}
@@ -40,6 +47,23 @@ PARAMS = {
         "oto": {"method": "oto", "epochs": 2, "learning_rate_factor": 0.5, "group_sparsity": 0.5},
         "l1": {"method": "l1_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8},
         "random": {"method": "random_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8},
+        "two_of_four": {
+            "method": "l1_unstructured",
+            "epochs": 2,
+            "learning_rate_factor": 0.5,
+            "sparsity": 0.5,
+            "pattern": "2:4",
+        },
+        "taught": {"method": "none_continued", "epochs": 2, "learning_rate_factor": 0.5, "distillation": 0.5},
+        "gradual": {
+            "method": "l1_unstructured",
+            "epochs": 2,
+            "learning_rate_factor": 0.5,
+            "distillation": 0.5,
+            "sparsity": 0.8,
+            "schedule": "gradual",
+            "end_fraction": 0.9,
+        },
     },
     "quantize": {"fp32": {"method": "fp32"}},
 }
@@ -171,7 +195,31 @@ def test_oto_leaves_a_physically_smaller_network_and_no_stray_file(workspace, mo
     assert {file for file in made if not file.startswith(".scratch")} == outputs_of("toy-oto")
 
 
-@pytest.mark.parametrize("pruner", ["l1", "random"])
+def test_distillation_changes_what_is_learned(workspace, monkeypatch):
+    plain, _ = run(monkeypatch, "toy-none_continued")
+    taught, description = run(monkeypatch, "toy-taught")
+    assert not torch.equal(plain.head.fc.weight, taught.head.fc.weight)
+    assert description.parameters["distillation"] == 0.5
+
+
+def test_the_teacher_is_the_dense_parent_as_it_came(workspace, monkeypatch):
+    teachers = []
+
+    def watched(network, *args, distillation, **more):
+        teachers.append((distillation.teacher, {k: v.clone() for k, v in distillation.teacher.state_dict().items()}))
+        return train(network, *args, distillation=distillation, **more)
+
+    train = prune.train
+    monkeypatch.setattr(prune, "train", watched)
+    run(monkeypatch, "toy-gradual")
+    [(teacher, before)], (dense, _) = teachers, load_artifact(paths.dense("toy"))
+    assert before.keys() == teacher.state_dict().keys() == dense.state_dict().keys()
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(before[name], tensor)
+        assert torch.equal(teacher.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("pruner", ["l1", "random", "gradual"])
 def test_unstructured_zeros_reach_the_artifact(workspace, monkeypatch, pruner):
     network, description = run(monkeypatch, f"toy-{pruner}")
     weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
@@ -182,25 +230,70 @@ def test_unstructured_zeros_reach_the_artifact(workspace, monkeypatch, pruner):
     assert description.network == replace(dense, layer_scale_folded=True)
 
 
-def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monkeypatch):
-    _, whole = run(monkeypatch, "toy-oto")
-    shutil.rmtree(paths.pruned("toy-oto"))
-    shutil.rmtree(paths.SCRATCH)  # which keeps the finished training
-    from stages.pruning.hesso import Hesso
+def test_zeros_reach_the_artifact_with_one_sign_also_without_averaging(workspace, monkeypatch):
+    raw = PARAMS | {"finetune": PARAMS["finetune"] | {"average_decay": 0.0}}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    network, _ = run(monkeypatch, "toy-l1")
+    weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert sum(int((w == 0).sum()) for w in weights) == sum(round(0.8 * w.numel()) for w in weights)
+    assert not any((torch.signbit(w) & (w == 0)).any() for w in weights)
 
-    forget = Hesso.after_step
+
+def test_two_of_four_leaves_what_it_does_not_fit_dense_and_says_so(workspace, monkeypatch, capsys):
+    network, description = run(monkeypatch, "toy-two_of_four")
+    weights = {n: m.weight for n, m in network.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    dense = [name for name, weight in weights.items() if not (weight == 0).any()]
+    assert dense == ["stem.0", *(f"stages.{stage}.blocks.0.conv_dw" for stage in range(4))]
+    assert all(2 * int((weight == 0).sum()) == weight.numel() for n, weight in weights.items() if n not in dense)
+    assert description.metrics["layers_unpruned"] == 5
+    zeros, total = sum(int((w == 0).sum()) for w in weights.values()), sum(w.numel() for w in weights.values())
+    assert description.metrics["sparsity"] == zeros / total < 0.5
+    assert "toy-two_of_four: dense, since 4 does not divide their inputs: stem.0, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantizer", [Fp32(method="fp32"), Int8Dynamic(method="int8_dynamic")], ids=["fp32", "int8"])
+def test_zeros_survive_quantization_and_export(workspace, monkeypatch, quantizer):
+    pruned, description = run(monkeypatch, "toy-l1")
+    folder = paths.compressed("toy-l1-small")
+    compress(paths.pruned("toy-l1"), folder, "toy-l1-small", quantizer, paths.IMAGES, 1)
+    stored = {
+        name.replace(".linear.", "."): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if name.endswith(".weight") and tensor.dim() > 1
+    }
+    zeros = 0
+    for name, module in pruned.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            held = (module.weight == 0).view(stored[f"{name}.weight"].shape)
+            assert (stored[f"{name}.weight"][held] == 0).all()
+            zeros += int(held.sum())
+    assert zeros == round(description.metrics["sparsity"] * sum(t.numel() for t in stored.values())) > 1000
+    zeros_stored = sum(int((tensor == 0).sum()) for tensor in stored.values())
+    assert zeros_stored == zeros if quantizer.method == "fp32" else zeros_stored >= zeros  # small ones round to 0
+    arrays = [numpy_helper.to_array(tensor) for tensor in onnx.load(folder / "model.onnx").graph.initializer]
+    matrices = [array for array in arrays if array.ndim > 1 and array.size > 3]  # not the preprocessing's scale
+    assert sum(array.size for array in matrices) == sum(tensor.numel() for tensor in stored.values())
+    assert sum(int((array == 0).sum()) for array in matrices) == zeros_stored
+
+
+@pytest.mark.parametrize(("key", "constraint"), [("toy-oto", Hesso), ("toy-gradual", KeepZeros)])
+def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monkeypatch, key, constraint):
+    _, whole = run(monkeypatch, key)
+    shutil.rmtree(paths.pruned(key))
+    shutil.rmtree(paths.SCRATCH)  # which keeps the finished training
+    after_step = constraint.after_step
 
     def killed(self, step):
         if step == 15:
             raise KeyboardInterrupt
-        forget(self, step)
+        after_step(self, step)
 
-    monkeypatch.setattr(Hesso, "after_step", killed)
+    monkeypatch.setattr(constraint, "after_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, "toy-oto")
-    assert not paths.pruned("toy-oto").exists()
-    monkeypatch.setattr(Hesso, "after_step", forget)
-    _, resumed = run(monkeypatch, "toy-oto")
+        run(monkeypatch, key)
+    assert not paths.pruned(key).exists()
+    monkeypatch.setattr(constraint, "after_step", after_step)
+    _, resumed = run(monkeypatch, key)
     assert resumed.tensors == whole.tensors
     assert resumed.metrics == whole.metrics
 

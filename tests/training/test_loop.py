@@ -249,3 +249,149 @@ def test_finding_the_number_of_classes_leaves_running_statistics_alone(parts, pr
     assert loop._classes(network, 8, "t") == 2
     assert network.training
     assert torch.equal(network[1].running_mean, torch.zeros(4))
+
+
+class StatelessSgd:
+    """Plain gradient steps: nothing is carried from one step to the next but the weights."""
+
+    def __init__(self, network, recipe) -> None:
+        self.parameters, self.peak, self.rate = list(network.parameters()), recipe.learning_rate, 0.0
+
+    def set_factor(self, factor: float) -> None:
+        self.rate = self.peak * factor
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.parameters:
+            parameter -= self.rate * parameter.grad
+
+    def state_dict(self) -> list:
+        return []
+
+    def load_state_dict(self, states: list) -> None:
+        assert states == []
+
+
+class _Indices:
+    """Images that remember which of them were asked for, batch by batch."""
+
+    def __init__(self, images: np.ndarray, seen: list) -> None:
+        self.images, self.seen = images, seen
+
+    def __getitem__(self, index):
+        self.seen.append(tuple(index))
+        return self.images[index]
+
+
+def rows_of(curve: list[dict]) -> list[dict]:
+    timing = ("seconds", "images_per_second")
+    return [{name: value for name, value in row.items() if name not in timing} for row in curve]
+
+
+def test_two_phases_take_the_very_steps_of_one_training(network, parts, preprocess, recipe, monkeypatch):
+    monkeypatch.setattr(loop, "Optimizers", StatelessSgd)  # an optimizer's state is the one thing that begins afresh
+    recipe = recipe.model_copy(update={"epochs": 4, "average_decay": 0.0, "learning_rate": 0.3})
+
+    def phase(network, epochs):
+        seen: list[tuple] = []
+        watched = Part(_Indices(parts[0].images, seen), parts[0].labels)
+        trained = run(network, (watched, parts[1]), preprocess, recipe, epochs=epochs, keep="last")
+        return trained, seen
+
+    whole, order = phase(copy.deepcopy(network), None)
+    first, first_order = phase(copy.deepcopy(network), (0, 1))
+    assert (first.epoch, len(first.curve)) == (1, 1)
+    second, second_order = phase(copy.deepcopy(first.network), (1, 4))
+    assert second.epoch == whole.epoch == 4
+    assert first_order + second_order == order
+    assert len(set(order)) == len(order) == 12
+    assert rows_of(first.curve + second.curve) == rows_of(whole.curve)
+    assert [row["epoch"] for row in first.curve + second.curve] == [1, 2, 3, 4]
+    assert weights(second.network) == weights(whole.network) != weights(first.network)
+
+
+class Snapshots:
+    """A constraint that only looks on: the network's weights after each step."""
+
+    def __init__(self, network) -> None:
+        self.network, self.taken = network, {}
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, step: int) -> None:
+        self.taken[step] = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
+
+    def project(self, network) -> None: ...
+
+    def met_after(self, step: int) -> bool:
+        return True
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def test_the_last_weights_are_those_from_which_training_would_go_on(network, parts, preprocess, recipe):
+    whole = copy.deepcopy(network)
+    snapshots = Snapshots(whole)
+    run(whole, parts, preprocess, recipe, constraint=snapshots)
+    first = run(network, parts, preprocess, recipe, epochs=(0, 2), keep="last")
+    assert first.epoch == 2
+    assert all(torch.equal(first.network.state_dict()[name], tensor) for name, tensor in snapshots.taken[5].items())
+
+
+def test_the_average_of_a_later_phase_begins_at_the_given_network(network, parts, preprocess, recipe):
+    snapshots = Snapshots(network)
+    trained = run(network, parts, preprocess, recipe, constraint=snapshots, epochs=(2, 3))
+    assert sorted(snapshots.taken) == [6, 7, 8]
+    average = snapshots.taken[6]
+    for seen, step in [(1, 7), (2, 8)]:
+        decay = min(recipe.average_decay, (1 + seen) / (10 + seen))
+        average = {name: decay * average[name] + (1 - decay) * new for name, new in snapshots.taken[step].items()}
+    found = trained.network.state_dict()
+    assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in average.items())
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_an_interrupted_phase_goes_on_in_its_own_folder(
+    network, parts, preprocess, recipe, tmp_path, monkeypatch, capsys, keep
+):
+    def phase(**more):
+        return run(copy.deepcopy(network), parts, preprocess, recipe, epochs=(1, 3), keep=keep, **more)
+
+    whole, save = phase(), loop.save_checkpoint
+
+    def killed(folder, state):
+        save(folder, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        phase(checkpoints=tmp_path)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    capsys.readouterr()
+    resumed = phase(checkpoints=tmp_path)
+    assert capsys.readouterr().out.startswith("test: epoch 3/3 ")
+    again = phase(checkpoints=tmp_path)
+    for trained in (resumed, again):
+        assert weights(trained.network) == weights(whole.network)
+        assert rows_of(trained.curve) == rows_of(whole.curve)
+        assert trained.epoch == whole.epoch
+    with pytest.raises(ValueError, match=r"belongs to epochs \[1, 3\]"):
+        run(network, parts, preprocess, recipe, checkpoints=tmp_path)
+
+
+def test_the_last_epoch_of_a_phase_must_end_on_the_constraint(network, parts, preprocess, recipe):
+    class Later(Snapshots):
+        def met_after(self, step: int) -> bool:
+            return step >= 6
+
+    with pytest.raises(UserError, match="no epoch ended with the pruning target met"):
+        run(network, parts, preprocess, recipe, constraint=Later(network), epochs=(0, 2), keep="last")
+
+
+@pytest.mark.parametrize("epochs", [(0, 4), (2, 2), (-1, 2)])
+def test_epochs_outside_the_recipe_are_refused(network, parts, preprocess, recipe, epochs):
+    with pytest.raises(ValueError, match="do not lie within the recipe's 3"):
+        run(network, parts, preprocess, recipe, epochs=epochs)
