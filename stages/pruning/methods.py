@@ -81,9 +81,9 @@ def prune_oto(session: Session) -> Pruned:
     optimizer = kind(network, groups, costs, pruner, session.steps, session.param)
     phase = session.epochs_until(optimizer.schedule.end)
     _require_recovery(session, phase)
-    trained = session.train(network, optimizer, epochs=(0, phase), keep="last", phase="pruning")
+    keep = "last" if phase < session.recipe.epochs else "best"  # the last, where training goes on
+    trained = session.train(network, optimizer, epochs=(0, phase), keep=keep, phase="pruning")
     pruned = optimizer.pruned_channels()
-    optimizer.project(trained.network)
     subnet, spec = cut_channels(trained.network, _cut_spec(session), groups, pruned)
     metrics = _cut_metrics(session, trained.network, subnet) | _channels(groups, pruned)
     return recover(session, subnet, spec, trained, metrics)
