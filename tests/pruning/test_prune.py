@@ -1,5 +1,6 @@
 """The prune stage on a tiny data set: from a dense artifact to a pruned one."""
 
+import copy
 import csv
 import json
 import shutil
@@ -22,12 +23,14 @@ from stages.common.errors import UserError
 from stages.common.params import Fp32, Int8Dynamic
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
-from stages.pruning.hesso import Hesso
-from stages.pruning.unstructured import KeepZeros
+from stages.pruning import methods, session
+from stages.pruning.costs import costs_of
 from stages.quantize import compress
+from stages.training import loop
 from stages.training.loop import CURVE_COLUMNS
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.1, "drop_path_rate": 0.2}
+BUDGET = {"epochs": 2, "learning_rate_factor": 0.5}
 PARAMS = {
     "base": {"seed": 3, "device": "cpu", "threads": 1},
     "data": {"name": "toy", "source": "digits", "image_size": 16, "validation_fraction": 0.2},
@@ -43,10 +46,10 @@ PARAMS = {
     "models": {"toy": {"library": "timm", "architecture": "convnext_atto", "arguments": ARGUMENTS, "input_size": 32}},
     "prune": {
         "none": {"method": "none"},
-        "none_continued": {"method": "none_continued", "epochs": 2, "learning_rate_factor": 0.5},
-        "oto": {"method": "oto", "epochs": 2, "learning_rate_factor": 0.5, "group_sparsity": 0.5},
-        "l1": {"method": "l1_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8},
-        "random": {"method": "random_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8},
+        "none_continued": {"method": "none_continued", **BUDGET},
+        "oto": {"method": "oto", **BUDGET, "group_sparsity": 0.5},
+        "l1": {"method": "l1_unstructured", **BUDGET, "sparsity": 0.8},
+        "random": {"method": "random_unstructured", **BUDGET, "sparsity": 0.8},
         "two_of_four": {
             "method": "l1_unstructured",
             "epochs": 2,
@@ -54,7 +57,7 @@ PARAMS = {
             "sparsity": 0.5,
             "pattern": "2:4",
         },
-        "taught": {"method": "none_continued", "epochs": 2, "learning_rate_factor": 0.5, "distillation": 0.5},
+        "taught": {"method": "none_continued", **BUDGET, "distillation": 0.5},
         "gradual": {
             "method": "l1_unstructured",
             "epochs": 2,
@@ -64,6 +67,12 @@ PARAMS = {
             "schedule": "gradual",
             "end_fraction": 0.9,
         },
+        "plain": BUDGET | {"method": "oto", "group_sparsity": 0.5, "layer_norm": "plain"},
+        "dhspg": BUDGET | {"method": "oto", "optimizer": "dhspg", "macs_reduction": 0.5},
+        "cut_at_random": BUDGET | {"method": "random_structured", "macs_reduction": 0.5},
+        "narrow": BUDGET | {"method": "small_dense", "macs_reduction": 0.5},
+        "magnitude": BUDGET | {"method": "depgraph", "macs_reduction": 0.5},
+        "lasso": BUDGET | {"method": "depgraph", "importance": "group_lasso", "macs_reduction": 0.5},
     },
     "quantize": {"fp32": {"method": "fp32"}},
 }
@@ -195,6 +204,90 @@ def test_oto_leaves_a_physically_smaller_network_and_no_stray_file(workspace, mo
     assert {file for file in made if not file.startswith(".scratch")} == outputs_of("toy-oto")
 
 
+def test_the_cut_of_oto_changes_nothing_and_training_goes_on_behind_it(workspace, monkeypatch):
+    _, description = run(monkeypatch, "toy-oto")
+    metrics = description.metrics
+    assert metrics["validation_top1_cut"] == metrics["validation_top1_uncut"]
+    assert metrics["cut_difference"] < 1e-4
+    assert metrics["epoch"] == 2  # the second epoch is the cut network's
+    assert [row[0] for row in curve_of("toy-oto")[1:]] == ["1", "2"]
+
+
+def test_plain_layer_norm_tells_the_jump_that_it_causes(workspace, monkeypatch):
+    network, description = run(monkeypatch, "toy-plain")
+    assert description.metrics["cut_difference"] > 1e-3
+    assert description.network.layer_norm == "plain"
+    assert not any(isinstance(module, CountingLayerNorm) for module in network.modules())
+    assert description.metrics["validation_top1"] > 0.8
+
+
+@pytest.mark.parametrize("pruner", ["oto", "lasso"])
+def test_pruning_to_the_last_epoch_is_refused_where_the_cut_needs_recovery(workspace, monkeypatch, pruner):
+    raw = copy.deepcopy(PARAMS)
+    raw["prune"][pruner] |= {"end_fraction": 1.0, "layer_norm": "plain"}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=rf"prune\.{pruner}\.end_fraction = 1.0: pruning takes all 2 epochs"):
+        run(monkeypatch, f"toy-{pruner}")
+
+
+def test_oto_may_prune_to_the_last_epoch(workspace, monkeypatch):
+    raw = copy.deepcopy(PARAMS)
+    raw["prune"]["oto"]["end_fraction"] = 1.0
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    _, description = run(monkeypatch, "toy-oto")
+    assert description.metrics["group_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert description.metrics["epoch"] == 2
+    assert len(curve_of("toy-oto")) == 3
+
+
+@pytest.mark.parametrize("pruner", ["dhspg", "cut_at_random", "magnitude", "lasso", "narrow"])
+def test_every_structured_pruner_meets_its_target_in_macs(workspace, monkeypatch, pruner):
+    network, description = run(monkeypatch, f"toy-{pruner}")
+    dense, _ = load_artifact(paths.dense("toy"))
+    left = costs_of(network, [], 32).macs_dense / costs_of(dense, [], 32).macs_dense
+    assert 0.3 < left <= 0.5
+    assert description.metrics["validation_top1"] > 0.7
+    assert description.network.layer_norm == ("exact" if pruner in ("dhspg", "cut_at_random") else "plain")
+
+
+def test_removal_at_random_is_exact_and_costs_accuracy_before_training(workspace, monkeypatch):
+    _, description = run(monkeypatch, "toy-cut_at_random")
+    dense, parent = load_artifact(paths.dense("toy"))
+    assert description.metrics["cut_difference"] < 1e-4
+    assert description.metrics["validation_top1_uncut"] == pytest.approx(parent.metrics["validation_top1"], abs=0.5)
+    assert len(curve_of("toy-cut_at_random")) == 3
+
+
+def test_removal_at_random_takes_other_channels_under_another_seed(workspace, monkeypatch):
+    first, _ = run(monkeypatch, "toy-cut_at_random")
+    paths.PARAMS.write_text(yaml.safe_dump(PARAMS | {"base": PARAMS["base"] | {"seed": 4}}))
+    second, _ = run(monkeypatch, "toy-cut_at_random")
+    assert [t.shape for t in first.state_dict().values()] != [t.shape for t in second.state_dict().values()]
+
+
+def test_small_dense_is_narrower_everywhere_and_trains_for_both_budgets(workspace, monkeypatch):
+    network, description = run(monkeypatch, "toy-narrow")
+    dense, _ = load_artifact(paths.dense("toy"))
+    shares = [
+        len(narrow.weight) / len(wide.weight)
+        for (name, narrow), wide in zip(network.named_modules(), dense.modules(), strict=True)
+        if isinstance(narrow, torch.nn.Conv2d | torch.nn.Linear) and name != "head.fc"
+    ]
+    assert max(shares) - min(shares) < 0.15
+    assert len(curve_of("toy-narrow")) - 1 == PARAMS["finetune"]["epochs"] + 2
+    assert "cut_difference" not in description.metrics
+
+
+def test_a_target_that_cannot_be_met_names_the_nearest_that_can(workspace, monkeypatch):
+    raw = copy.deepcopy(PARAMS)
+    for pruner in ("dhspg", "cut_at_random", "magnitude", "narrow"):
+        raw["prune"][pruner]["macs_reduction"] = 0.9999
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    for pruner in ("dhspg", "cut_at_random", "magnitude", "narrow"):
+        with pytest.raises(UserError, match=rf"prune\.{pruner}\.macs_reduction = 0.9999: at most 0\.9"):
+            run(monkeypatch, f"toy-{pruner}")
+
+
 def test_distillation_changes_what_is_learned(workspace, monkeypatch):
     plain, _ = run(monkeypatch, "toy-none_continued")
     taught, description = run(monkeypatch, "toy-taught")
@@ -209,8 +302,8 @@ def test_the_teacher_is_the_dense_parent_as_it_came(workspace, monkeypatch):
         teachers.append((distillation.teacher, {k: v.clone() for k, v in distillation.teacher.state_dict().items()}))
         return train(network, *args, distillation=distillation, **more)
 
-    train = prune.train
-    monkeypatch.setattr(prune, "train", watched)
+    train = session.train
+    monkeypatch.setattr(session, "train", watched)
     run(monkeypatch, "toy-gradual")
     [(teacher, before)], (dense, _) = teachers, load_artifact(paths.dense("toy"))
     assert before.keys() == teacher.state_dict().keys() == dense.state_dict().keys()
@@ -276,38 +369,43 @@ def test_zeros_survive_quantization_and_export(workspace, monkeypatch, quantizer
     assert sum(int((array == 0).sum()) for array in matrices) == zeros_stored
 
 
-@pytest.mark.parametrize(("key", "constraint"), [("toy-oto", Hesso), ("toy-gradual", KeepZeros)])
-def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monkeypatch, key, constraint):
+@pytest.mark.parametrize("killed_at", [15, 27, 40])  # 12 steps an epoch; `oto` cuts after two of four epochs
+@pytest.mark.parametrize("key", ["toy-oto", "toy-gradual"])
+def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monkeypatch, key, killed_at):
+    raw = copy.deepcopy(PARAMS)
+    for entry in raw["prune"].values():
+        entry |= {"epochs": 4} if "epochs" in entry else {}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
     _, whole = run(monkeypatch, key)
     shutil.rmtree(paths.pruned(key))
     shutil.rmtree(paths.SCRATCH)  # which keeps the finished training
-    after_step = constraint.after_step
+    one_step = loop._Run.step
 
-    def killed(self, step):
-        if step == 15:
+    def killed(self, step, *batch):
+        if step == killed_at:
             raise KeyboardInterrupt
-        after_step(self, step)
+        return one_step(self, step, *batch)
 
-    monkeypatch.setattr(constraint, "after_step", killed)
+    monkeypatch.setattr(loop._Run, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, key)
     assert not paths.pruned(key).exists()
-    monkeypatch.setattr(constraint, "after_step", after_step)
+    monkeypatch.setattr(loop._Run, "step", one_step)
     _, resumed = run(monkeypatch, key)
     assert resumed.tensors == whole.tensors
     assert resumed.metrics == whole.metrics
 
 
 def test_cut_that_changes_the_output_is_not_saved(workspace, monkeypatch):
-    cut = prune.cut_channels
+    cut = methods.cut_channels
 
     def wrong(network, spec, groups, pruned):
         subnet, spec = cut(network, spec, groups, pruned)
         subnet.head.fc.bias.data += 1
         return subnet, spec
 
-    monkeypatch.setattr(prune, "cut_channels", wrong)
-    with pytest.raises(UserError, match="toy-oto: after cutting, the logits on random inputs differ by"):
+    monkeypatch.setattr(methods, "cut_channels", wrong)
+    with pytest.raises(UserError, match="toy-oto: after cutting, the logits differ by"):
         run(monkeypatch, "toy-oto")
     assert not paths.pruned("toy-oto").exists()
 
