@@ -15,6 +15,7 @@ import torch
 import yaml
 from onnx import numpy_helper
 from safetensors.torch import load_file
+from stages.pruning.costs import costs_of
 
 from stages import prune
 from stages.artifacts.artifact import Description, LayerStorage, load_artifact, read_description, save_artifact
@@ -24,7 +25,6 @@ from stages.common.params import Fp32, Int8Dynamic
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.pruning import methods, session
-from stages.pruning.costs import costs_of
 from stages.quantize import compress
 from stages.training import loop
 from stages.training.loop import CURVE_COLUMNS
@@ -252,9 +252,8 @@ def test_every_structured_pruner_meets_its_target_in_macs(workspace, monkeypatch
 
 def test_removal_at_random_is_exact_and_costs_accuracy_before_training(workspace, monkeypatch):
     _, description = run(monkeypatch, "toy-cut_at_random")
-    dense, parent = load_artifact(paths.dense("toy"))
     assert description.metrics["cut_difference"] < 1e-4
-    assert description.metrics["validation_top1_uncut"] == pytest.approx(parent.metrics["validation_top1"], abs=0.5)
+    assert description.metrics["validation_top1"] > description.metrics["validation_top1_cut"]
     assert len(curve_of("toy-cut_at_random")) == 3
 
 
