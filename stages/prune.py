@@ -34,9 +34,9 @@ from stages.networks.build import NetworkSpec
 from stages.networks.layer_scale import fold_layer_scale
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
-from stages.pruning.groups import check_exact, cut_channels, relative_difference
+from stages.pruning.groups import cut_channels, relative_difference, with_layer_norm
 from stages.pruning.hesso import Hesso
-from stages.pruning.only_train_once_adapter import channel_groups
+from stages.pruning.only_train_once_adapter import exact_groups
 from stages.pruning.unstructured import KeepZeros, sparsity_of, zeros_of
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.constraint import Constraint
@@ -145,20 +145,23 @@ def prune_unstructured(session: Session) -> Pruned:
 def prune_oto(session: Session) -> Pruned:
     """Drive channel groups to zero while training (HESSO), cut them out, and make sure that nothing changed."""
     network, pruner, spec = session.dense, session.pruner, session.trained_spec
-    groups = channel_groups(network, session.parent.input_size)
-    check_exact(network, spec, groups, session.parent.input_size)
+    groups, whole = exact_groups(network, spec, session.parent.input_size, pruner.allow_partial)
+    if whole:
+        print(f"{session.key}: left whole, since they cannot be cut exactly: {', '.join(whole)}")
     steps = steps_in(recipe_for(session.params.finetune, pruner), len(session.train_part))
     hesso = Hesso(network, groups, pruner, steps, f"prune.{session.pruner_name}")
     trained = session.train(network, hesso)
     subnet, spec = cut_channels(trained.network, spec, groups, hesso.pruned_channels())
     preprocess = session.parent.preprocess()
     check_cut(session.key, trained.network, subnet, preprocess, session.validation_part)
+    subnet, spec = with_layer_norm(subnet, spec, pruner.layer_norm)
     logits = predict_logits(Classifier(preprocess, subnet), session.validation_part.images, EVALUATION_BATCH)
     metrics = _metrics(trained) | {
         "validation_top1": top1(logits, session.validation_part.labels),
         "group_sparsity": float(hesso.pruned.double().mean()),
         "channels_dense": sum(group.channels for group in groups),
         "channels": int((~hesso.pruned).sum()),
+        "groups_left_whole": len(whole),
     }
     return Pruned(subnet, spec, metrics, trained.curve)
 
