@@ -33,7 +33,9 @@ class NetworkSpec:
     widths: dict[str, dict[str, int]] = field(default_factory=dict)
     """For each module that pruning has narrowed, its attributes: `{"head.fc": {"in_features": 96}}`."""
     layer_norm_widths: dict[str, int] = field(default_factory=dict)
-    """For each narrowed LayerNorm, the original width, by which it goes on dividing."""
+    """For each narrowed LayerNorm (and global response norm), the original width, by which it goes on dividing."""
+    layer_norm: str = "exact"
+    """How narrowed LayerNorms count, one of `networks.layer_norm.FORMS`: the tensors are the same in each."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,7 +55,7 @@ def build_network(spec: NetworkSpec) -> nn.Module:
     if spec.layer_scale_folded:
         fold_layer_scale(network)
     if spec.widths or spec.layer_norm_widths:
-        reshape(network, spec.widths, spec.layer_norm_widths)
+        reshape(network, spec.widths, spec.layer_norm_widths, spec.layer_norm)
     if spec.pointwise_as_linear:
         pointwise_to_linear(network)
     return network

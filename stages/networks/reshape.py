@@ -3,20 +3,29 @@
 import copy
 
 import torch
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
-from stages.networks.layer_norm import CountingLayerNorm, counting
+from stages.networks.global_response_norm import counting_grn
+from stages.networks.layer_norm import CountingLayerNorm, narrowed
 from stages.networks.pointwise import replace_module
 
+COUNTED = (nn.LayerNorm, CountingLayerNorm, GlobalResponseNorm)
+"""Norms over channels: narrowed, they have to know their original width."""
 
-def reshape(network: nn.Module, widths: dict[str, dict[str, int]], layer_norm_widths: dict[str, int]) -> None:
+
+def reshape(
+    network: nn.Module, widths: dict[str, dict[str, int]], layer_norm_widths: dict[str, int], layer_norm: str = "exact"
+) -> None:
     """Give the named modules their pruned sizes, with fresh weights, in place.
 
     Args:
         widths: for each narrowed module, the attributes that `widths_of` reads.
-        layer_norm_widths: the original width of each narrowed LayerNorm.
+        layer_norm_widths: the original width of each narrowed LayerNorm or global response norm.
+        layer_norm: how narrowed LayerNorms count, one of `layer_norm.FORMS`. Global response norms always count
+            their original width: it costs nothing.
 
     Raises:
         UserError: if a name is not in the network or its module cannot be narrowed.
@@ -24,14 +33,26 @@ def reshape(network: nn.Module, widths: dict[str, dict[str, int]], layer_norm_wi
     modules = dict(network.named_modules())
     for name, size in widths.items():
         module = modules.get(name)
-        if isinstance(module, nn.LayerNorm):
-            original, told = module.normalized_shape[0], layer_norm_widths.get(name)
+        if isinstance(module, COUNTED) and module.weight is not None:
+            original, told = len(module.weight), layer_norm_widths.get(name)
             if told != original:
                 raise UserError(f"{name}: its original width is {original}, the file says {told}")
-            new = counting(module, size["width"])
+            is_grn = isinstance(module, GlobalResponseNorm)
+            width = size["width"]
+            new = counting_grn(module, width) if is_grn else narrowed(module, width, layer_norm)
+        elif module is not None and size.keys() <= module._parameters.keys():
+            _shorten(module, size)
+            continue
         else:
             new = _resized(name, module, size)
         replace_module(network, name, new)
+
+
+def _shorten(module: nn.Module, size: dict[str, int]) -> None:
+    """Give a module's own vectors (a learned scale) their lengths, in place: it may hold other modules."""
+    for attribute, length in size.items():
+        old = getattr(module, attribute)
+        setattr(module, attribute, nn.Parameter(torch.ones(length, *old.shape[1:])))
 
 
 def _resized(name: str, module: nn.Module | None, size: dict[str, int]) -> nn.Module:
@@ -72,7 +93,7 @@ def widths_of(pruned: nn.Module, dense: nn.Module) -> tuple[dict[str, dict[str, 
         if size is None or size == _size(originals[name]):
             continue
         widths[name] = size
-        if isinstance(module, nn.LayerNorm | CountingLayerNorm):
+        if isinstance(module, COUNTED):
             layer_norm_widths[name] = _size(originals[name])["width"]
     return widths, layer_norm_widths
 
@@ -85,11 +106,12 @@ def _size(module: nn.Module) -> dict[str, int] | None:
             return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
         case nn.Conv2d():
             groups = module.groups
-            if groups > 1 and groups == module.in_channels:  # depthwise: one group for each channel that is left
-                groups = weight.shape[0] * module.in_channels // module.out_channels
+            if groups > 1:  # whole groups go, each with its outputs: depthwise or not, their size stays
+                groups = weight.shape[0] * groups // module.out_channels
             return {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0], "groups": groups}
         case _BatchNorm():
             return {"num_features": len(weight if weight is not None else module.running_mean)}
-        case nn.LayerNorm() | CountingLayerNorm():
-            return {"width": len(weight)}
-    return None
+        case nn.LayerNorm() | CountingLayerNorm() | GlobalResponseNorm():
+            return None if weight is None else {"width": len(weight)}
+    own = {name: len(p) for name, p in module.named_parameters(recurse=False) if p.dim()}
+    return own or None

@@ -83,6 +83,9 @@ def count_layers(network: nn.Module, input_size: int, layers: dict[str, LayerSto
     if odd := sorted(packed.keys() ^ layers.keys()):
         raise UserError(f"{odd[0]}: packed in the network or listed under layers in model.json, but not both")
     twin = dequantized(network).cpu().eval()
+    for module in twin.modules():
+        if isinstance(module, CountingLayerNorm):
+            module.as_matmul = False  # its products are a norm's sums, which the convention leaves out in every form
     _refuse_unknown(twin, network)
     macs, outside = _macs(twin, input_size)
     seen: set[int] = set()

@@ -30,7 +30,8 @@ class Slice:
     axis: int
     """0 where the tensor makes channels, 1 where it reads them."""
     repeat: int = 1
-    """More than 1 where a flatten lies between: each channel is then a run of features."""
+    """More than 1 where each channel is a run of entries: behind a flatten, or where a convolution's group is the unit
+    that can go, with all its inputs and outputs."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ChannelGroup:
     name: str
     """Of the first layer, in the network's order, that makes these channels: the same in every run."""
     channels: int
+    """Units that can be removed: single channels, or the groups of a grouped convolution."""
     makes: tuple[Slice, ...]
     """Parameters that are zero where a channel is pruned. Importance is measured on these."""
     reads: tuple[Slice, ...]
@@ -86,7 +88,8 @@ def cut_channels(
         pruned: for each group by name, bool `[channels]`; at least one channel of each is kept.
 
     Returns:
-        The smaller network, in evaluation mode on the CPU. It equals `network` where the pruned channels are zero.
+        The smaller network, in evaluation mode on the CPU. It equals `network` where the pruned channels are zero,
+        unless `spec.layer_norm` is `plain` and a LayerNorm was cut.
     """
     state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     for group in groups:
@@ -109,6 +112,14 @@ def cut_channels(
     return subnet.eval(), spec
 
 
+def with_layer_norm(network: nn.Module, spec: NetworkSpec, form: str) -> tuple[nn.Module, NetworkSpec]:
+    """A cut network with its LayerNorms in another of `networks.layer_norm.FORMS`, and the spec that builds it."""
+    spec = replace(spec, layer_norm=form)
+    other = build_network(spec).to(next(network.parameters()))
+    other.load_state_dict(network.state_dict())
+    return other.train(network.training), spec
+
+
 @torch.no_grad()
 def relative_difference(one: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
     """Largest absolute difference of the logits of two networks, over the largest absolute logit of the first."""
@@ -119,13 +130,25 @@ def relative_difference(one: nn.Module, other: nn.Module, x: torch.Tensor) -> fl
 def check_exact(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelGroup], input_size: int) -> None:
     """Prove on a copy, before any training, that cutting zeroed channels changes nothing.
 
-    Biases, norms and running statistics are random there, since those of a fresh network, at 0 and 1, would hide a
-    difference. Computed in float64.
-
     Raises:
         UserError: with the name of the layers whose channels cannot be cut exactly.
     """
+    if culprits := inexact_groups(network, spec, groups, input_size):
+        raise UserError(
+            f"{spec.library} {spec.architecture}: removing zeroed channels of {', '.join(culprits[:5])}"
+            f"{f' and {len(culprits) - 5} more' if len(culprits) > 5 else ''} would change the output (behind it lies"
+            " something that is not zero for a zero input, or an operation that mixes channels): not pruned"
+        )
+
+
+def inexact_groups(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelGroup], input_size: int) -> list[str]:
+    """Names of the groups without which the others can be cut exactly; empty where all can.
+
+    Tried on a copy in float64, half of the channels zeroed, with LayerNorms that count. Biases, norms and running
+    statistics are random there, since those of a fresh network, at 0 and 1, would hide a difference.
+    """
     x = torch.randn(2, 3, input_size, input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counting_spec = replace(spec, layer_norm="exact")
 
     def differs(some: Sequence[ChannelGroup]) -> bool:
         generator = torch.Generator().manual_seed(0)
@@ -136,18 +159,20 @@ def check_exact(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelG
             pruned[group.name] = torch.rand(group.channels, generator=generator).argsort() < group.channels // 2
         zero_channels(zeroed, groups, pruned)
         try:
-            subnet, _ = cut_channels(zeroed, spec, groups, pruned)
+            subnet, _ = cut_channels(zeroed, counting_spec, groups, pruned)
             return not relative_difference(zeroed, subnet, x) < PROBE_TOLERANCE
-        except RuntimeError:  # shapes that do not fit each other: a view with a fixed width, a reader not found
+        except (RuntimeError, UserError):  # shapes that do not fit each other, a module that cannot be narrowed
             return True
 
-    if differs(groups):
-        culprits = [group.name for group in groups if differs([group])] or [group.name for group in groups]
-        raise UserError(
-            f"{spec.library} {spec.architecture}: removing zeroed channels of {', '.join(culprits[:5])}"
-            f"{f' and {len(culprits) - 5} more' if len(culprits) > 5 else ''} would change the output (behind it lies"
-            " something that is not zero for a zero input, or an operation that mixes channels): not pruned"
-        )
+    if not differs(groups):
+        return []
+    culprits = [group.name for group in groups if differs([group])]
+    exact = [group for group in groups if group.name not in culprits]
+    if differs(exact):  # each alone is exact, but not together: take them in one by one
+        together: list[ChannelGroup] = []
+        for group in exact:
+            (culprits.append(group.name) if differs([*together, group]) else together.append(group))
+    return culprits
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from stages.networks.layer_scale import fold_layer_scale
 from stages.pruning.costs import costs_of
 from stages.pruning.depgraph import GroupLasso, prune_depgraph
 from stages.pruning.dhspg import Dhspg
-from stages.pruning.groups import ChannelGroup, check_exact, cut_channels, relative_difference, zero_channels
+from stages.pruning.groups import ChannelGroup, cut_channels, relative_difference, zero_channels
 from stages.pruning.hesso import Hesso
-from stages.pruning.only_train_once_adapter import channel_groups
+from stages.pruning.only_train_once_adapter import exact_groups
 from stages.pruning.session import Pruned, Session
 from stages.pruning.targets import choose_channels
 from stages.pruning.unstructured import KeepZeros, left_dense, sparsity_of
@@ -75,7 +75,7 @@ def prune_unstructured(session: Session) -> Pruned:
 def prune_oto(session: Session) -> Pruned:
     """Drive channel groups to zero while training, cut them out, make sure that nothing changed, and train on."""
     network, pruner = session.folded, session.pruner
-    groups = groups_of(session)
+    groups, told = groups_of(session)
     costs = costs_of(network, groups, session.input_size)
     kind = Hesso if pruner.optimizer == "hesso" else Dhspg
     optimizer = kind(network, groups, costs, pruner, session.steps, session.param)
@@ -85,19 +85,20 @@ def prune_oto(session: Session) -> Pruned:
     trained = session.train(network, optimizer, epochs=(0, phase), keep=keep, phase="pruning")
     pruned = optimizer.pruned_channels()
     subnet, spec = cut_channels(trained.network, _cut_spec(session), groups, pruned)
-    metrics = _cut_metrics(session, trained.network, subnet) | _channels(groups, pruned)
+    metrics = _cut_metrics(session, trained.network, subnet) | _channels(groups, pruned) | told
     return recover(session, subnet, spec, trained, metrics)
 
 
 def prune_at_random(session: Session) -> Pruned:
     """Remove channels at random at once, then train what is left for the whole budget."""
-    network, groups = session.folded, groups_of(session)
+    network = session.folded
+    groups, told = groups_of(session)
     scores = torch.rand(sum(group.channels for group in groups), generator=_generator(session))
     pruned = _choose(session, network, groups, scores)
     metrics = {"validation_top1_uncut": session.validation_top1(network)}
     zero_channels(network, groups, pruned)
     subnet, spec = cut_channels(network, _cut_spec(session), groups, pruned)
-    metrics = _cut_metrics(session, network, subnet) | metrics | _channels(groups, pruned)
+    metrics = _cut_metrics(session, network, subnet) | metrics | _channels(groups, pruned) | told
     return recover(session, subnet, spec, None, metrics)
 
 
@@ -106,7 +107,7 @@ def train_small_dense(session: Session) -> Pruned:
 
     Its recipe is finetune's over all those epochs: what a person would do who never heard of pruning.
     """
-    groups = groups_of(session)
+    groups, told = groups_of(session)
     uniform = torch.cat([torch.arange(group.channels) / group.channels for group in groups])
     pruned = _choose(session, session.folded, groups, uniform)
     torch.manual_seed(session.seed)
@@ -116,7 +117,7 @@ def train_small_dense(session: Session) -> Pruned:
     finetune = session.params.finetune
     recipe = finetune.model_copy(update={"epochs": finetune.epochs + session.pruner.epochs})
     trained = session.train(network, recipe=recipe)
-    return Pruned(trained.network, spec, _metrics(trained) | _channels(groups, pruned), trained.curve)
+    return Pruned(trained.network, spec, _metrics(trained) | _channels(groups, pruned) | told, trained.curve)
 
 
 def prune_by_depgraph(session: Session) -> Pruned:
@@ -149,11 +150,13 @@ def recover(
     return Pruned(trained.network, spec, metrics | _metrics(trained), curve)
 
 
-def groups_of(session: Session) -> list[ChannelGroup]:
-    """The channel groups of the folded network, proven to be removable exactly."""
-    groups = channel_groups(session.folded, session.input_size)
-    check_exact(session.folded, session.folded_spec, groups, session.input_size)
-    return groups
+def groups_of(session: Session) -> tuple[list[ChannelGroup], dict[str, float]]:
+    """The channel groups of the folded network, proven to be removable exactly, and how many were left whole."""
+    partial = session.pruner.allow_partial
+    groups, whole = exact_groups(session.folded, session.folded_spec, session.input_size, partial)
+    if whole:
+        print(f"{session.key}: left whole, since they cannot be cut exactly: {', '.join(whole)}")
+    return groups, {"groups_left_whole": len(whole)}
 
 
 def _choose(session: Session, network: nn.Module, groups: list[ChannelGroup], scores: torch.Tensor) -> dict:

@@ -9,24 +9,29 @@ import contextlib
 import copy
 import importlib.util
 import io
+import math
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
-from stages.pruning.groups import ChannelGroup, Slice
+from stages.networks.build import NetworkSpec
+from stages.pruning.groups import ChannelGroup, Slice, check_exact, inexact_groups
 
 NOT_ITS_OWN = ("graph", "operation", "transform")
 """Top-level names under which the package imports parts of itself a second time."""
 RECURSION_LIMIT = 20_000  # its searches go as deep as the longest path of operators; ConvNeXt-Base exceeds the default
 OPSET = 16  # the one it was written for: from 17 on LayerNorm is one operator whose parameters it does not find
-CUTTABLE = (nn.Conv2d, nn.Linear, _BatchNorm, nn.LayerNorm)
+CUTTABLE = (nn.Conv2d, nn.Linear, _BatchNorm, nn.LayerNorm, GlobalResponseNorm)
 
 
 def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
@@ -43,11 +48,54 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
         UserError: naming the module that cannot be pruned exactly, or if the graph cannot be built, or if no group
             can be pruned.
     """
+    groups, refused = _partition(network, input_size)
+    if refused:
+        raise UserError(next(iter(refused.values())))
+    if not groups:
+        raise UserError(f"{type(network).__name__}: has no channels that could be pruned (all make the logits)")
+    return groups
+
+
+def exact_groups(
+    network: nn.Module, spec: NetworkSpec, input_size: int, allow_partial: bool
+) -> tuple[list[ChannelGroup], list[str]]:
+    """The groups of `network` for which it is proven that cutting zeroed channels changes nothing.
+
+    Args:
+        network: what `spec` builds, with layer scale folded; left as it is, on any device.
+        input_size: side of its input in pixels.
+        allow_partial: leave whole what cannot be cut exactly, instead of refusing the network.
+
+    Returns:
+        The groups, and the names of the layers whose channels are left whole (empty unless `allow_partial`).
+
+    Raises:
+        UserError: naming what cannot be cut exactly, or if nothing can be cut.
+    """
+    if not allow_partial:
+        groups = channel_groups(network, input_size)
+        check_exact(network, spec, groups, input_size)
+        return groups, []
+    groups, refused = _partition(network, input_size)
+    culprits = inexact_groups(network, spec, groups, input_size)
+    groups = [group for group in groups if group.name not in culprits]
+    whole = [*refused, *culprits]
+    if not groups:
+        reason = (
+            f"of {len(whole)} layers such as {whole[0]} none can be cut exactly" if whole else "all make the logits"
+        )
+        raise UserError(f"{spec.library} {spec.architecture}: has no channels that could be pruned ({reason})")
+    return groups, whole
+
+
+def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """The groups that can be typed, and for each other one the reason by name, both in the network's order."""
     model = copy.deepcopy(network).cpu().float().eval().requires_grad_(True)
     with _library(model) as library:
         try:
             # Graph and partition one by one: the package's own entry point adds its clustering and a second pass.
-            graph = library.Graph(model, torch.zeros(1, 3, input_size, input_size))
+            with _resizing_pools():
+                graph = library.Graph(model, torch.zeros(1, 3, input_size, input_size))
             _remember_neighbours(graph)
             library.build_pruning_dependency_graph(graph)
         except Exception as error:  # it raises whatever its string parsing stumbles over
@@ -56,10 +104,28 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
                 f"{type(network).__name__}: only_train_once cannot build its dependency graph, so pruner method `oto`"
                 f" does not work for this network ({type(error).__name__}: {reason})"
             ) from error
-    groups = _typed_groups(model, graph)
-    if not groups:
-        raise UserError(f"{type(network).__name__}: has no channels that could be pruned (all make the logits)")
-    return groups
+    return _typed_groups(model, graph)
+
+
+@contextlib.contextmanager
+def _resizing_pools() -> Iterator[None]:
+    """Adaptive pooling as resizing: the tracer knows the former only where the sizes divide each other.
+
+    The trace tells which channels depend on which, and both operators keep channels apart; its values are not used.
+    """
+    pool = F.adaptive_avg_pool2d
+
+    def resize(input: torch.Tensor, output_size: int | Sequence[int | None]) -> torch.Tensor:
+        height, width = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+        if height == width == 1:
+            return pool(input, 1)
+        return F.interpolate(input, size=(height or input.shape[2], width or input.shape[3]))
+
+    F.adaptive_avg_pool2d = resize
+    try:
+        yield
+    finally:
+        F.adaptive_avg_pool2d = pool
 
 
 @contextlib.contextmanager
@@ -136,83 +202,156 @@ def _remember_neighbours(graph: Any) -> None:
     graph.outgoing = lambda node: after.get(node.id, [])
 
 
-def _typed_groups(model: nn.Module, graph: Any) -> list[ChannelGroup]:
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
+@dataclass
+class _Union:
+    """Node groups that can only be cut together, before it is known whether they can be cut at all."""
+
+    makes: list[str]
+    """Parameters and buffers, in the network's order."""
+    reads: list[str]
+    conv_groups: int
+    """Greatest common divisor of the group counts of its grouped convolutions; 0 where it has none."""
+    problem: str | None
+
+
+def _typed_groups(model: nn.Module, graph: Any) -> tuple[list[ChannelGroup], dict[str, str]]:
     order = {name: position for position, name in enumerate(model.state_dict())}
-    names_of = {
-        group_id: sorted({n for node in node_group.nodes.values() for n in node.param_names}, key=order.__getitem__)
+    groups, refused = [], {}
+    for union in _unions(model, graph, order):
+        try:
+            groups.append(_typed_group(union, model))
+        except UserError as error:
+            layers = _layers(union, model)
+            refused[layers[0] if layers else _owner(union.makes[0])] = str(error)
+    return groups, refused
+
+
+def _unions(model: nn.Module, graph: Any, order: dict[str, int]) -> list[_Union]:
+    """The package's prunable node groups, those that a grouped convolution ties together as one, in order."""
+    makes = {
+        group_id: names
         for group_id, node_group in graph.node_groups.items()
-        if node_group.is_prunable or node_group.is_auxiliary
+        if (node_group.is_prunable or node_group.is_auxiliary)
+        and (names := {name for node in node_group.nodes.values() for name in node.param_names})
     }
-    prunable = dict(sorted(names_of.items(), key=lambda item: [order[name] for name in item[1]]))
-    for group_id, names in prunable.items():
-        node_group = graph.node_groups[group_id]
-        if node_group.is_auxiliary or any(node.is_concat(axis=1) for node in node_group.nodes.values()):
-            where = names[0].rpartition(".")[0] if names else type(model).__name__
-            raise UserError(f"{where}: works on concatenated channels, which cannot be pruned exactly yet: not pruned")
-        for name in names:
-            module = modules[name.rpartition(".")[0]]
-            if not isinstance(module, CUTTABLE):
-                where = name.rpartition(".")[0] or name
-                raise UserError(f"{where}: {type(module).__name__} cannot be pruned exactly: not pruned")
-    reads = _readers(graph, modules, prunable)
+    reads, grouped, problems = _readers(graph, dict(model.named_modules()), makes.keys())
+    for group_id in _concatenated(graph, makes.keys()):
+        where = _owner(min(makes[group_id], key=order.__getitem__))
+        problems[group_id] = f"{where}: its channels pass a concatenation, which cannot be pruned exactly yet"
+    tied = {group_id: {group_id} for group_id in makes}
+    for members, _ in grouped:
+        union = set().union(*(tied[member] for member in members))
+        tied |= dict.fromkeys(union, union)
 
-    groups, owner = [], {}
-    for group_id, names in prunable.items():
-        layers = [name.rpartition(".")[0] for name in names if name.endswith("weight")]
-        layers = [path for path in layers if isinstance(modules[path], nn.Conv2d | nn.Linear)]
-        channels = modules[layers[0]].weight.shape[0]  # the package's own count is wrong where a norm follows a flatten
-        makes, kept_buffers = [], []
-        for name in names:
-            tensor = parameters.get(name, buffers.get(name))
-            if tensor.dim() == 0:
-                continue
-            part = Slice(name, 0, _repeat(name, tensor, 0, channels))
-            (makes if name in parameters else kept_buffers).append(part)
-        cut = [
-            Slice(name, 1, _repeat(name, parameters[name], 1, channels))
-            for name in sorted(reads[group_id], key=order.__getitem__)
-        ]
-        for part in [*makes, *cut]:
-            if owner.setdefault((part.name, part.axis), group_id) != group_id:
-                raise UserError(f"{part.name.rpartition('.')[0]}: is shared by layers of different widths: not pruned")
-        cost = sum(parameters[part.name].numel() // channels for part in [*makes, *cut])
-        groups.append(ChannelGroup(layers[0], channels, tuple(makes), tuple(cut), tuple(kept_buffers), cost))
-    return groups
+    unions = [
+        _Union(
+            makes=sorted(set().union(*(makes[member] for member in union)), key=order.__getitem__),
+            reads=sorted(set().union(*(reads[member] for member in union)), key=order.__getitem__),
+            conv_groups=math.gcd(*(count for members, count in grouped if members <= union)),
+            problem=next((problems[member] for member in sorted(union) if member in problems), None),
+        )
+        for union in {id(union): union for union in tied.values()}.values()
+    ]
+    unions.sort(key=lambda union: [order[name] for name in union.makes])
+    owner: dict[tuple[str, int], _Union] = {}
+    for union in unions:
+        for key in [*((name, 0) for name in union.makes), *((name, 1) for name in union.reads)]:
+            other = owner.setdefault(key, union)
+            if other is not union:
+                other.problem = union.problem = f"{_owner(key[0])}: is shared by layers of different widths"
+    return unions
 
 
-def _readers(graph: Any, modules: dict[str, nn.Module], prunable: dict[str, list[str]]) -> dict[str, set[str]]:
-    """For each prunable group, the names of the weights that read its channels along axis 1.
+def _readers(
+    graph: Any, modules: dict[str, nn.Module], cuttable: Set[str]
+) -> tuple[dict[str, set[str]], list[tuple[set[str], int]], dict[str, str]]:
+    """What ties the cuttable node groups to the layers behind them.
 
-    Raises:
-        UserError: if a convolution divides such channels into groups.
+    Returns:
+        For each node group the names of the weights that read its channels along axis 1; for each grouped convolution
+        the node groups before and behind it and the number of its groups; the problem of each that cannot be cut.
     """
-    reads: dict[str, set[str]] = {group_id: set() for group_id in prunable}
+    reads: dict[str, set[str]] = {group_id: set() for group_id in cuttable}
+    grouped, problems = [], {}
     for node in graph.nodes.values():
         if not node.is_stem():
             continue
         weight = next(name for name in node.param_names if name.endswith("weight"))  # stems are modules: all have one
-        path = weight.rpartition(".")[0]
-        module = modules[path]
-        own = set(node.node_group_ids)
+        module, own = modules[_owner(weight)], set(node.node_group_ids)
         sources = {group_id for before in graph.incoming(node) for group_id in before.node_group_ids}
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            depthwise = module.groups == module.in_channels == module.out_channels
-            if not (depthwise and own == sources) and (own | sources) & prunable.keys():
-                raise UserError(
-                    f"{path}: a convolution in {module.groups} groups cannot be pruned exactly yet: not pruned"
-                )
-            continue
-        for group_id in sources & prunable.keys():
-            reads[group_id].add(weight)
-    return reads
+        touched = (own | sources) & cuttable
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            problem = f"{_owner(weight)}: {type(module).__name__} cannot be pruned exactly"
+            problems |= dict.fromkeys(touched, problem)
+        elif isinstance(module, nn.Conv2d) and module.groups > 1:
+            if touched:
+                grouped.append((touched, module.groups))
+            if not sources or touched != own | sources:
+                ends = f"{_owner(weight)}: a convolution in {module.groups} groups between channels that must stay"
+                problems |= dict.fromkeys(touched, ends)
+        else:
+            for group_id in sources & cuttable:
+                reads[group_id].add(weight)
+    return reads, grouped, problems
+
+
+def _concatenated(graph: Any, cuttable: Set[str]) -> list[str]:
+    """The node groups whose channels come out of a concatenation or go into one, each once."""
+    found = {}
+    for node in graph.nodes.values():
+        if node.is_concat(axis=1):
+            for near in (node, *graph.incoming(node)):
+                found |= dict.fromkeys(near.node_group_ids)
+    return [group_id for group_id in found if group_id in cuttable]
+
+
+def _typed_group(union: _Union, model: nn.Module) -> ChannelGroup:
+    if union.problem:
+        raise UserError(f"{union.problem}: not pruned")
+    parameters = dict(model.named_parameters())
+    tensors = parameters | dict(model.named_buffers())
+    for name in union.makes:
+        _require_cuttable(name, model.get_submodule(_owner(name)), tensors[name])
+    layers = _layers(union, model)
+    # The package's own count of channels is wrong where a norm follows a flatten.
+    channels = union.conv_groups or len(tensors[f"{layers[0]}.weight"])
+    made = [Slice(name, 0, _repeat(name, tensors[name], 0, channels)) for name in union.makes if tensors[name].dim()]
+    reads = tuple(Slice(name, 1, _repeat(name, tensors[name], 1, channels)) for name in union.reads)
+    makes = tuple(part for part in made if part.name in parameters)
+    buffers = tuple(part for part in made if part.name not in parameters)
+    cost = sum(parameters[part.name].numel() // channels for part in (*makes, *reads))
+    return ChannelGroup(layers[0], channels, makes, reads, buffers, cost)
+
+
+def _layers(union: _Union, model: nn.Module) -> list[str]:
+    """Paths of its convolutions and linear layers, in the network's order."""
+    paths = [_owner(name) for name in union.makes if name.endswith("weight")]
+    return [path for path in paths if isinstance(model.get_submodule(path), nn.Conv2d | nn.Linear)]
+
+
+def _owner(name: str) -> str:
+    """The path of the module that holds a tensor."""
+    return name.rpartition(".")[0]
+
+
+def _require_cuttable(name: str, module: nn.Module, tensor: torch.Tensor) -> None:
+    """Raise a `UserError` for a tensor that `networks.reshape` cannot shorten.
+
+    Beside the known kinds a module of the network's own may hold vectors with one entry for each channel, such as a
+    learned scale of shape `[C]` or `[C, 1, 1]`.
+    """
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+        raise UserError(f"{_owner(name)}: a LayerNorm over several axes cannot be pruned exactly: not pruned")
+    own_vector = isinstance(tensor, nn.Parameter) and tensor.dim() and tensor.numel() == len(tensor)
+    foreign = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.PReLU)
+    if not isinstance(module, CUTTABLE) and (foreign or not own_vector):
+        raise UserError(f"{_owner(name) or name}: {type(module).__name__} cannot be pruned exactly: not pruned")
 
 
 def _repeat(name: str, tensor: torch.Tensor, axis: int, channels: int) -> int:
     if tensor.dim() <= axis or tensor.shape[axis] % channels:
         raise UserError(
-            f"{name.rpartition('.')[0]}: {name} of shape {tuple(tensor.shape)} does not fit the {channels} channels"
+            f"{_owner(name)}: {name} of shape {tuple(tensor.shape)} does not fit the {channels} channels"
             " that it belongs to: not pruned"
         )
     return tensor.shape[axis] // channels

@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from stages.common.errors import UserError
+from stages.networks.global_response_norm import CountingGlobalResponseNorm
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.networks.reshape import reshape, widths_of
 
@@ -62,6 +64,44 @@ def test_narrowed_modules_keep_what_their_class_adds():
     assert network[2].bias is None
     assert isinstance(network[5], CountingLayerNorm)
     assert network[5].original_width == 6
+
+
+@pytest.mark.parametrize("form", ["exact", "exact_matmul", "plain"])
+def test_the_form_says_how_narrowed_layer_norms_count_and_leaves_the_widths_as_they_are(form):
+    network = toy()
+    reshape(network, WIDTHS, {"5": 6}, form)
+    if form == "plain":
+        assert (type(network[5]), network[5].normalized_shape) == (nn.LayerNorm, (2,))
+    else:
+        assert (network[5].original_width, network[5].as_matmul) == (6, form == "exact_matmul")
+    assert widths_of(network, toy()) == (WIDTHS, {"5": 6})
+
+
+def test_grouped_convolutions_response_norms_and_learned_scales_are_narrowed():
+    class Scaled(nn.Sequential):
+        def __init__(self):
+            grouped = nn.Conv2d(12, 8, 1, groups=4)
+            super().__init__(nn.Conv2d(3, 12, 1), grouped, GlobalResponseNorm(8, channels_last=False), nn.PReLU(8))
+            self.scale = nn.Parameter(torch.ones(8, 1, 1))
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    widths = {
+        "": {"scale": 6},
+        "0": {"in_channels": 3, "out_channels": 9, "groups": 1},
+        "1": {"in_channels": 9, "out_channels": 6, "groups": 3},
+        "2": {"width": 6},
+        "3": {"weight": 6},
+    }
+    network = Scaled()
+    reshape(network, widths, {"2": 8}, "plain")
+    assert isinstance(network[2], CountingGlobalResponseNorm)  # it counts in every form
+    assert network[2].original_width == 8
+    assert network(torch.randn(2, 3, 4, 4)).shape == (2, 6, 4, 4)
+    assert widths_of(network, Scaled()) == (widths, {"2": 8})
+    with pytest.raises(UserError, match="2: its original width is 8, the file says None"):
+        reshape(Scaled(), widths, {})
 
 
 def test_fresh_weights_are_those_of_the_modules_own_initialisation():

@@ -69,6 +69,15 @@ def test_every_layer_kind_is_counted_as_by_hand():
     assert total.bops == total.macs * 1024
 
 
+@pytest.mark.parametrize("as_matmul", [True, False])
+def test_a_layer_norm_counts_no_macs_in_any_form_and_is_left_as_it_is(as_matmul):
+    norm = CountingLayerNorm(3, 9, 1e-6, channels_first=True, as_matmul=as_matmul)
+    network = nn.Sequential(norm, nn.Flatten(), nn.Linear(3 * 16, 2)).eval()
+    total = counted(network, size=4)
+    assert (total.params, total.macs) == (6 + 98, 96)
+    assert norm.as_matmul == as_matmul
+
+
 def test_a_linear_layer_over_a_map_counts_each_position_and_a_reused_one_counts_twice():
     class Twice(nn.Module):
         def __init__(self):

@@ -368,6 +368,45 @@ def test_zeros_survive_quantization_and_export(workspace, monkeypatch, quantizer
     assert sum(int((array == 0).sum()) for array in matrices) == zeros_stored
 
 
+@pytest.mark.parametrize("form", ["exact_matmul", "plain"])
+def test_layer_norm_says_how_the_saved_network_counts(workspace, monkeypatch, form):
+    oto = PARAMS["prune"]["oto"] | {"layer_norm": form, "group_sparsity": 0.8}  # so that LayerNorms are cut
+    changed = PARAMS | {"prune": PARAMS["prune"] | {"oto": oto}}
+    (workspace / "params.yaml").write_text(yaml.safe_dump(changed))
+    network, description = run(monkeypatch, "toy-oto")
+    assert description.network.layer_norm == form
+    cut = [network.get_submodule(name) for name in description.network.layer_norm_widths]
+    assert cut
+    if form == "plain":
+        assert not any(isinstance(module, CountingLayerNorm) for module in network.modules())
+        assert all(isinstance(module, torch.nn.LayerNorm) for module in cut)
+    else:
+        assert all(module.as_matmul for module in cut)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_cannot_be_cut_is_told_where_that_is_allowed_and_refused_elsewhere(
+    workspace, monkeypatch, capsys, allowed
+):
+    from stages.pruning import only_train_once_adapter as adapter
+
+    group = "stages.1.downsample.1"
+    monkeypatch.setattr(adapter, "_concatenated", lambda graph, cuttable: [next(
+        group_id for group_id in cuttable
+        if any(f"{group}.weight" in node.param_names for node in graph.node_groups[group_id].nodes.values())
+    )])  # fmt: skip
+    changed = PARAMS | {"prune": PARAMS["prune"] | {"oto": PARAMS["prune"]["oto"] | {"allow_partial": allowed}}}
+    (workspace / "params.yaml").write_text(yaml.safe_dump(changed))
+    if not allowed:
+        with pytest.raises(UserError, match=rf"^{group}: its channels pass a concatenation"):
+            run(monkeypatch, "toy-oto")
+        return
+    network, description = run(monkeypatch, "toy-oto")
+    assert f"toy-oto: left whole, since they cannot be cut exactly: {group}\n" in capsys.readouterr().out
+    assert description.metrics["groups_left_whole"] == 1
+    assert network.get_submodule(group).weight.shape[0] == 12
+
+
 @pytest.mark.parametrize("killed_at", [15, 27, 40])  # 12 steps an epoch; `oto` cuts after two of four epochs
 @pytest.mark.parametrize("key", ["toy-oto", "toy-gradual"])
 def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monkeypatch, key, killed_at):
