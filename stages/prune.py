@@ -34,6 +34,8 @@ from stages.networks.build import NetworkSpec
 from stages.networks.layer_scale import fold_layer_scale
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.pruning.costs import costs_of
+from stages.pruning.dhspg import Dhspg
 from stages.pruning.groups import check_exact, cut_channels, relative_difference
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
@@ -41,6 +43,7 @@ from stages.pruning.unstructured import KeepZeros, sparsity_of, zeros_of
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.constraint import Constraint
 from stages.training.loop import CURVE_COLUMNS, Trained, recipe_for, steps_in, train
+from stages.training.optimizers import schedule
 
 CUT_TOLERANCE = 1e-3
 """Largest difference between zeroed network and subnet, relative to the logits' scale."""
@@ -143,22 +146,28 @@ def prune_unstructured(session: Session) -> Pruned:
 
 
 def prune_oto(session: Session) -> Pruned:
-    """Drive channel groups to zero while training (HESSO), cut them out, and make sure that nothing changed."""
+    """Drive channel groups to zero while training (HESSO, DHSPG), cut them, and make sure that nothing changed."""
     network, pruner, spec = session.dense, session.pruner, session.trained_spec
     groups = channel_groups(network, session.parent.input_size)
     check_exact(network, spec, groups, session.parent.input_size)
-    steps = steps_in(recipe_for(session.params.finetune, pruner), len(session.train_part))
-    hesso = Hesso(network, groups, pruner, steps, f"prune.{session.pruner_name}")
-    trained = session.train(network, hesso)
-    subnet, spec = cut_channels(trained.network, spec, groups, hesso.pruned_channels())
+    recipe = recipe_for(session.params.finetune, pruner)
+    steps = steps_in(recipe, len(session.train_part))
+    settings = network, groups, costs_of(network, groups, session.parent.input_size), pruner, steps
+    key = f"prune.{session.pruner_name}"
+    if pruner.optimizer == "hesso":
+        sparse = Hesso(*settings, key)
+    else:
+        sparse = Dhspg(*settings, key, lambda step: recipe.learning_rate * schedule(step, steps, recipe))
+    trained = session.train(network, sparse)
+    subnet, spec = cut_channels(trained.network, spec, groups, sparse.pruned_channels())
     preprocess = session.parent.preprocess()
     check_cut(session.key, trained.network, subnet, preprocess, session.validation_part)
     logits = predict_logits(Classifier(preprocess, subnet), session.validation_part.images, EVALUATION_BATCH)
     metrics = _metrics(trained) | {
         "validation_top1": top1(logits, session.validation_part.labels),
-        "group_sparsity": float(hesso.pruned.double().mean()),
+        "group_sparsity": float(sparse.pruned.double().mean()),
         "channels_dense": sum(group.channels for group in groups),
-        "channels": int((~hesso.pruned).sum()),
+        "channels": int((~sparse.pruned).sum()),
     }
     return Pruned(subnet, spec, metrics, trained.curve)
 

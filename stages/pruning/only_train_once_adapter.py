@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
+from stages.pruning.costs import output_positions
 from stages.pruning.groups import ChannelGroup, Slice
 
 NOT_ITS_OWN = ("graph", "operation", "transform")
@@ -56,7 +57,7 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
                 f"{type(network).__name__}: only_train_once cannot build its dependency graph, so pruner method `oto`"
                 f" does not work for this network ({type(error).__name__}: {reason})"
             ) from error
-    groups = _typed_groups(model, graph)
+    groups = _typed_groups(model, graph, output_positions(model, input_size))
     if not groups:
         raise UserError(f"{type(network).__name__}: has no channels that could be pruned (all make the logits)")
     return groups
@@ -136,7 +137,7 @@ def _remember_neighbours(graph: Any) -> None:
     graph.outgoing = lambda node: after.get(node.id, [])
 
 
-def _typed_groups(model: nn.Module, graph: Any) -> list[ChannelGroup]:
+def _typed_groups(model: nn.Module, graph: Any, positions: dict[str, int]) -> list[ChannelGroup]:
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     order = {name: position for position, name in enumerate(model.state_dict())}
@@ -177,8 +178,9 @@ def _typed_groups(model: nn.Module, graph: Any) -> list[ChannelGroup]:
         for part in [*makes, *cut]:
             if owner.setdefault((part.name, part.axis), group_id) != group_id:
                 raise UserError(f"{part.name.rpartition('.')[0]}: is shared by layers of different widths: not pruned")
-        cost = sum(parameters[part.name].numel() // channels for part in [*makes, *cut])
-        groups.append(ChannelGroup(layers[0], channels, tuple(makes), tuple(cut), tuple(kept_buffers), cost))
+        sizes = [(part.name, parameters[part.name].numel() // channels) for part in [*makes, *cut]]
+        cost = sum(size for _, size in sizes), sum(size * positions.get(name, 0) for name, size in sizes)
+        groups.append(ChannelGroup(layers[0], channels, tuple(makes), tuple(cut), tuple(kept_buffers), *cost))
     return groups
 
 

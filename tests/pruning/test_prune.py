@@ -18,6 +18,7 @@ from stages.common import paths
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
+from stages.pruning.costs import costs_of, output_positions
 from stages.training.loop import CURVE_COLUMNS
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.1, "drop_path_rate": 0.2}
@@ -38,6 +39,14 @@ PARAMS = {
         "none": {"method": "none"},
         "none_continued": {"method": "none_continued", "epochs": 2, "learning_rate_factor": 0.5},
         "oto": {"method": "oto", "epochs": 2, "learning_rate_factor": 0.5, "group_sparsity": 0.5},
+        "dhspg": {
+            "method": "oto",
+            "optimizer": "dhspg",
+            "epochs": 2,
+            "learning_rate_factor": 0.5,
+            "macs_reduction": 0.6,
+            "divisible_by": 4,
+        },
         "l1": {"method": "l1_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8},
         "random": {"method": "random_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8},
     },
@@ -169,6 +178,19 @@ def test_oto_leaves_a_physically_smaller_network_and_no_stray_file(workspace, mo
     assert description.parameters["group_sparsity"] == 0.5
     made = files_below(workspace) - before
     assert {file for file in made if not file.startswith(".scratch")} == outputs_of("toy-oto")
+
+
+def test_dhspg_leaves_a_network_of_the_macs_asked_for(workspace, monkeypatch):
+    network, description = run(monkeypatch, "toy-dhspg")
+    positions = output_positions(network, 32)
+    macs = sum(network.get_parameter(name).numel() * times for name, times in positions.items())
+    dense, _ = load_artifact(paths.dense("toy"))
+    dense_macs = costs_of(dense, [], 32).macs_dense
+    assert 0.2 * dense_macs < macs <= 0.4 * dense_macs
+    assert description.metrics["validation_top1"] > 0.8
+    assert description.network.widths
+    assert all(value % 4 == 0 for size in description.network.widths.values() for value in size.values() if value > 3)
+    assert description.parameters["optimizer"] == "dhspg"
 
 
 @pytest.mark.parametrize("pruner", ["l1", "random"])
