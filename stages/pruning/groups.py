@@ -50,6 +50,8 @@ class ChannelGroup:
     """Running statistics, cut along but never zeroed."""
     parameters_per_channel: int
     """Parameters that go with one channel while all other groups are whole."""
+    macs_per_channel: int
+    """MACs that go with one channel while all other groups are whole."""
 
     def slices(self) -> tuple[Slice, ...]:
         return self.makes + self.reads + self.buffers

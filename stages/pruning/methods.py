@@ -76,11 +76,11 @@ def prune_oto(session: Session) -> Pruned:
     """Drive channel groups to zero while training, cut them out, make sure that nothing changed, and train on."""
     network, pruner = session.folded, session.pruner
     groups, told = groups_of(session)
-    costs = costs_of(network, groups, session.input_size)
-    kind = Hesso if pruner.optimizer == "hesso" else Dhspg
-    optimizer = kind(network, groups, costs, pruner, session.steps, session.param)
-    phase = session.epochs_until(optimizer.schedule.end)
-    _require_recovery(session, phase)
+    settings = network, groups, costs_of(network, groups, session.input_size), pruner, session.steps, session.param
+    optimizer = Hesso(*settings) if pruner.optimizer == "hesso" else Dhspg(*settings, session.learning_rate)
+    phase = session.epochs_until(optimizer.schedule.end) or session.recipe.epochs  # 0 where nothing is to go
+    if optimizer.schedule.end:
+        _require_recovery(session, phase)
     keep = "last" if phase < session.recipe.epochs else "best"  # the last, where training goes on
     trained = session.train(network, optimizer, epochs=(0, phase), keep=keep, phase="pruning")
     pruned = optimizer.pruned_channels()

@@ -18,6 +18,7 @@ from stages.networks.preprocess import Classifier
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
 from stages.training.loop import Trained, recipe_for, steps_in, steps_per_epoch, train
+from stages.training.optimizers import schedule
 
 
 @dataclass
@@ -85,6 +86,9 @@ class Session:
     def steps(self) -> int:
         """Optimizer steps in the pruner's whole budget."""
         return steps_in(self.recipe, len(self.train_part))
+
+    def learning_rate(self, step: int) -> float:
+        return self.recipe.learning_rate * schedule(step, self.steps, self.recipe)
 
     def epochs_until(self, step: int) -> int:
         """Whole epochs after which `step` steps are done."""

@@ -6,89 +6,14 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from toy_groups import GROUPS, OPTIMIZERS, STEPS, backward, norms, optimizer_of, oto, rows_of, run, toy, toy_costs
 
 from stages.common.errors import UserError
 from stages.common.params import Importance, Oto
-from stages.pruning.groups import ChannelGroup, Slice
 from stages.pruning.hesso import Hesso, pruning_schedule, saliency
 
-
-def toy() -> nn.Sequential:
-    torch.manual_seed(1)
-    network = nn.Sequential(
-        nn.Conv2d(2, 10, 3, padding=1),
-        nn.BatchNorm2d(10),
-        nn.ReLU(),
-        nn.Conv2d(10, 6, 3, padding=1),
-        nn.Flatten(),
-        nn.LayerNorm(6 * 16),
-        nn.Linear(6 * 16, 12),
-        nn.GELU(),
-        nn.Linear(12, 3),
-    )
-    for parameter in network.parameters():
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter, 0.5, 0.3)
-    return network
-
-
-GROUPS = [
-    ChannelGroup(
-        "0",
-        10,
-        tuple(Slice(n, 0) for n in ("0.weight", "0.bias", "1.weight", "1.bias")),
-        (Slice("3.weight", 1),),
-        (),
-        0,
-    ),
-    ChannelGroup(
-        "3",
-        6,
-        (Slice("3.weight", 0), Slice("3.bias", 0), Slice("5.weight", 0, 16), Slice("5.bias", 0, 16)),
-        (Slice("6.weight", 1, 16),),
-        (),
-        0,
-    ),
-    ChannelGroup("6", 12, (Slice("6.weight", 0), Slice("6.bias", 0)), (Slice("8.weight", 1),), (), 0),
-]
-STEPS = 20
 COSINE = Importance(**{name: float(name == "cosine_similarity") for name in Importance.model_fields})
-
-
-def pruner(**changes) -> Oto:
-    settings = {"epochs": 1, "learning_rate_factor": 1.0, "group_sparsity": 0.5, "pruning_periods": 3}
-    return Oto(method="oto", **settings | {"start_fraction": 0.2, "end_fraction": 0.65} | changes)
-
-
-def optimizer_of(name: str, network: nn.Module) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-    return torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.05)
-
-
-def backward(network: nn.Module, step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(8, 2, 4, 4, generator=generator)
-    y = torch.randint(0, 3, (8,), generator=generator)
-    network.zero_grad()
-    F.cross_entropy(network(x), y).backward()
-
-
-def run(network, optimizer, constraint, steps=range(STEPS)) -> None:
-    for step in steps:
-        backward(network, step)
-        if constraint is not None:
-            constraint.before_step(step)
-        optimizer.step()
-        if constraint is not None:
-            constraint.after_step(step)
-
-
-def rows_of(network: nn.Module, group: ChannelGroup, channel: int) -> list[tuple[nn.Parameter, slice]]:
-    parameters = dict(network.named_parameters())
-    return [(parameters[part.name], slice(channel * part.repeat, (channel + 1) * part.repeat)) for part in group.makes]
 
 
 class Reference:
@@ -99,7 +24,6 @@ class Reference:
         self.start = round(settings.start_fraction * STEPS)
         self.length = (round(settings.end_fraction * STEPS) - self.start) // settings.pruning_periods
         self.all = [(g, c) for g in range(len(GROUPS)) for c in range(GROUPS[g].channels)]
-        self.target = round(settings.group_sparsity * len(self.all))
         self.pruned, self.redundant = [], []
 
     def scores(self) -> dict[tuple[int, int], float]:
@@ -125,7 +49,8 @@ class Reference:
         period, t = divmod(step - self.start, self.length)
         if not (0 <= period < self.settings.pruning_periods and t == 0):
             return
-        wanted = self.target * (period + 1) // self.settings.pruning_periods - len(self.pruned)
+        share = (period + 1) / self.settings.pruning_periods
+        wanted = round(share * self.settings.group_sparsity * len(self.all)) - len(self.pruned)
         scores = self.scores()
         for g, c in sorted(scores, key=scores.get):
             if len(self.redundant) == wanted:
@@ -148,30 +73,24 @@ class Reference:
                     parameter[rows] = 0
 
 
-def norms(network: nn.Module) -> torch.Tensor:
-    """Norm of what makes each channel, all groups in one row."""
-    return torch.tensor(
-        [
-            math.hypot(*(float(p.detach()[rows].norm()) for p, rows in rows_of(network, group, c)))
-            for group in GROUPS
-            for c in range(group.channels)
-        ]
-    )
+def hesso_for(network: nn.Module, settings: Oto) -> Hesso:
+    return Hesso(network, GROUPS, toy_costs(), settings, STEPS, "prune.toy")
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("sparsity", [0.5, 0.85])
 @pytest.mark.parametrize("importance", [Importance(), COSINE])
 def test_trajectory_is_that_of_the_paper_followed_group_by_group(optimizer, sparsity, importance):
-    network, settings = toy(), pruner(group_sparsity=sparsity, importance=importance)
+    # float64: Adam blows the rounding noise of gradients that are 0 up to whole steps
+    network, settings = toy().double(), oto(group_sparsity=sparsity, importance=importance)
     twin = copy.deepcopy(network)
-    hesso, reference = Hesso(network, GROUPS, settings, STEPS, "prune.toy"), Reference(twin, settings)
+    hesso, reference = hesso_for(network, settings), Reference(twin, settings)
     one, other = optimizer_of(optimizer, network), optimizer_of(optimizer, twin)
     for step in range(STEPS):
         run(network, one, hesso, [step])
         run(twin, other, reference, [step])
         for mine, theirs in zip(network.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=f"step {step}")
+            torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-7, msg=f"step {step}")
     offsets = [0, 10, 16]
     assert hesso.pruned.nonzero().flatten().tolist() == sorted(offsets[g] + c for g, c in reference.pruned)
 
@@ -183,7 +102,7 @@ def test_each_score_alone_is_the_papers_formula(only):
     importance = Importance(**{name: float(name == only) for name in Importance.model_fields})
     parameters = dict(network.named_parameters())
     found = saliency(GROUPS, parameters, importance, left=torch.ones(28, dtype=torch.bool))
-    expected = Reference(network, pruner(importance=importance)).scores()
+    expected = Reference(network, oto(importance=importance)).scores()
     torch.testing.assert_close(found, torch.tensor(list(expected.values()), dtype=torch.float64), atol=1e-7, rtol=1e-4)
 
 
@@ -200,19 +119,19 @@ def test_channel_that_gradient_descent_is_shrinking_counts_as_redundant():
     assert growing[16:].min() > growing[:16].max()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_zero_target_leaves_the_base_optimizers_trajectory_bit_for_bit(optimizer):
     network = toy()
     twin = copy.deepcopy(network)
-    run(network, optimizer_of(optimizer, network), Hesso(network, GROUPS, pruner(group_sparsity=0.0), STEPS, "p"))
+    run(network, optimizer_of(optimizer, network), hesso_for(network, oto(group_sparsity=0.0)))
     run(twin, optimizer_of(optimizer, twin), None)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_channels_are_exactly_zero_at_the_end_of_each_period_and_stay_so(optimizer):
     network = toy()
-    hesso = Hesso(network, GROUPS, pruner(), STEPS, "p")
+    hesso = hesso_for(network, oto())
     steps = optimizer_of(optimizer, network)
     schedule, zeros = hesso.schedule, []
     assert (schedule.start, schedule.length, schedule.end) == (4, 3, 13)
@@ -220,14 +139,14 @@ def test_channels_are_exactly_zero_at_the_end_of_each_period_and_stay_so(optimiz
         run(network, steps, hesso, [step])
         zeros.append(int((norms(network) == 0).sum()))
         assert hesso.met_after(step) == (step >= 12)
-    assert zeros == [0] * 6 + [4] * 3 + [9] * 3 + [14] * 8  # 14 of 28 in three periods
+    assert zeros == [0] * 6 + [5] * 3 + [9] * 3 + [14] * 8  # 14 of 28 in three periods
     assert torch.equal(norms(network) == 0, hesso.pruned)
 
 
 def test_forgetting_is_progressive():
     network = toy()
     still = torch.optim.SGD(network.parameters(), lr=0.0)
-    hesso = Hesso(network, GROUPS, pruner(pruning_periods=1, end_fraction=0.6), STEPS, "p")
+    hesso = hesso_for(network, oto(pruning_periods=1, end_fraction=0.6))
     before = norms(network)
     shares = []
     for step in range(12):
@@ -243,12 +162,12 @@ def test_every_group_keeps_a_share_of_its_channels():
     with torch.no_grad():
         network[6].weight.mul_(1e-3)
         network[6].bias.mul_(1e-3)  # the least important by far: all twelve would go
-    settings = pruner(
+    settings = oto(
         importance=Importance(
             magnitude=1.0, average_magnitude=0, cosine_similarity=0, taylor_first_order=0, taylor_second_order=0
         )
     )
-    hesso = Hesso(network, GROUPS, settings, STEPS, "p")
+    hesso = hesso_for(network, settings)
     run(network, torch.optim.SGD(network.parameters(), lr=1e-6), hesso)
     assert int(hesso.pruned_channels()["6"].sum()) == 11
     assert int(hesso.pruned.sum()) == 14
@@ -258,7 +177,7 @@ def test_every_group_keeps_a_share_of_its_channels():
 def test_training_resumed_in_mid_period_ends_bit_for_bit_the_same(stop):
     network = toy()
     optimizer = optimizer_of("adamw", network)
-    hesso = Hesso(network, GROUPS, pruner(), STEPS, "p")
+    hesso = hesso_for(network, oto())
     run(network, optimizer, hesso, range(stop))
     saved = io.BytesIO()
     torch.save([network.state_dict(), optimizer.state_dict(), hesso.state_dict()], saved)
@@ -268,7 +187,7 @@ def test_training_resumed_in_mid_period_ends_bit_for_bit_the_same(stop):
     states = torch.load(saved, weights_only=True)
     resumed = toy()
     optimizer = optimizer_of("adamw", resumed)
-    again = Hesso(resumed, GROUPS, pruner(), STEPS, "p")
+    again = hesso_for(resumed, oto())
     for part, state in zip((resumed, optimizer, again), states, strict=True):
         part.load_state_dict(state)
     run(resumed, optimizer, again, range(stop, STEPS))
@@ -279,7 +198,7 @@ def test_training_resumed_in_mid_period_ends_bit_for_bit_the_same(stop):
 def test_projection_zeroes_the_pruned_channels_of_another_copy():
     network = toy()
     average = copy.deepcopy(network)
-    hesso = Hesso(network, GROUPS, pruner(), STEPS, "p")
+    hesso = hesso_for(network, oto())
     run(network, optimizer_of("sgd", network), hesso)
     untouched = norms(average)
     hesso.project(average)
@@ -291,7 +210,7 @@ def test_parameters_in_channels_last_memory_are_pruned_in_place():
     network = toy().to(memory_format=torch.channels_last)
     weight = network[3].weight
     address = weight.data_ptr()
-    hesso = Hesso(network, GROUPS, pruner(), STEPS, "p")
+    hesso = hesso_for(network, oto())
     run(network, optimizer_of("sgd", network), hesso)
     assert network[3].weight is weight
     assert weight.data_ptr() == address
@@ -300,17 +219,17 @@ def test_parameters_in_channels_last_memory_are_pruned_in_place():
 
 def test_periods_that_do_not_fit_are_refused_with_the_key():
     with pytest.raises(UserError, match=r"prune\.toy\.pruning_periods = 30: only 9 of 20 steps"):
-        pruning_schedule(pruner(pruning_periods=30), STEPS, "prune.toy")
+        pruning_schedule(oto(pruning_periods=30), STEPS, "prune.toy")
 
 
 def test_target_that_would_empty_a_layer_is_refused_with_the_nearest_that_can_be_met():
     with pytest.raises(UserError, match=r"prune\.toy\.group_sparsity = 0\.95: at most 0\.892 of this network's 28"):
-        Hesso(toy(), GROUPS, pruner(group_sparsity=0.95), STEPS, "prune.toy")
+        hesso_for(toy(), oto(group_sparsity=0.95))
 
 
 def test_gradients_that_are_not_finite_are_refused():
     network = toy()
-    hesso = Hesso(network, GROUPS, pruner(), STEPS, "p")
+    hesso = hesso_for(network, oto())
     backward(network, 0)
     network[0].weight.grad[0] = torch.nan
     with pytest.raises(UserError, match="NaN or infinite"):

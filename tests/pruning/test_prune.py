@@ -15,7 +15,6 @@ import torch
 import yaml
 from onnx import numpy_helper
 from safetensors.torch import load_file
-from stages.pruning.costs import costs_of
 
 from stages import prune
 from stages.artifacts.artifact import Description, LayerStorage, load_artifact, read_description, save_artifact
@@ -25,6 +24,7 @@ from stages.common.params import Fp32, Int8Dynamic
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.pruning import methods, session
+from stages.pruning.costs import costs_of
 from stages.quantize import compress
 from stages.training import loop
 from stages.training.loop import CURVE_COLUMNS
@@ -68,7 +68,7 @@ PARAMS = {
             "end_fraction": 0.9,
         },
         "plain": BUDGET | {"method": "oto", "group_sparsity": 0.5, "layer_norm": "plain"},
-        "dhspg": BUDGET | {"method": "oto", "optimizer": "dhspg", "macs_reduction": 0.5},
+        "dhspg": BUDGET | {"method": "oto", "optimizer": "dhspg", "macs_reduction": 0.5, "divisible_by": 4},
         "cut_at_random": BUDGET | {"method": "random_structured", "macs_reduction": 0.5},
         "narrow": BUDGET | {"method": "small_dense", "macs_reduction": 0.5},
         "magnitude": BUDGET | {"method": "depgraph", "macs_reduction": 0.5},
@@ -202,6 +202,13 @@ def test_oto_leaves_a_physically_smaller_network_and_no_stray_file(workspace, mo
     assert description.parameters["group_sparsity"] == 0.5
     made = files_below(workspace) - before
     assert {file for file in made if not file.startswith(".scratch")} == outputs_of("toy-oto")
+
+
+def test_dhspg_keeps_widths_that_hardware_likes(workspace, monkeypatch):
+    _, description = run(monkeypatch, "toy-dhspg")
+    assert description.network.widths
+    assert all(value % 4 == 0 for size in description.network.widths.values() for value in size.values() if value > 3)
+    assert description.parameters["optimizer"] == "dhspg"
 
 
 def test_the_cut_of_oto_changes_nothing_and_training_goes_on_behind_it(workspace, monkeypatch):

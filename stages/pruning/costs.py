@@ -1,0 +1,95 @@
+"""What a partly pruned network holds and computes: exact counts by the channels left in each group, without cutting."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stages.pruning.groups import ChannelGroup
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters and MACs as functions of the channels left in each of G groups.
+
+    Cutting channels of group g scales a parameter that g makes (axis 0) or reads (axis 1) by the share of channels
+    that is left, so both counts are sums over the N parameters of numel x share on axis 0 x share on axis 1 (x output
+    positions, for MACs). That also holds where a channel is a run of entries and for depthwise and grouped
+    convolutions, whose axis 1 counts the inputs of one output only.
+    """
+
+    params_dense: int
+    """Parameters of the whole network."""
+    macs_dense: int
+    """Multiply-accumulates of its Conv2d and Linear layers for one image; biases and all else are not counted."""
+    _makes: torch.Tensor
+    """int64 `[N]`: the group on each parameter's axis 0; G where none."""
+    _reads: torch.Tensor
+    """int64 `[N]`: the group on its axis 1; G where none."""
+    _params: torch.Tensor
+    """float64 `[N]`: numel for one channel on each axis: a whole number, as channels are, so that sums are exact."""
+    _macs: torch.Tensor
+    """float64 `[N]`: the same times the output positions."""
+
+    def params(self, kept: torch.Tensor) -> torch.Tensor:
+        """Parameters (float64 `[...]`) with `kept` channels (int64 `[..., G]`, on the CPU) left in each group."""
+        return self._total(self._params, kept)
+
+    def macs(self, kept: torch.Tensor) -> torch.Tensor:
+        """MACs (float64 `[...]`) with `kept` channels (int64 `[..., G]`, on the CPU) left in each group."""
+        return self._total(self._macs, kept)
+
+    def _total(self, unit: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        left = torch.cat([kept.double(), torch.ones(*kept.shape[:-1], 1, dtype=torch.float64)], -1)
+        return (unit * left[..., self._makes] * left[..., self._reads]).sum(-1)
+
+
+def costs_of(network: nn.Module, groups: Sequence[ChannelGroup], input_size: int) -> Costs:
+    """Measure a network in one pass.
+
+    Args:
+        network: left as it is, on any device.
+        groups: of its channels.
+        input_size: side S of its input `[N, 3, S, S]`, in pixels.
+    """
+    positions = output_positions(network, input_size)
+    makes = {part.name: index for index, group in enumerate(groups) for part in group.makes}
+    reads = {part.name: index for index, group in enumerate(groups) for part in group.reads}
+    widths = [group.channels for group in groups] + [1]
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    made, read = (torch.tensor([owner.get(name, len(groups)) for name in sizes]) for owner in (makes, reads))
+    one_channel = torch.tensor(widths, dtype=torch.float64)[made] * torch.tensor(widths)[read]
+    numel = torch.tensor([*sizes.values()])
+    macs = numel * torch.tensor([positions.get(name, 0) for name in sizes])
+    return Costs(int(numel.sum()), int(macs.sum()), made, read, numel / one_channel, macs / one_channel)
+
+
+@torch.no_grad()
+def output_positions(network: nn.Module, input_size: int) -> dict[str, int]:
+    """How often the weight of each Conv2d and Linear layer is applied to one image of `[3, input_size, input_size]`.
+
+    The network is left as it is: one pass in evaluation mode, its training mode restored. A weight's MACs are its
+    numel times this.
+
+    Returns:
+        By the weight's name in `named_parameters`; layers that are not reached are missing.
+    """
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    positions: dict[str, int] = {}
+
+    def count(module: nn.Module, _: tuple, output: torch.Tensor) -> None:
+        name = names[id(module.weight)]
+        positions[name] = positions.get(name, 0) + output.numel() // module.weight.shape[0]
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    training = {module: module.training for module in network.modules()}
+    one = next(network.parameters())
+    try:
+        network.eval()(torch.zeros(1, 3, input_size, input_size, device=one.device, dtype=one.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return positions

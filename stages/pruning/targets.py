@@ -1,0 +1,158 @@
+"""Which channels go: the least important ones, until the pruner's one target is met exactly as it is counted."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from stages.common.errors import UserError
+from stages.common.params import Structured
+from stages.pruning.costs import Costs
+from stages.pruning.groups import ChannelGroup
+
+KEPT_SHARE = 0.05
+"""Of the channels of each group, at least this share (and at least one) stays: fewer would cut the network's flow."""
+ROUNDING = 1e-9
+"""A reduction that falls short of the target by this share of the dense cost, float64's noise, meets it."""
+
+
+def choose_channels(
+    scores: torch.Tensor,
+    groups: Sequence[ChannelGroup],
+    costs: Costs,
+    pruner: Structured,
+    *,
+    share: float = 1.0,
+    pruned: torch.Tensor | None = None,
+    key: str,
+) -> torch.Tensor:
+    """The channels to be zero so that `share` of the pruner's target is met, the least important first.
+
+    Within each group the channels go in order of score, in units: one channel, or with `divisible_by` as many as lead
+    to the next multiple (a width that is no multiple first goes down to one). Over all groups the units go in order of
+    their mean score, ties in the network's order, so that the outcome is the same in every run. `group_sparsity` stops
+    where the number of channels is nearest to round(share x target x all channels); the other two targets stop as soon
+    as the exact reduction reaches share x target. Every group keeps max(minimum_width, 5 % of its width) channels, or
+    all where it has no more.
+
+    Args:
+        scores: importance of each of C channels, all groups in one row, `[C]`; the lower, the sooner it goes. Those of
+            `pruned` channels are not looked at.
+        costs: of the dense network, for the same groups.
+        share: of the target, in (0, 1].
+        pruned: bool `[C]`, channels that are pruned already: they stay so, and count.
+        key: of the pruner in the params, for messages.
+
+    Returns:
+        bool `[C]` on the CPU.
+
+    Raises:
+        UserError: if a score is NaN or infinite, or no choice of channels meets the whole target.
+    """
+    check_target(groups, costs, pruner, key)
+    scores = scores.detach().cpu().double()
+    pruned = torch.zeros(len(scores), dtype=torch.bool) if pruned is None else pruned.cpu()
+    if not torch.isfinite(scores[~pruned]).all():
+        raise UserError(
+            f"{key}: the importance of some channels is NaN or infinite, since weights or gradients are: lower the"
+            " learning rate; nothing was saved"
+        )
+    widths = torch.tensor([group.channels for group in groups])
+    lows = _least_widths(widths, pruner)
+    group_of = torch.repeat_interleave(torch.arange(len(groups)), widths)
+    first = widths.cumsum(0) - widths
+    scores = torch.where(pruned, -torch.inf, scores)
+
+    # Channels in order of group, then score: a channel's rank in its group says which unit it goes with.
+    by_score = scores.argsort(stable=True)
+    order = by_score[group_of[by_score].argsort(stable=True)]
+    group = group_of[order]
+    rank = torch.arange(len(order)) - first[group]
+    whole = widths - torch.div(widths, pruner.divisible_by, rounding_mode="floor") * pruner.divisible_by
+    whole = torch.where(whole == 0, pruner.divisible_by, whole)  # size of each group's first unit
+    behind = torch.div(rank - whole[group], pruner.divisible_by, rounding_mode="floor")
+    unit_in_group = torch.where(rank < whole[group], 0, behind + 1)
+    may_go = rank < (widths - lows)[group]
+    order, group, unit_in_group = order[may_go], group[may_go], unit_in_group[may_go]
+
+    _, unit_of, sizes = torch.unique_consecutive(
+        group * (1 + len(scores)) + unit_in_group, return_inverse=True, return_counts=True
+    )
+    last = sizes.cumsum(0) - 1
+    means = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, unit_of, scores[order]) / sizes
+    # Rounded means of equal scores may differ: held between their extremes, no unit overtakes one of its own group.
+    means = means.clamp(scores[order[last - sizes + 1]], scores[order[last]])
+    units, owner = means.argsort(stable=True), group[last]
+    count = _units_needed(units, sizes, owner, widths, costs, pruner, share)
+    goes = torch.zeros(len(sizes), dtype=torch.bool).index_fill_(0, units[:count], True)
+    chosen = pruned.clone()
+    chosen[order[goes[unit_of]]] = True
+    return chosen
+
+
+def check_target(groups: Sequence[ChannelGroup], costs: Costs, pruner: Structured, key: str) -> None:
+    """Whether some choice of channels meets the pruner's whole target: known before any training.
+
+    Raises:
+        UserError: naming the nearest target that can be met.
+    """
+    [(name, target)] = pruner.target.items()
+    widths = torch.tensor([group.channels for group in groups])
+    lows = _least_widths(widths, pruner)
+    total = int(widths.sum())
+    match name:
+        case "group_sparsity":
+            most, what = int((widths - lows).sum()) / total, f"{total} channels"
+            met = round(target * total) <= int((widths - lows).sum())
+        case "params_reduction":
+            most, what = 1 - float(costs.params(lows)) / costs.params_dense, f"{costs.params_dense:,} parameters"
+            met = target <= most + ROUNDING
+        case "macs_reduction":
+            most, what = 1 - float(costs.macs(lows)) / costs.macs_dense, f"{costs.macs_dense:,} MACs"
+            met = target <= most + ROUNDING
+    if met:
+        return
+    nearest = math.floor(1000 * (most + ROUNDING)) / 1000
+    floor = f"{KEPT_SHARE:.0%} of its channels and at least {pruner.minimum_width}"
+    if pruner.divisible_by > 1:
+        floor += f", and a multiple of {pruner.divisible_by} where it is cut"
+    raise UserError(
+        f"{key}.{name} = {target}: at most {nearest} of this network's {what} can go, since every layer keeps {floor}"
+    )
+
+
+def _least_widths(widths: torch.Tensor, pruner: Structured) -> torch.Tensor:
+    """The fewest channels that each group may keep, int64 `[G]`."""
+    floor = (KEPT_SHARE * widths.double() - ROUNDING).ceil().long().clamp_min(pruner.minimum_width)
+    multiple = torch.div(floor + pruner.divisible_by - 1, pruner.divisible_by, rounding_mode="floor")
+    return torch.minimum(multiple * pruner.divisible_by, widths)
+
+
+def _units_needed(
+    units: torch.Tensor,
+    sizes: torch.Tensor,
+    owner: torch.Tensor,
+    widths: torch.Tensor,
+    costs: Costs,
+    pruner: Structured,
+    share: float,
+) -> int:
+    """How many of the units, in the order given, meet `share` of the target."""
+    [(name, target)] = pruner.target.items()
+    removed = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[units].cumsum(0)])  # after 0, 1, ... units
+    if name == "group_sparsity":
+        goal = round(share * target * int(widths.sum()))
+        return int((removed - goal).abs().argmin())  # the first of two that are as near: fewer channels
+    count, dense = {
+        "params_reduction": (costs.params, costs.params_dense),
+        "macs_reduction": (costs.macs, costs.macs_dense),
+    }[name]
+    low, high = 0, len(units)  # each further unit costs something: bisection
+    while low < high:
+        middle = (low + high) // 2
+        gone = torch.zeros_like(widths).index_add_(0, owner[units[:middle]], sizes[units[:middle]])
+        if dense - float(count(widths - gone)) >= (share * target - ROUNDING) * dense:
+            high = middle
+        else:
+            low = middle + 1
+    return low
