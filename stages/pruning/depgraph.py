@@ -46,15 +46,19 @@ def prune_depgraph(
     def at(ratio: float) -> tuple[nn.Module, NetworkSpec]:
         return _pruned(dense, spec, pruner, input_size, ratio)
 
-    (name, wanted), measure = next(iter(pruner.target.items())), _reduction(dense, input_size)
-    if name == "group_sparsity":
-        return at(wanted)
-    low, high, found = 0.0, LARGEST_RATIO, at(LARGEST_RATIO)
+    [(name, wanted)] = pruner.target.items()
+    measure = _reduction(dense, input_size) | {"group_sparsity": lambda _: high}
+    narrowest = min(len(m.weight) for m in _layers(dense, input_size)[:-1])
+    # A layer of which nothing would be left is not pruned at all by the library: more would then be less.
+    low, high = 0.0, min(LARGEST_RATIO, 1 - pruner.divisible_by / narrowest)
+    found = at(high)
     if (most := measure[name](found[0])) < wanted:
         raise UserError(
-            f"{key}.{name} = {wanted}: at most {int(1000 * most) / 1000} can go, since every layer keeps"
-            f" {1 - LARGEST_RATIO:.0%} of its channels"
+            f"{key}.{name} = {wanted}: at most {int(1000 * most) / 1000} can go, since the same share goes in every"
+            f" layer and the narrowest has {narrowest} channels"
         )
+    if name == "group_sparsity":
+        return at(wanted)
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
         tried = at(middle)
@@ -115,17 +119,17 @@ def _library_pruner(network: nn.Module, pruner: Depgraph, input_size: int, pruni
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=pruning_ratio,
         max_pruning_ratio=LARGEST_RATIO,
-        ignored_layers=_classifiers(network, input_size),
+        ignored_layers=_layers(network, input_size)[-1:],
         round_to=pruner.divisible_by,
         **options,
     )
 
 
-def _classifiers(network: nn.Module, input_size: int) -> list[nn.Module]:
-    """The layer that makes the logits: the last to run whose output has one value for each class."""
+def _layers(network: nn.Module, input_size: int) -> list[nn.Module]:
+    """Convolutions and Linear layers in the order in which they run: the last makes the logits."""
     ran: list[nn.Module] = []
     hooks = [
-        module.register_forward_hook(lambda module, _, output: ran.append(module) if output.dim() else None)
+        module.register_forward_hook(lambda module, _, __: ran.append(module))
         for module in network.modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
@@ -135,7 +139,7 @@ def _classifiers(network: nn.Module, input_size: int) -> list[nn.Module]:
     network.train(mode)
     for hook in hooks:
         hook.remove()
-    return ran[-1:]
+    return ran
 
 
 @torch.enable_grad()
