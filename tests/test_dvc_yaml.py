@@ -96,6 +96,7 @@ def test_no_folder_imports_a_stage_and_domain_folders_stand_side_by_side():
         "export": ground | {"export"},
         "datasets": {"common", "datasets"},
         "training": lower | {"training"},
+        "pruning": lower | {"training", "pruning"},  # pruners train
     }
     for path in (TOP / "stages").glob("*/**/*.py"):
         room = path.relative_to(TOP / "stages").parts[0]
