@@ -320,6 +320,8 @@ def _benchmarks(run: Run) -> list[tuple[str, list[tuple[str, ...]], str]]:
                 ms_text(row["median_ms"]),
                 f"{row['ratio']:.3f}",
                 f"{row['ratio_ci_low']:.3f} to {row['ratio_ci_high']:.3f}",
+                f"{row['ratio_by_parts']:.3f}",
+                f"{row['ratio_by_parts_ci_low']:.3f} to {row['ratio_by_parts_ci_high']:.3f}",
                 ms_text(found["optimizer_only"][name]["median_ms"]),
                 f"{found['optimizer_only'][name]['ratio']:.2f}",
             )
