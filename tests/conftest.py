@@ -1,8 +1,8 @@
-"""The suite runs in two processes (`addopts` in pyproject.toml): each keeps to one core, the longest file goes first."""
+"""The suite runs in two processes (`addopts` in pyproject.toml): each keeps to one core, the longest file first."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two threads each on two cores wait for another
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two cores, two processes
 
 
 def pytest_collection_modifyitems(items):
