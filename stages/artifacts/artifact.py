@@ -100,7 +100,7 @@ def save_artifact(
     if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: not saved (lower the learning rate?)")
     with atomic_folder(folder) as unfinished:
-        save_file(state, unfinished / TENSORS)
+        _save_tensors(state, unfinished / TENSORS, folder)
         description.tensors = _hash_and_size(unfinished / TENSORS)
         description.versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
         if extra is not None:
@@ -201,6 +201,13 @@ def _stored_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in packed.items():
         state |= {f"{name}.{part}": tensor.contiguous() for part, tensor in unpack_layer(layer).items()}
     return dict(sorted(state.items()))
+
+
+def _save_tensors(state: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # also where there is no room, or no access
+        raise UserError(f"cannot write {folder}: {error}: make room or give access to it, then run again") from None
 
 
 def _compare(network: nn.Module, folder: Path, description: Description) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from stages.common.errors import UserError
+from stages.common.errors import UserError, disk_error
 from stages.common.files import sha256_of, write_json
 from stages.common.params import Data
 from stages.datasets.decode import decode
@@ -93,7 +93,9 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
         for part, file in files.items():
             file.finish(folder / f"{part}_labels.npy")
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}: make room and run again") from None
+        raise disk_error(error, folder) or UserError(
+            f"cannot write {folder}: {error}: make room and run again"
+        ) from None
     finally:
         for file in files.values():
             with suppress(OSError):  # a full disk has been told already

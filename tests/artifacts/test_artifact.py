@@ -217,4 +217,5 @@ def test_a_missing_artifact_is_named_with_the_remedy(tmp_path):
 def test_a_child_names_its_parent_by_the_hash_of_the_description(tmp_path):
     description = describe()
     save_artifact(tmp_path / "toy", network(), description)
-    assert parent_of(tmp_path / "toy", description) == {"name": "toy", "sha256": sha256_of(tmp_path / "toy/model.json")}
+    sha256 = sha256_of(tmp_path / "toy/model.json")
+    assert parent_of(tmp_path / "toy", description) == {"name": "toy", "sha256": sha256, "metrics": {}}
