@@ -42,7 +42,8 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.onnx", "model.safetensors"]
     description = read_description(folder)
     assert (description.name, description.stage, description.model, description.seed) == (INT8, "quantize", "toy", 3)
-    assert description.parent == {"name": "toy-none", "sha256": sha256_of(paths.pruned("toy-none") / "model.json")}
+    sha256 = sha256_of(paths.pruned("toy-none") / "model.json")
+    assert description.parent == {"name": "toy-none", "sha256": sha256, "metrics": {"validation_top1": 0.2}}
     assert description.parameters == {"method": "int8_dynamic", "per_channel": True}
     assert description.onnx["sha256"] == sha256_of(folder / "model.onnx")
     assert "validation top-1" in capsys.readouterr().out
