@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.artifact import ONNX, read_description
+from stages.artifacts.artifact import check_onnx, read_description
 from stages.common import paths
-from stages.common.errors import UserError, run_stage
-from stages.common.files import atomic_folder, sha256_of, write_csv, write_json
+from stages.common.errors import run_stage
+from stages.common.files import atomic_folder, write_csv, write_json
 from stages.common.params import Params, load_params
 from stages.edge.fresh import measure_fresh
 from stages.edge.machine import BUSY_CORES, CpuWatch, describe_machine, is_busy, machine_state, others_cores_now
@@ -46,11 +46,8 @@ def contenders_of(params: Params) -> list[Contender]:
     contenders = []
     for variant, runtime in wanted:
         folder = paths.compressed(variant)
-        if not (folder / ONNX).is_file():
-            raise UserError(f"{variant}: {folder / ONNX} is missing: run `dvc repro quantize@{variant}`")
         description = read_description(folder)
-        if sha256_of(folder / ONNX) != description.onnx["sha256"]:
-            raise UserError(f"{variant}: {folder / ONNX} is not the file that model.json describes: run `dvc repro`")
+        check_onnx(folder, description)
         sha256 = description.onnx["sha256"]
         contenders.append(
             Contender(variant, runtime, params.baseline_of(variant), folder, description.image_size, sha256)

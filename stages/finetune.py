@@ -13,7 +13,7 @@ from stages.artifacts.artifact import Description, save_artifact
 from stages.common import paths
 from stages.common.errors import run_stage
 from stages.common.files import write_csv
-from stages.common.params import Params, check_architectures, key_argument, load_params
+from stages.common.params import Params, check_models, key_argument, load_params
 from stages.datasets.store import Info, open_part, read_info
 from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of, state_hash
 from stages.training.checkpoint import checkpoint_folder
@@ -42,7 +42,7 @@ def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Descrip
 def main() -> None:
     params = load_params()
     key = key_argument("models", params.models)
-    check_architectures(params)
+    check_models(params)
     info = read_info(paths.IMAGES)
     spec = spec_of(params.models[key], len(info.classes))
     description = describe(params, key, spec, info)
