@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -125,3 +126,8 @@ def test_every_profile_runs_the_one_pipeline_from_its_own_folder(copy):
     assert not copy.is_symlink()  # DVC does not follow links in committed revisions, and then compares nothing
     assert copy.read_text() == (TOP / "dvc.yaml").read_text(), "cp dvc.yaml profiles/<name>/"
     assert yaml.safe_load((copy.parent / "params.yaml").read_text())["root"] == "../.."
+
+
+@pytest.mark.parametrize("folder", ["dvc_plots", "profiles/mine/dvc_plots", "profiles/mine/reports/edge"])
+def test_what_dvc_writes_and_git_must_not_track_is_ignored(folder):
+    assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/index.html"], cwd=TOP).returncode == 0
