@@ -66,7 +66,9 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
             full disk.
     """
     if len(source.classes) < 2:
-        raise UserError(f"{source.description}: {len(source.classes)} class(es), a classifier needs two or more")
+        raise UserError(
+            f"{data.location or data.name}: {len(source.classes)} class(es), a classifier needs two or more"
+        )
     fractions: dict[PartName, float] = {"test": data.test_fraction, "validation": data.validation_fraction}
     cut = {part: fraction for part, fraction in fractions.items() if part not in source.labels}
     assignment = {part: np.full(len(labels), PARTS.index(part)) for part, labels in source.labels.items()}
