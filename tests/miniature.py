@@ -5,6 +5,7 @@ from pathlib import Path
 
 TOP = Path(__file__).parents[1]
 PARAMS = """\
+root: .
 base:
   seed: 0
   device: cpu
@@ -44,9 +45,13 @@ quantize:
 variants:
   convnext-none-fp32: {pruning: convnext-none, quantizer: fp32}
   convnext-oto50-int8_dynamic: {pruning: convnext-oto50, quantizer: int8_dynamic}
+profile:
+  batch_size: 256
 edge_benchmark:
   windows: 2
   window_seconds: 0.02
+report:
+  confidence: 0.95
 """
 
 

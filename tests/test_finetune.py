@@ -9,6 +9,8 @@ import yaml
 from toy_project import PARAMS, pruned_project
 
 import stages
+from stages import finetune
+from stages.common.errors import UserError
 
 
 @pytest.fixture
@@ -34,6 +36,15 @@ def start(folder: Path) -> subprocess.Popen:
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(stages.__file__).parents[1])},
     )
+
+
+def test_a_batch_that_the_training_images_do_not_fill_is_refused_before_any_work(folder: Path, monkeypatch):
+    write_params(folder, batch_size=5)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["finetune", "toy"])
+    with pytest.raises(UserError, match=r"finetune\.batch_size = 5: the training part .* has only 4 images"):
+        finetune.main()
+    assert not (folder / ".scratch").exists()
 
 
 def test_ctrl_c_ends_a_training_in_one_line_that_tells_what_is_kept(folder: Path):

@@ -360,12 +360,20 @@ def check_models(params: Params, path: Path = paths.PARAMS) -> None:
     _refuse(path, problems)
 
 
-def check_root(params: Params, path: Path = paths.PARAMS) -> None:
-    """Refuse a `root` under which the code is not: DVC would find no stage to run."""
+def check_for_dvc(params: Params, path: Path = paths.PARAMS) -> None:
+    """Refuse what DVC itself would stumble over, some of it hours later.
+
+    Raises:
+        UserError: for a section that is left out (DVC knows no defaults), or a `root` under which the code is not.
+    """
+    problems = [f"{name}: is required and missing" for name in Params.model_fields.keys() - params.model_fields_set]
     root = path.parent / params.root
     if not (root / "stages/common/params.py").is_file():
-        profile = "../.. in profiles/<name>/params.yaml, . at the top"
-        _refuse(path, [f"root = {params.root!r}: {root.absolute()} holds no folder `stages` with the code ({profile})"])
+        problems.append(
+            f"root = {params.root!r}: {root.resolve()} holds no folder `stages` with the code (../.. in"
+            " profiles/<name>/params.yaml, . at the top)"
+        )
+    _refuse(path, sorted(problems))
 
 
 def _refuse(path: Path, problems: list[str]) -> None:
@@ -512,7 +520,7 @@ def plan(params: Params) -> str:
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else paths.PARAMS
     params = load_params(path)
-    check_root(params, path)
+    check_for_dvc(params, path)
     check_models(params, path)
     print(plan(params))
 

@@ -10,7 +10,7 @@ from dvc.utils.serialize import modify_yaml
 from miniature import PARAMS, committed, committed_params
 
 from stages.common.errors import UserError
-from stages.common.params import check_models, check_root, load_params, plan
+from stages.common.params import check_for_dvc, check_models, load_params, plan
 
 TOP = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def test_every_params_file_in_the_repository_is_valid(name, tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(committed(name))
     params = load_params(path)
-    check_root(params, path)
+    check_for_dvc(params, path)
     check_models(params, path)
 
 
@@ -222,7 +222,17 @@ def test_a_root_without_the_code_is_refused(raw, tmp_path, root):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw | {"root": root}))
     with pytest.raises(UserError, match=f"root = '{root}': .* holds no folder `stages` with the code"):
-        check_root(load_params(path), path)
+        check_for_dvc(load_params(path), path)
+
+
+def test_a_section_left_out_is_refused_since_dvc_knows_no_defaults(raw, tmp_path):
+    del raw["profile"], raw["root"]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError) as error:
+        check_for_dvc(load_params(path), path)
+    assert "\n  profile: is required and missing\n  root = '.'" in str(error.value)
+    assert str(error.value).endswith("\n  root: is required and missing")
 
 
 def test_arguments_that_the_architecture_does_not_take_are_refused(raw, tmp_path):
