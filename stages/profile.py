@@ -122,8 +122,8 @@ def main() -> None:
         np.savez_compressed(unfinished / "predictions.npz", **asdict(predictions))  # numpy dates all entries 1980
         shutil.copyfile(folder / DESCRIPTION, unfinished / DESCRIPTION)
     print(
-        f"{variant}: top-1 {row['top1']:.2%} (n = {row['n_test']}), {row['params']:,} parameters, {row['macs']:,} MACs,"
-        f" model.onnx {row['size_bytes'] / 1e6:.2f} MB"
+        f"{variant}: top-1 {100 * row['top1']:.2f} % (n = {row['n_test']}), {row['params']:,} parameters,"
+        f" {row['macs']:,} MACs, model.onnx {row['size_bytes'] / 1e6:.2f} MB"
     )
 
 
