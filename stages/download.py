@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.common import paths
 from stages.common.errors import run_stage
 from stages.common.files import atomic_folder
-from stages.common.params import Data, check_architectures, load_params
+from stages.common.params import Data, check_models, load_params
 from stages.datasets.source import Source
 from stages.datasets.sources.cifar10 import cifar10_source
 from stages.datasets.sources.digits import digits_source
@@ -63,7 +63,7 @@ def summary(info: Info, remark: str, size_bytes: int) -> str:
 
 def main() -> None:
     params = load_params()
-    check_architectures(params)
+    check_models(params)
     with atomic_folder(paths.IMAGES) as folder:
         info, remark = download(params.data, folder, paths.SCRATCH, len(os.sched_getaffinity(0)))
         size_bytes = sum(path.stat().st_size for path in folder.iterdir())

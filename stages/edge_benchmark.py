@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.artifact import ONNX, read_description
+from stages.artifacts.artifact import check_onnx, read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
-from stages.common.files import atomic_folder, sha256_of, write_csv, write_json
+from stages.common.files import atomic_folder, write_csv, write_json
 from stages.common.params import Params, load_params
 from stages.edge.fresh import measure_fresh
 from stages.edge.machine import BUSY_CORES, CpuWatch, describe_machine, is_busy, machine_state, others_cores_now
 from stages.edge.protocol import Protocol, Window, measure, protocol_of, random_pixels, summarise
 from stages.edge.runtimes import ONNXRUNTIME, TORCH_EAGER, Runtime
+from stages.export.session import usable_cores
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class Contender:
     onnx_sha256: str
 
 
+def refuse_many_threads(threads: int, cores: int) -> None:
+    """Raise a `UserError` where threads would take turns on a core: their times would be the scheduler's."""
+    if threads > cores:
+        raise UserError(
+            f"edge_benchmark.threads = {threads}: this process may use {cores} core{'s' * (cores != 1)}: lower it"
+        )
+
+
 def contenders_of(params: Params) -> list[Contender]:
     """Every listed variant in ONNX Runtime, then each model's baseline in PyTorch eager.
 
@@ -46,11 +55,8 @@ def contenders_of(params: Params) -> list[Contender]:
     contenders = []
     for variant, runtime in wanted:
         folder = paths.compressed(variant)
-        if not (folder / ONNX).is_file():
-            raise UserError(f"{variant}: {folder / ONNX} is missing: run `dvc repro quantize@{variant}`")
         description = read_description(folder)
-        if sha256_of(folder / ONNX) != description.onnx["sha256"]:
-            raise UserError(f"{variant}: {folder / ONNX} is not the file that model.json describes: run `dvc repro`")
+        check_onnx(folder, description)
         sha256 = description.onnx["sha256"]
         contenders.append(
             Contender(variant, runtime, params.baseline_of(variant), folder, description.image_size, sha256)
@@ -92,6 +98,7 @@ def window_rows(contenders: list[Contender], windows: list[Window]) -> list[dict
 
 def main() -> None:
     params = load_params()
+    refuse_many_threads(params.edge_benchmark.threads, usable_cores())
     contenders, protocol = contenders_of(params), protocol_of(params.edge_benchmark)
     seconds = len(contenders) * protocol.windows * protocol.window_seconds
     print(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s", flush=True)

@@ -11,9 +11,9 @@ import torch
 
 from stages.artifacts.artifact import Description, save_artifact
 from stages.common import paths
-from stages.common.errors import run_stage
+from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.common.params import Params, check_architectures, key_argument, load_params
+from stages.common.params import Params, check_models, key_argument, load_params
 from stages.datasets.store import Info, open_part, read_info
 from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of, state_hash
 from stages.training.checkpoint import checkpoint_folder
@@ -39,11 +39,21 @@ def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Descrip
     )
 
 
+def refuse_large_batch(batch_size: int, images: int) -> None:
+    """Raise a `UserError` where the training part does not fill one batch: the recipe would not be the one chosen."""
+    if batch_size > images:
+        raise UserError(
+            f"finetune.batch_size = {batch_size}: the training part of {paths.IMAGES} has only {images} images: lower"
+            " it, to a tenth of them or less, so that an epoch has some steps"
+        )
+
+
 def main() -> None:
     params = load_params()
     key = key_argument("models", params.models)
-    check_architectures(params)
+    check_models(params)
     info = read_info(paths.IMAGES)
+    refuse_large_batch(params.finetune.batch_size, info.counts["train"])
     spec = spec_of(params.models[key], len(info.classes))
     description = describe(params, key, spec, info)
     torch.manual_seed(description.seed)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.artifacts.artifact import DESCRIPTION, ONNX, load_classifier
+from stages.artifacts.artifact import DESCRIPTION, ONNX, check_onnx, load_classifier
 from stages.common import paths
-from stages.common.errors import UserError, run_stage
+from stages.common.errors import run_stage
 from stages.common.files import atomic_folder, sha256_of, write_csv, write_json
 from stages.common.params import key_argument, load_params
 from stages.datasets.store import open_part, read_info
@@ -57,9 +57,8 @@ def profile(
     info = read_info(images)
     description.require_images(folder, info.sha256)
     session = open_session(folder / ONNX, threads)
-    if sha256_of(folder / ONNX) != description.onnx["sha256"]:
-        raise UserError(f"{folder / ONNX} is not the file that model.json describes: run `dvc repro`")
-
+    check_onnx(folder, description)
+    description.require_metrics(folder, "n_validation", "validation_top1", "validation_agreement")
     part = open_part(images, "test")
     if description.layers:
         batch_size = 1  # a dynamic scale spans the batch, and a device sees one image at a time
@@ -123,8 +122,8 @@ def main() -> None:
         np.savez_compressed(unfinished / "predictions.npz", **asdict(predictions))  # numpy dates all entries 1980
         shutil.copyfile(folder / DESCRIPTION, unfinished / DESCRIPTION)
     print(
-        f"{variant}: top-1 {row['top1']:.2%} (n = {row['n_test']}), {row['params']:,} parameters, {row['macs']:,} MACs,"
-        f" model.onnx {row['size_bytes'] / 1e6:.2f} MB"
+        f"{variant}: top-1 {100 * row['top1']:.2f} % (n = {row['n_test']}), {row['params']:,} parameters,"
+        f" {row['macs']:,} MACs, model.onnx {row['size_bytes'] / 1e6:.2f} MB"
     )
 
 

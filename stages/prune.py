@@ -34,6 +34,7 @@ def refuse_unfit(folder: Path, dense: nn.Module, parent: Description, images: In
     if broken := [name for name, tensor in dense.state_dict().items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: make it again with `dvc repro`")
     parent.require_images(folder, images.sha256)
+    parent.require_metrics(folder, "validation_top1")
 
 
 def _count(network: nn.Module) -> int:

@@ -53,11 +53,12 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
         "validation_agreement": float(np.mean(onnx_logits.argmax(1) == torch_logits.argmax(1))),
         "n_validation": len(part),
     }
-    difference = abs(metrics["validation_top1"] - metrics["validation_top1_torch"])
+    exported, original = metrics["validation_top1"], metrics["validation_top1_torch"]
+    difference = abs(exported - original)
     if difference > LARGEST_DIFFERENCE and round(difference * len(part)) > ALLOWED_IMAGES:
         raise UserError(
-            f"model.onnx has top-1 {metrics['validation_top1']:.2%} on the {len(part)} validation images, PyTorch"
-            f" {metrics['validation_top1_torch']:.2%}: more than {LARGEST_DIFFERENCE:.1%} apart, not saved; fp32 is the"
+            f"model.onnx has top-1 {100 * exported:.2f} % on the {len(part)} validation images, PyTorch"
+            f" {100 * original:.2f} %: more than {100 * LARGEST_DIFFERENCE:.1f} points apart, not saved; fp32 is the"
             " quantizer that always agrees"
         )
     return metrics
@@ -125,7 +126,7 @@ def main() -> None:
     metrics, onnx = description.metrics, description.onnx
     print(
         f"{variant}: model.onnx {onnx['bytes'] / 1e6:.2f} MB, {onnx['quantized_operators']} int8 operators, validation"
-        f" top-1 {metrics['validation_top1']:.2%} (PyTorch {metrics['validation_top1_torch']:.2%},"
+        f" top-1 {100 * metrics['validation_top1']:.2f} % (PyTorch {100 * metrics['validation_top1_torch']:.2f} %,"
         f" n = {metrics['n_validation']})"
     )
 

@@ -8,7 +8,9 @@ run   python -m stages.report
 Nothing is written before everything is computed, so a broken input leaves the last good report whole.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from stages.common import paths
 from stages.common.errors import run_stage
@@ -57,22 +59,29 @@ def make_report(run: Run) -> Report:
 
 
 def write_report(report: Report) -> None:
-    """Each file whole or not at all; the folders hold exactly what this report has."""
-    with atomic_folder(paths.REPORTS / "cards") as folder:
+    """All files are written before the first takes its name: a full disk leaves the last report as it was.
+
+    The folders hold exactly what this report has.
+    """
+    with ExitStack() as stack:
+
+        def unfinished(name: str) -> Path:
+            return stack.enter_context(atomic_file(paths.REPORTS / name))
+
+        cards = stack.enter_context(atomic_folder(paths.REPORTS / "cards"))
         for variant, text in report.cards.items():
-            write_text(folder / f"{variant}.md", text)
-    with atomic_folder(paths.PLOTS) as folder:
+            write_text(cards / f"{variant}.md", text)
+        plots = stack.enter_context(atomic_folder(paths.PLOTS))
         for name, table in report.tables.items():
-            write_csv(folder / f"{name}.csv", table.rows, table.columns)
+            write_csv(plots / f"{name}.csv", table.rows, table.columns)
         for name, picture in report.pictures.items():
-            with atomic_file(folder / f"{name}.png") as temporary:
-                temporary.write_bytes(picture.png)
-    write_csv(paths.REPORTS / "variants.csv", report.rows, ROW_KEYS)
-    write_json(paths.REPORTS / "variants.json", report.rows)
-    write_json(paths.REPORTS / "claims.json", report.claims)
-    write_json(paths.REPORTS / "run.json", report.run)
-    write_text(paths.REPORTS / "index.html", report.page)
-    write_json(paths.REPORTS / "metrics.json", report.metrics)
+            (plots / f"{name}.png").write_bytes(picture.png)
+        write_csv(unfinished("variants.csv"), report.rows, ROW_KEYS)
+        write_json(unfinished("variants.json"), report.rows)
+        write_json(unfinished("claims.json"), report.claims)
+        write_json(unfinished("run.json"), report.run)
+        write_text(unfinished("index.html"), report.page)
+        write_json(unfinished("metrics.json"), report.metrics)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_the_report_never_reaches_torch():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
             assert (
                 not {str(name).split(".")[0] for name in names} & {"torch", "torchvision", "timm"}
-                or module == "stages.common.params"
+                or module == "stages.common.architectures"
             )
 
 
@@ -127,3 +128,8 @@ def test_every_profile_runs_the_one_pipeline_from_its_own_folder(copy):
     assert not copy.is_symlink()  # DVC does not follow links in committed revisions, and then compares nothing
     assert copy.read_text() == (TOP / "dvc.yaml").read_text(), "cp dvc.yaml profiles/<name>/"
     assert yaml.safe_load((copy.parent / "params.yaml").read_text())["root"] == "../.."
+
+
+@pytest.mark.parametrize("folder", ["dvc_plots", "profiles/mine/dvc_plots", "profiles/mine/reports/edge"])
+def test_what_dvc_writes_and_git_must_not_track_is_ignored(folder):
+    assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/index.html"], cwd=TOP).returncode == 0

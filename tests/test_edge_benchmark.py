@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import yaml
 from toy_project import compressed_project
 
 from stages import edge_benchmark
@@ -89,10 +90,23 @@ def test_a_missing_variant_is_named_before_anything_is_timed(project, monkeypatc
     assert not paths.EDGE.exists()
 
 
+def test_more_threads_than_cores_are_refused_before_anything_is_timed(project, monkeypatch):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["edge_benchmark"]["threads"] = 3
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.setattr(edge_benchmark, "usable_cores", lambda: 2)
+    monkeypatch.setattr(edge_benchmark, "measure_fresh", lambda *_: pytest.fail("timed"))
+    with pytest.raises(UserError, match=r"edge_benchmark\.threads = 3: this process may use 2 cores: lower it"):
+        edge_benchmark.main()
+    monkeypatch.setattr(edge_benchmark, "usable_cores", lambda: 3)
+    with pytest.raises(pytest.fail.Exception, match="timed"):
+        edge_benchmark.main()
+
+
 def test_a_changed_model_is_refused(project):
     with (paths.compressed(INT8) / "model.onnx").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(UserError, match=f"{INT8}: .* is not the file that model"):
+    with pytest.raises(UserError, match=rf"{INT8}/model.onnx is not the file that model"):
         edge_benchmark.main()
 
 

@@ -35,8 +35,9 @@ def run(monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", [FP32, INT8])
-def test_the_row_says_what_the_files_and_predictions_say(project, monkeypatch, variant):
+def test_the_row_says_what_the_files_and_predictions_say(project, monkeypatch, variant, capsys):
     row, predictions = run(monkeypatch, variant)
+    assert f"{variant}: top-1 {100 * row['top1']:.2f} % (n = 50)" in capsys.readouterr().out
     folder = paths.compressed(variant)
     onnx, description = folder / "model.onnx", read_description(folder)
     part = open_part(paths.IMAGES, "test")

@@ -1,5 +1,6 @@
 import csv
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,29 @@ def test_a_bad_input_leaves_the_last_good_report_whole(folder: Path):
     with pytest.raises(UserError, match="atto-l1-fp32"):
         report.main()
     assert written(folder) == good
+
+
+def limited(file_bytes: int) -> subprocess.CompletedProcess:
+    """The stage on a disk that takes no file of more than `file_bytes`."""
+    return subprocess.run(
+        [sys.executable, "-m", "stages.report"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(report.__file__).parents[1])},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
+    )
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_the_last_report_whole(folder: Path):
+    report.main()
+    good = written(folder)
+    (folder / "params.yaml").write_text((folder / "params.yaml").read_text() + "report: {confidence: 0.9}\n")
+    done = limited((folder / "reports/index.html").stat().st_size // 2)  # cards, plots and tables still fit
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write reports/index.html: File too large: make room, then run again\n"
+    assert written(folder) == good
+    assert limited(resource.RLIM_INFINITY).returncode == 0
+    assert written(folder) != good
 
 
 def test_cards_of_variants_that_are_no_longer_listed_go(folder: Path):

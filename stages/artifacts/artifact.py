@@ -4,13 +4,16 @@
 `model.json` holds a `Description`. Compressed artifacts have `model.onnx` as well, written by the quantize stage.
 """
 
+import functools
 import importlib.metadata
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +28,15 @@ from stages.networks.preprocess import Classifier, Preprocess
 
 VERSION = 1
 TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
+SECTIONS: dict[str, dict[str, type]] = {
+    "data": {"name": str, "sha256": str},
+    "parent": {"name": str, "sha256": str, "metrics": dict},
+    "tensors": {"sha256": str, "bytes": int},
+    "onnx": {"sha256": str, "bytes": int, "quantized_operators": int},
+}
+"""What the free-form sections of `model.json` hold at least."""
+OPTIONAL = ("parent", "onnx")
+"""Those that may be empty: a dense network has no parent, a float artifact no `model.onnx`."""
 
 
 @dataclass
@@ -73,6 +85,11 @@ class Description:
     def preprocess(self) -> Preprocess:
         return Preprocess(self.mean, self.std, self.input_size)
 
+    def require_metrics(self, folder: Path, *names: str) -> None:
+        """Raise a `UserError` where the artifact, read from `folder`, does not tell these figures."""
+        if missing := [name for name in names if name not in self.metrics]:
+            raise UserError(f"{folder / DESCRIPTION}: metrics.{missing[0]} is missing: make it again with `dvc repro`")
+
     def require_images(self, folder: Path, sha256: str) -> None:
         """Raise a `UserError` where the artifact, read from `folder`, was made from other images than those at hand."""
         if self.data["sha256"] != sha256:
@@ -100,7 +117,7 @@ def save_artifact(
     if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: not saved (lower the learning rate?)")
     with atomic_folder(folder) as unfinished:
-        save_file(state, unfinished / TENSORS)
+        _save_tensors(state, unfinished / TENSORS, folder)
         description.tensors = _hash_and_size(unfinished / TENSORS)
         description.versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
         if extra is not None:
@@ -128,7 +145,10 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
-    network = build_network(description.network)
+    try:
+        network = build_network(description.network)
+    except UserError as error:
+        raise UserError(f"{folder / DESCRIPTION}: network: {error}") from None
     packed = {
         name: {
             part: state.pop(f"{name}.{part}")
@@ -166,7 +186,11 @@ def load_classifier(folder: Path) -> tuple[Classifier, Description]:
 
 
 def read_description(folder: Path) -> Description:
-    """`model.json` alone, checked for version and keys."""
+    """`model.json` alone.
+
+    Raises:
+        UserError: if it is missing, of another version, or damaged: a key or a value that does not belong.
+    """
     path = folder / DESCRIPTION
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
@@ -178,11 +202,39 @@ def read_description(folder: Path) -> Description:
     if odd := sorted(known ^ raw.keys()):
         raise UserError(f"{path}: keys missing or unknown: {', '.join(odd)}")
     try:
+        _typed().validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(str(part) for part in detail["loc"])
+        raise UserError(f"{path}: {where}: {detail['msg']}: it is damaged, make it again with `dvc repro`") from None
+    try:
         raw["network"] = NetworkSpec(**raw["network"])
         raw["layers"] = {name: LayerStorage(**layer) for name, layer in raw["layers"].items()}
-    except (TypeError, AttributeError) as error:  # AttributeError: a list where a mapping belongs
+    except TypeError as error:  # an unknown key
         raise UserError(f"{path}: {error}") from None
+    for section, keys in SECTIONS.items():
+        given = raw[section]
+        for key, kind in keys.items() if given or section not in OPTIONAL else ():
+            if not isinstance(given.get(key), kind):
+                raise UserError(
+                    f"{path}: {section}.{key} is missing or no {kind.__name__}: it is damaged, make it again with"
+                    " `dvc repro`"
+                )
     return Description(**raw)
+
+
+@functools.cache
+def _typed() -> TypeAdapter:
+    return TypeAdapter(Description)
+
+
+def check_onnx(folder: Path, description: Description) -> None:
+    """Raise a `UserError` where `model.onnx` is missing or not the file that `model.json` describes."""
+    path = folder / ONNX
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro` or `dvc pull`")
+    if sha256_of(path) != description.onnx.get("sha256"):
+        raise UserError(f"{path} is not the file that model.json describes: run `dvc repro`")
 
 
 def parent_of(folder: Path, description: Description) -> dict[str, Any]:
@@ -201,6 +253,13 @@ def _stored_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in packed.items():
         state |= {f"{name}.{part}": tensor.contiguous() for part, tensor in unpack_layer(layer).items()}
     return dict(sorted(state.items()))
+
+
+def _save_tensors(state: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # also where there is no room, or no access
+        raise UserError(f"cannot write {folder}: {error}: make room or give access to it, then run again") from None
 
 
 def _compare(network: nn.Module, folder: Path, description: Description) -> None:

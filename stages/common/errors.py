@@ -1,17 +1,54 @@
 """Errors that are the user's to mend: one clear line and exit code 2, never a traceback."""
 
+import errno
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+DISK_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give this user access to it"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move away the file that stands where a folder belongs"),
+    errno.EIO: "check the disk",
+}
+"""What helps, by `OSError.errno`; other errors of the system are the program's, and get their traceback."""
+INTERRUPTED = 130  # exit code: as a shell reports a process that SIGINT ended
 
 
 class UserError(Exception):
     """What is wrong, where, and what to do about it, in words that need no knowledge of the code."""
 
 
+def disk_error(error: OSError, path: Path | None = None) -> UserError | None:
+    """The system's refusal to read or write in words; None where it is of a kind that a user cannot mend.
+
+    Args:
+        path: what was being written; the error's own path otherwise (a full disk's has none).
+    """
+    if error.errno not in DISK_REMEDIES:
+        return None
+    where = f"cannot write {path}" if path is not None else str(error.filename or Path.cwd())
+    where = re.sub(r"\.+([^/]+?)(\.\d+\.partial)+", r"\1", where)  # the final name, which the user knows
+    return UserError(f"{where}: {error.strerror}: {DISK_REMEDIES[error.errno]}, then run again")
+
+
 def run_stage(main: Callable[[], object]) -> None:
-    """Run a stage's `main`; a `UserError` ends the process with exit code 2 and its message on stderr."""
+    """Run a stage's `main`; what a user can mend ends the process with exit code 2 and one message on stderr.
+
+    An interruption ends it with exit code 130, and says what of the work is kept.
+    """
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if (readable := disk_error(error)) is None:
+            raise
+        print(f"error: {readable}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interruption:
+        kept = str(interruption) or "nothing half-done is kept"
+        print(f"interrupted: {kept}; `dvc repro` goes on from there", file=sys.stderr)
+        sys.exit(INTERRUPTED)

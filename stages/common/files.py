@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from stages.common.errors import UserError
+from stages.common.errors import UserError, disk_error
 
 
 def _partial(path: Path) -> Path:
@@ -25,30 +25,64 @@ def _partial(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it takes the name `path`, on failure it is removed."""
-    temporary = _partial(path)
+def clear_disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write `path` (no room, no access, a file in the way) into one clear error.
+
+    Raises:
+        UserError: naming `path` and the remedy.
+    """
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        elsewhere = error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent)
+        if elsewhere or (readable := disk_error(error, path)) is None:
+            raise
+        raise readable from None
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it takes the name `path`, on failure it is removed.
+
+    Raises:
+        UserError: if there is no room or no access; what was there before is then untouched.
+    """
+    with clear_disk_errors(path):
+        temporary = _partial(path)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it takes that name (replacing what was there)."""
-    temporary = _partial(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Yield an empty temporary folder beside `path`; on success it takes that name (replacing what was there).
+
+    Raises:
+        UserError: if there is no room or no access; what was there before is then untouched.
+    """
+    with clear_disk_errors(path):
+        temporary = _partial(path)
+        temporary.mkdir()
+        former = path.with_name(f".{path.name}.former.{os.getpid()}.partial")
+        try:
+            yield temporary
+            if path.exists():
+                os.replace(path, former)  # at once, where removing its files one by one might stop half-way
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if former.exists():
+                    os.replace(former, path)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(former, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
@@ -21,7 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names be
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Base(Section):
@@ -335,36 +335,54 @@ def load_params(path: Path = paths.PARAMS) -> Params:
         problems = _broken_references(params)
     except ValidationError as error:
         problems = [_readable(detail, raw) for detail in error.errors()]
-    if problems:
-        raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems))
+    _refuse(path, problems)
     return params
 
 
-def check_architectures(params: Params) -> None:
-    """Refuse an architecture that its library does not know, with the nearest names (imports the libraries)."""
+def check_models(params: Params, path: Path = paths.PARAMS) -> None:
+    """Refuse a model that cannot be built, or whose weights are not there (imports the libraries).
+
+    Args:
+        path: the file that `params` was read from; paths in it are relative to its folder.
+
+    Raises:
+        UserError: with one line for each problem; an unknown architecture comes with the nearest names.
+    """
+    from stages.common.architectures import refused_arguments, unknown
+
     problems = []
     for name, model in params.models.items():
-        known = _architectures(model.library)
-        if model.architecture not in known:
-            near = difflib.get_close_matches(model.architecture, known, n=5, cutoff=0.5)
+        if problem := unknown(model.library, model.architecture):
+            problems.append(f"models.{name}.architecture = {model.architecture!r}: {problem}")
+        elif problem := refused_arguments(model.library, model.architecture, model.arguments):
+            problems.append(f"models.{name}.arguments: {problem}")
+        if model.weights not in ("none", "pretrained") and not (path.parent / model.weights).is_file():
             problems.append(
-                f"models.{name}.architecture = {model.architecture!r}: {model.library} has no such classifier"
-                + (f"; nearest: {', '.join(near)}" if near else f"; `{model.library}.list_models()` names all")
+                f"models.{name}.weights = {model.weights!r}: no such file (seen from the folder of params.yaml), nor"
+                " one of none, pretrained"
             )
-    if problems:
-        raise UserError(
-            f"{paths.PARAMS}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems)
+    _refuse(path, problems)
+
+
+def check_for_dvc(params: Params, path: Path = paths.PARAMS) -> None:
+    """Refuse what DVC itself would stumble over, some of it hours later.
+
+    Raises:
+        UserError: for a section that is left out (DVC knows no defaults), or a `root` under which the code is not.
+    """
+    problems = [f"{name}: is required and missing" for name in Params.model_fields.keys() - params.model_fields_set]
+    root = path.parent / params.root
+    if not (root / "stages/common/params.py").is_file():
+        problems.append(
+            f"root = {params.root!r}: {root.resolve()} holds no folder `stages` with the code (../.. in"
+            " profiles/<name>/params.yaml, . at the top)"
         )
+    _refuse(path, sorted(problems))
 
 
-def _architectures(library: str) -> list[str]:
-    if library == "timm":
-        import timm
-
-        return timm.list_models() + timm.list_pretrained()  # with and without the tag of their weights
-    import torchvision
-
-    return torchvision.models.list_models(module=torchvision.models)
+def _refuse(path: Path, problems: list[str]) -> None:
+    if problems:
+        raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems))
 
 
 def _broken_references(params: Params) -> list[str]:
@@ -430,7 +448,12 @@ def _readable(detail: dict, raw: Any) -> str:
         case "missing":
             return f"{key}: is required and missing"
         case "extra_forbidden":
-            return f"{key} = {value!r}: unknown key{_known_keys(where)}"
+            return f"{key} = {value!r}: unknown key{_known_keys(where, raw)}"
+        case "string_pattern_mismatch":  # of names alone
+            return (
+                f"{key}{'' if '[key]' in detail['loc'] else f' = {value!r}'}: names hold letters, digits, _ and - only,"
+                " and begin with a letter or digit: they become folders and DVC's keys"
+            )
         case "union_tag_invalid":
             return f"{key}.method = {value.get('method')!r}: must be one of {detail['ctx']['expected_tags']}"
         case "union_tag_not_found":
@@ -442,16 +465,31 @@ def _readable(detail: dict, raw: Any) -> str:
     )
 
 
-def _known_keys(where: list[str]) -> str:
-    """What stands beside an unknown key, where its section has fixed keys."""
-    section: Any = Params
-    for part in where[:-1]:
-        field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
-            return ""
-        section = field.annotation
+def _known_keys(where: list[str], raw: Any) -> str:
+    """What might stand at the place of an unknown key."""
+    section = _section_of(Params, where[:-1], raw)
+    if section is None:
+        return ""
     near = difflib.get_close_matches(where[-1], section.model_fields, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(section.model_fields)}"
+
+
+def _section_of(annotation: Any, where: list[str], raw: Any) -> type[Section] | None:
+    """The typed section at a place in the file; None where the file does not tell which it is."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        if not where:
+            return annotation
+        field = annotation.model_fields.get(where[0])
+        return field and _section_of(field.annotation, where[1:], raw[where[0]])
+    if get_origin(annotation) is dict:
+        return _section_of(get_args(annotation)[1], where[1:], raw[where[0]])
+    if get_origin(annotation) is Annotated:
+        return _section_of(get_args(annotation)[0], where, raw)
+    for one in get_args(annotation):  # a union, told apart by the method
+        methods = one.model_fields["method"] if isinstance(one, type) and issubclass(one, Section) else None
+        if methods is not None and raw.get("method") in get_args(methods.annotation):
+            return _section_of(one, where, raw)
+    return None
 
 
 def key_argument(section: str, known: dict[str, Any]) -> str:
@@ -484,8 +522,10 @@ def plan(params: Params) -> str:
 
 
 def main() -> None:
-    params = load_params(Path(sys.argv[1]) if len(sys.argv) > 1 else paths.PARAMS)
-    check_architectures(params)
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else paths.PARAMS
+    params = load_params(path)
+    check_for_dvc(params, path)
+    check_models(params, path)
     print(plan(params))
 
 

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+FIGURES_WIDTH = len("loss 0.123 validation top-1 100.00 %")
+LEFT_WIDTH = len("123:45 left")
+
 
 class EpochProgress:
     """Call `step` after each step and `epoch` after each epoch."""
@@ -17,20 +20,27 @@ class EpochProgress:
         self._started, self._done_before, self._figures = time.monotonic(), done, ""
         if bar is not None:
             self._task = bar.add_task(title, total=epochs * steps_per_epoch, completed=done * steps_per_epoch, text="")
+            bar.update(self._task, text=self._text(done + 1))
 
     def step(self) -> None:
         if self._bar is not None:
             self._bar.advance(self._task)
-            self._bar.update(self._task, text=f"epoch {self.done + 1}/{self.epochs} {self._figures} {self._left()}")
+            self._bar.update(self._task, text=self._text(self.done + 1))
 
     def epoch(self, loss: float, top1: float, images_per_second: float) -> None:
         self.done += 1
         self._figures = f"loss {loss:.3f} validation top-1 {100 * top1:.2f} %"
-        line = f"epoch {self.done}/{self.epochs} {self._figures} {images_per_second:,.0f} images/s {self._left()}"
         if self._bar is None:
+            speed = f"{images_per_second:,.0f} images/s"
+            line = f"epoch {self.done}/{self.epochs} {self._figures} {speed} {self._left()}"
             print(f"{self.title}: {line}", flush=True)
         else:
-            self._bar.update(self._task, text=line)
+            self._bar.update(self._task, text=self._text(self.done))
+
+    def _text(self, epoch: int) -> str:
+        """Beside the bar, which is as wide as this leaves room: always the same width."""
+        number = f"{epoch:>{len(str(self.epochs))}}/{self.epochs}"
+        return f"epoch {number} {self._figures:<{FIGURES_WIDTH}} {self._left():>{LEFT_WIDTH}}"
 
     def _left(self) -> str:
         completed = self.done

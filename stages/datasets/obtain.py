@@ -1,5 +1,6 @@
 """From what `data.location` says (a folder, a file, an archive, a URL) to a folder or file on this disk."""
 
+import gzip
 import lzma
 import shutil
 import stat
@@ -13,6 +14,9 @@ from typing import BinaryIO
 from stages.common.errors import UserError
 from stages.datasets.checksums import Checksum, check_listed
 from stages.datasets.fetch import fetch, file_name
+
+MAGIC = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # zip, gzip, bzip2, xz
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
 
 def obtain(location: str, sha256: dict[str, str], scratch: Path, checksum: Checksum | None = None) -> Path:
@@ -40,6 +44,8 @@ def obtain(location: str, sha256: dict[str, str], scratch: Path, checksum: Check
         return path
     check_listed(sha256, {path.name: path}, str(path))
     if not is_archive(path):
+        if _begins_as_archive(path):
+            raise UserError(f"{path}: broken or cut-off archive: delete it and get it again")
         return path
     folder = scratch / "unpacked" / path.name
     unpack(path, folder)
@@ -47,13 +53,23 @@ def obtain(location: str, sha256: dict[str, str], scratch: Path, checksum: Check
 
 
 def is_archive(path: Path) -> bool:
-    return _is_zip(path) or tarfile.is_tarfile(path)
+    try:
+        return _is_zip(path) or tarfile.is_tarfile(path)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):  # cut off within the first entry
+        return False
 
 
 def _is_zip(path: Path) -> bool:
     # `is_zipfile` alone looks at the end of the file, where a parquet file may hold any image's bytes.
     with path.open("rb") as file:
         return file.read(2) == b"PK" and zipfile.is_zipfile(path)
+
+
+def _begins_as_archive(path: Path) -> bool:
+    """By its first bytes, which a download that was cut off still has, or by its name."""
+    with path.open("rb") as file:
+        begins = file.read(6).startswith(MAGIC)
+    return begins or path.name.lower().endswith(ARCHIVES)
 
 
 def unpack(archive: Path, folder: Path) -> None:

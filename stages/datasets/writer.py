@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from stages.common.errors import UserError
+from stages.common.errors import UserError, disk_error
 from stages.common.files import sha256_of, write_json
 from stages.common.params import Data
 from stages.datasets.decode import decode
@@ -66,7 +66,9 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
             full disk.
     """
     if len(source.classes) < 2:
-        raise UserError(f"{source.description}: {len(source.classes)} class(es), a classifier needs two or more")
+        raise UserError(
+            f"{data.location or data.name}: {len(source.classes)} class(es), a classifier needs two or more"
+        )
     fractions: dict[PartName, float] = {"test": data.test_fraction, "validation": data.validation_fraction}
     cut = {part: fraction for part, fraction in fractions.items() if part not in source.labels}
     assignment = {part: np.full(len(labels), PARTS.index(part)) for part, labels in source.labels.items()}
@@ -93,7 +95,9 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
         for part, file in files.items():
             file.finish(folder / f"{part}_labels.npy")
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}: make room and run again") from None
+        raise disk_error(error, folder) or UserError(
+            f"cannot write {folder}: {error}: make room and run again"
+        ) from None
     finally:
         for file in files.values():
             with suppress(OSError):  # a full disk has been told already

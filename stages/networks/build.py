@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
+from stages.common.architectures import construct, timm_model
 from stages.common.errors import UserError
 from stages.common.params import Model
 from stages.networks.layer_scale import fold_layer_scale
@@ -49,9 +48,9 @@ def build_network(spec: NetworkSpec) -> nn.Module:
     """A float network with freshly initialised weights, in training mode.
 
     Raises:
-        UserError: if the library refuses the constructor's arguments.
+        UserError: if the library has no such classifier, or refuses the constructor's arguments.
     """
-    network = _construct(spec)
+    network = construct(spec.library, spec.architecture, spec.arguments, spec.classes)
     if spec.layer_scale_folded:
         fold_layer_scale(network)
     if spec.widths or spec.layer_norm_widths:
@@ -102,38 +101,11 @@ def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[st
     return other
 
 
-def _construct(spec: NetworkSpec) -> nn.Module:
-    try:
-        if spec.library == "timm":
-            return _timm_model(spec, num_classes=spec.classes)
-        if spec.architecture.startswith("convnext") and "block_setting" in spec.arguments:
-            return _torchvision_convnext(spec)
-        return torchvision.models.get_model(spec.architecture, num_classes=spec.classes, **spec.arguments)
-    except Exception as error:  # whatever a constructor stumbles over
-        raise UserError(
-            f"{spec.library} {spec.architecture} does not take arguments {spec.arguments}:"
-            f" {error or type(error).__name__}"
-        ) from None
-
-
-def _torchvision_convnext(spec: NetworkSpec) -> nn.Module:
-    """Of any size: torchvision's own entry points fix `block_setting`, here `[input channels, output, blocks]` each."""
-    setting = [CNBlockConfig(*stage) for stage in spec.arguments["block_setting"]]
-    rest = {name: value for name, value in spec.arguments.items() if name != "block_setting"}
-    return ConvNeXt(setting, num_classes=spec.classes, **rest)
-
-
-def _timm_model(spec: NetworkSpec, **more: Any) -> nn.Module:
-    """As `timm.create_model`, which drops arguments that are None: `ls_init_value: null` is a choice."""
-    name, _, tag = spec.architecture.partition(".")  # `convnext_tiny.in12k`: the tag says which pretrained weights
-    return timm.models.model_entrypoint(name)(pretrained_cfg=tag or None, **more, **spec.arguments)
-
-
 def _hub_state(spec: NetworkSpec) -> dict[str, torch.Tensor]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns at each retry; one error is enough
     try:
         if spec.library == "timm":
-            return _timm_model(spec, pretrained=True).state_dict()
+            return timm_model(spec.architecture, pretrained=True, **spec.arguments).state_dict()
         return torchvision.models.get_model(spec.architecture, weights="DEFAULT", **spec.arguments).state_dict()
     except Exception as error:  # each hub client has its own errors, and all mean the same to the user
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

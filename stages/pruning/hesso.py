@@ -41,17 +41,19 @@ def pruning_schedule(pruner: Oto, steps: int, key: str) -> PruningSchedule:
     """
     start, end = round(pruner.start_fraction * steps), round(pruner.end_fraction * steps)
     periods = pruner.pruning_periods if pruner.optimizer == "hesso" else 1
-    length = (end - start) // periods
+    length, epoch = (end - start) // periods, steps // pruner.epochs
     if length < 1 and pruner.optimizer == "dhspg":
         raise UserError(
             f"{key}.end_fraction = {pruner.end_fraction}: no step of {steps} lies between start_fraction"
-            f" {pruner.start_fraction} and it: raise it, or epochs"
+            f" {pruner.start_fraction} and it: raise it or epochs, or lower finetune.batch_size (steps in an epoch:"
+            f" {epoch})"
         )
     if length < 1:
         raise UserError(
             f"{key}.pruning_periods = {periods}: only {end - start} of {steps} steps lie between"
             f" start_fraction {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each period needs one:"
-            " lower pruning_periods, or raise epochs or end_fraction"
+            f" lower pruning_periods or finetune.batch_size (steps in an epoch: {epoch}), or raise epochs or"
+            " end_fraction"
         )
     return PruningSchedule(start, length, periods)
 

@@ -113,7 +113,7 @@ def check_target(groups: Sequence[ChannelGroup], costs: Costs, pruner: Structure
     if met:
         return
     nearest = math.floor(1000 * (most + ROUNDING)) / 1000
-    floor = f"{KEPT_SHARE:.0%} of its channels and at least {pruner.minimum_width}"
+    floor = f"{100 * KEPT_SHARE:.0f} % of its channels and at least {pruner.minimum_width}"
     if pruner.divisible_by > 1:
         floor += f", and a multiple of {pruner.divisible_by} where it is cut"
     raise UserError(

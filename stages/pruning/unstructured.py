@@ -129,8 +129,8 @@ def sparsities(pruner: Unstructured, steps: int, key: str) -> dict[int, float]:
     if interval < 1:
         raise UserError(
             f"{key}.prunings = {count}: only {end - start} of {steps} steps lie between start_fraction"
-            f" {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each pruning needs one: lower prunings,"
-            " or raise epochs or end_fraction"
+            f" {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each pruning needs one: lower prunings"
+            f" or finetune.batch_size (steps in an epoch: {steps // pruner.epochs}), or raise epochs or end_fraction"
         )
     return {start + i * interval: pruner.sparsity * (1 - (1 - i / count) ** 3) for i in range(1, count + 1)}
 

@@ -81,8 +81,9 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
     lines = [
         "| | |",
         "|---|---|",
-        f"| test top-1 | {percent_text(row['top1'], 2)} ({run.params.report.confidence:.0%} Wilson interval"
-        f" {percent_text(row['top1_ci_low'], 2)} to {percent_text(row['top1_ci_high'], 2)}, n = {row['n_test']:,}) |",
+        f"| test top-1 | {percent_text(row['top1'], 2)} ({percent_text(run.params.report.confidence, 0)} Wilson"
+        f" interval {percent_text(row['top1_ci_low'], 2)} to {percent_text(row['top1_ci_high'], 2)},"
+        f" n = {row['n_test']:,}) |",
     ]
     group = groups[group_of(run.params, row["variant"])]
     seeds = len(group.variants)

@@ -11,7 +11,7 @@ from stages.common.params import Params
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, control_of, is_control, model_family
 from stages.reporting.statistics import PairedDifference, holm, paired_difference
-from stages.reporting.text import p_text
+from stages.reporting.text import p_text, percent_text
 
 HOLDS = "holds"
 ONLY_AS_COUNTED = "holds only as counted there"
@@ -136,7 +136,8 @@ def _choice(claim: Claim, group: Group, run: Run, rows: dict[str, dict]) -> str:
     why = (
         "the largest reduction in the run"
         if claim.operating_point is None
-        else f"whose saved weights shrink by {weights:.1%}, the nearest to the study's {claim.operating_point:.1%}"
+        else f"whose saved weights shrink by {percent_text(weights)}, the nearest to the study's"
+        f" {percent_text(claim.operating_point)}"
     )
     return f"Variant: {group.name}{_over_seeds(group)}, {why}; its top-1 less that of dense: {_of(group.difference)}."
 
@@ -150,7 +151,7 @@ def _reduction(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, 
     )
     how = f"1 - {claim.there} / {claim.there} of the dense float variant ({claim.counted_there}), which"
     if claim.there == claim.honest:
-        how += f" may fall short by {claim.tolerance:g}; model.onnx shrinks by {onnx:.1%}."
+        how += f" may fall short by {claim.tolerance:g}; model.onnx shrinks by {percent_text(onnx)}."
     else:
         how += (
             f" may fall short by {claim.tolerance_there or claim.tolerance:g}; honestly the same with {claim.honest},"
@@ -171,8 +172,8 @@ def _limited_reduction(claim: Claim, run: Run, rows: dict[str, dict], groups: di
     zeros = max(1 - rows[v]["params_nonzero"] / rows[v]["params"] for v in variants)
     how = (
         f"As counted there the share of {claim.there} gone, which says little: MACs count zeros by definition. Honestly"
-        f" the share of median latency gone, {honest:.1%} at most, with up to {zeros:.0%} of the weights zero. Limited"
-        f" is read as at most {claim.tolerance:g}."
+        f" the share of median latency gone, {percent_text(honest)} at most, with up to {percent_text(zeros, 0)} of the"
+        f" weights zero. Limited is read as at most {claim.tolerance:g}."
     )
     return Finding(verdict_at_most(claim.tolerance, there, honest), how, there, honest, variants)
 
@@ -186,7 +187,8 @@ def _accuracy_gain(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[s
     choice = _choice(claim, group, run, rows)
     dense_top1 = float(np.mean([rows[params.baseline_of(v)]["top1"] for v in group.variants]))
     if 1 - dense_top1 < claim.published - claim.tolerance:
-        how = f"Dense has top-1 {dense_top1:.2%}, so there is no room to gain {_signed(claim.published)}. {choice}"
+        room = f"so there is no room to gain {_signed(claim.published)}"
+        how = f"Dense has top-1 {percent_text(dense_top1, 2)}, {room}. {choice}"
         return Finding(NOT_TESTED, how, dense.delta, None, tuple(group.variants))
     if control is None:
         how = f"The control that trains as long without pruning is not among the variants. {choice}"
@@ -246,7 +248,7 @@ def _combination(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str
     there, honest = beyond(claim.there), beyond(claim.honest)
     how = (
         f"Share by which the combination's {claim.honest} are fewer than those of the smaller of its parts; in bytes of"
-        f" model.onnx {beyond('size_bytes'):.1%}. In log size it gives"
+        f" model.onnx {percent_text(beyond('size_bytes'))}. In log size it gives"
         f" {2 ** log_ratio(both):.2f}x, its parts {2 ** log_ratio(pruned):.2f}x and {2 ** log_ratio(quantized):.2f}x:"
         f" {abs(extra):.2f} bits {'more' if extra > 0 else 'less'} than their sum. Top-1 beyond the sum of both"
         f" changes: {_of(accuracy)}, p = {p_text(accuracy.p_value)} (approximate). {_choice(claim, both, run, rows)}"

@@ -71,7 +71,7 @@ def render_page(
         data_source=profile["data_source"],
         n_test=f"{len(run.labels):,}",
         machine=machine_text(run),
-        confidence=f"{run.params.report.confidence:.0%}",
+        confidence=percent_text(run.params.report.confidence, 0),
         headline=_headline(run, by_name, groups, choices),
         alternatives=_alternatives(run, by_name, choices),
         busy=bool(run.edge.get("busy")),

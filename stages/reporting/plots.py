@@ -108,8 +108,9 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     boxes = _label_points(figure, axes, _labels(run, rows, xs, on_front, choices))
     best = [row["variant"] for row in sorted(rows, key=lambda row: row[cost]) if on_front[row["variant"]]]
     alt = (
-        f"Scatter plot of {len(rows)} variants: test top-1 accuracy with {run.params.report.confidence:.0%} Wilson"
-        f" interval against {words}. On the front, from cheapest: {', '.join(best)}."
+        f"Scatter plot of {len(rows)} variants: test top-1 accuracy with"
+        f" {percent_text(run.params.report.confidence, 0)} Wilson interval against {words}. On the front, from"
+        f" cheapest: {', '.join(best)}."
     )
     return _finish(figure, name, f"Accuracy against {words}", alt, titles, boxes)
 

@@ -15,7 +15,7 @@ import torch
 
 import stages
 from stages.common.errors import UserError
-from stages.common.files import atomic_file
+from stages.common.files import atomic_file, clear_disk_errors
 
 CODE = ("common", "datasets", "networks", "pruning", "training", "finetune.py", "prune.py")
 """What makes a checkpoint stale when it changes."""
@@ -35,12 +35,13 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
         identity: everything that determines the result: data, network, recipe, seed.
 
     Raises:
-        UserError: if another process is training the same thing.
+        UserError: if another process is training the same thing, or the folder cannot be written.
     """
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     key = hashlib.sha256(json.dumps([identity, versions, _code_hash()], sort_keys=True).encode()).hexdigest()
     folder = parent / key[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    with clear_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,9 +51,9 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
                 f"{folder}: process {lock.read().strip() or '?'} is still training this; wait for it or end it,"
                 " then run again"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        with clear_disk_errors(folder):
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), str(os.getpid()).encode())  # unbuffered: closing must not fail a second time
         for other in parent.iterdir():
             if other != folder and (other / FINISHED).exists():
                 shutil.rmtree(other, ignore_errors=True)
@@ -65,11 +66,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     try:
         with atomic_file(folder / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{folder}: the checkpoint could not be written ({error}): make room or write access, then run again;"
-            " the last finished epoch is kept"
-        ) from None
+    except (UserError, OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
+        raise UserError(f"{error}; the last finished epoch is kept") from None
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import copy
 import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,8 +126,9 @@ def train(
             curve, chosen = saved["curve"], saved["chosen"]
             run.load_state_dict(saved["run"])
 
-        with epoch_progress(title, recipe.epochs, run.batches, done=first + len(curve)) as progress:
-            for epoch in range(first + len(curve), last):
+        done = first + len(curve)
+        with epoch_progress(title, recipe.epochs, run.batches, done) as progress, _told_what_is_kept(progress):
+            for epoch in range(done, last):
                 started = time.perf_counter()
                 loss = run.train_epoch(epoch, progress)
                 seconds = time.perf_counter() - started
@@ -165,6 +167,16 @@ def train(
         network.cpu().to(memory_format=torch.contiguous_format).eval()
         logits = predict_logits(Classifier(run.preprocess.cpu(), network), validation_part.images, EVALUATION_BATCH)
     return Trained(network, curve, top1(logits, validation_part.labels), chosen["epoch"])
+
+
+@contextmanager
+def _told_what_is_kept(progress: EpochProgress) -> Iterator[None]:
+    """Give an interruption the words in which the stage ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"{progress.title}: {progress.done} of {progress.epochs} epochs are finished and kept"
+        raise KeyboardInterrupt(kept) from None
 
 
 class _Run:

@@ -131,11 +131,12 @@ def test_the_same_network_gives_the_same_bytes(tmp_path):
 def test_what_the_extra_file_says_stands_in_the_description(tmp_path):
     def write_onnx(folder):
         (folder / "model.onnx").write_bytes(b"graph")
-        return {"opset": 20}
+        return {"opset": 20, "quantized_operators": 0}
 
     save_artifact(tmp_path / "toy", network(), describe(), write_onnx)
     onnx = read_description(tmp_path / "toy").onnx
-    assert onnx == {"opset": 20, "bytes": 5, "sha256": sha256_of(tmp_path / "toy/model.onnx")}
+    sha256 = sha256_of(tmp_path / "toy/model.onnx")
+    assert onnx == {"opset": 20, "quantized_operators": 0, "bytes": 5, "sha256": sha256}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -191,7 +192,21 @@ def rewrite(folder, change):
         (lambda raw: raw.pop("classes"), "keys missing or unknown: classes"),
         (lambda raw: raw.update(surprise=1), "keys missing or unknown: surprise"),
         (lambda raw: raw["network"].update(depth=3), "depth"),
-        (lambda raw: raw.update(layers=["head.fc"]), r"model\.json"),
+        (lambda raw: raw["network"].update(architecture="convnext_ato"), r"model\.json: network: .*no such classifier"),
+        (
+            lambda raw: raw["network"].update(arguments=None),
+            r"model\.json: network\.arguments: Input should be an object",
+        ),
+        (lambda raw: raw.update(layers=["head.fc"]), r"model\.json: layers: Input should be"),
+        (lambda raw: raw["layers"]["head.fc"].pop("scheme"), r"model\.json: layers\.head\.fc\.scheme"),
+        (lambda raw: raw.update(seed="0"), r"model\.json: seed: Input should be a valid integer"),
+        (lambda raw: raw.update(mean=[0.5, None, 0.5]), r"model\.json: mean\.1: Input should be a valid number"),
+        (lambda raw: raw.update(tensors={}), r"model\.json: tensors\.sha256 is missing or no str: it is damaged"),
+        (lambda raw: raw.update(tensors=None), r"model\.json: tensors: Input should be"),
+        (lambda raw: raw["tensors"].update(bytes="9"), r"model\.json: tensors\.bytes is missing or no int"),
+        (lambda raw: raw["data"].pop("sha256"), r"model\.json: data\.sha256 is missing"),
+        (lambda raw: raw.update(parent={"name": "toy"}), r"model\.json: parent\.sha256 is missing"),
+        (lambda raw: raw.update(onnx={"opset": 20}), r"model\.json: onnx\.sha256 is missing"),
         (lambda raw: raw["network"].update(classes=5), r"packed layer head\.fc is not in the network described"),
         (
             lambda raw: raw["network"]["arguments"].update(dims=[12, 16, 24, 32]),
@@ -217,8 +232,5 @@ def test_a_missing_artifact_is_named_with_the_remedy(tmp_path):
 def test_a_child_names_its_parent_by_the_hash_of_the_description(tmp_path):
     description = describe()
     save_artifact(tmp_path / "toy", network(), description)
-    assert parent_of(tmp_path / "toy", description) == {
-        "name": "toy",
-        "sha256": sha256_of(tmp_path / "toy/model.json"),
-        "metrics": description.metrics,
-    }
+    sha256 = sha256_of(tmp_path / "toy/model.json")
+    assert parent_of(tmp_path / "toy", description) == {"name": "toy", "sha256": sha256, "metrics": {}}

@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from stages.common.errors import UserError
@@ -30,6 +34,66 @@ def test_a_folder_replaces_the_one_before_with_all_its_files(tmp_path):
         with atomic_folder(tmp_path / "model") as temporary:
             (temporary / name).touch()
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["new"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_full_disk_is_one_line_that_names_the_final_path_and_keeps_what_was_there(tmp_path, nested):
+    path = tmp_path / "model"
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("good")
+    with pytest.raises(UserError) as error, atomic_folder(path) as folder:
+        (folder / "a").write_text("half")
+        if nested:
+            with atomic_file(folder / "b"), open("/dev/full", "w") as full:
+                full.write("b")
+        with open("/dev/full", "w") as full:
+            full.write("b")
+    shown = path / "b" if nested else path
+    assert str(error.value) == f"cannot write {shown}: No space left on device: make room, then run again"
+    assert (path / "a").read_text() == "good"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_where_a_folder_belongs_is_named(tmp_path):
+    (tmp_path / "reports").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write .*cards: .*move away the file that stands where a folder"):
+        write_json(tmp_path / "reports/cards", {})
+
+
+@pytest.mark.parametrize("refused", ["mkdir", "replace"])
+def test_a_folder_without_access_is_named_and_stays_as_it_is(tmp_path, monkeypatch, refused):
+    """Patched, since root may write anywhere."""
+    path = tmp_path / "model"
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("good")
+
+    def no(first, *_):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(first))
+
+    monkeypatch.setattr(f"os.{refused}", no)
+    told = r"cannot write .*model: Operation not permitted: give this user access to it"
+    with pytest.raises(UserError, match=told), atomic_folder(path) as folder:
+        (folder / "a").write_text("new")
+    assert (path / "a").read_text() == "good"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_former_one_in_place(tmp_path, monkeypatch):
+    path, rename = tmp_path / "model", os.replace
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("good")
+
+    def no_new_folder(source, target):
+        if Path(target) == path and ".former." not in str(source):
+            raise OSError(errno.ENOSPC, "No space left on device", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", no_new_folder)
+    with pytest.raises(UserError, match="make room"), atomic_folder(path):
+        pass
+    assert (path / "a").read_text() == "good"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_ends_in_a_newline_and_refuses_nan(tmp_path):

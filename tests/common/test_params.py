@@ -1,38 +1,58 @@
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.serialize import modify_yaml
+from miniature import PARAMS, committed, committed_params
 
 from stages.common.errors import UserError
-from stages.common.params import check_architectures, load_params, plan
+from stages.common.params import check_for_dvc, check_models, load_params, plan
 
 TOP = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def raw() -> dict:
-    return yaml.safe_load((TOP / "params.yaml").read_text())
+    return yaml.safe_load(PARAMS)
 
 
 def refusal(raw: dict, folder: Path) -> str:
     path = folder / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError) as error:
-        check_architectures(load_params(path))
+        check_models(load_params(path), path)
     return str(error.value)
 
 
-@pytest.mark.parametrize("path", sorted(TOP.glob("**/params.yaml")), ids=lambda p: str(p.parent.relative_to(TOP)))
-def test_every_params_file_in_the_repository_is_valid(path):
-    check_architectures(load_params(path))
+@pytest.mark.parametrize("name", committed_params())
+def test_every_params_file_in_the_repository_is_valid(name, tmp_path):
+    (tmp_path / "stages").symlink_to(TOP / "stages")
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(committed(name))
+    params = load_params(path)
+    check_for_dvc(params, path)
+    check_models(params, path)
 
 
-def test_the_default_is_as_small_as_the_design_promises(raw):
-    assert len(raw["models"]) == 1
-    assert len(raw["prunings"]) <= 4
-    assert len(raw["variants"]) <= 8
+def test_the_default_is_as_small_as_the_design_promises():
+    default = yaml.safe_load(committed("params.yaml"))
+    assert len(default["models"]) == 1
+    assert len(default["prunings"]) <= 4
+    assert len(default["variants"]) <= 8
+
+
+def test_dvc_changes_a_value_of_the_default_and_no_other_line(tmp_path):
+    """`dvc exp run -S` writes the whole file anew, and wraps entries wider than 80 columns."""
+    path = tmp_path / "params.yaml"
+    path.write_text(committed("params.yaml"))
+    with modify_yaml(str(path)) as data:
+        data["base"]["seed"] = 17
+    assert path.read_text() == re.sub("(?m)^  seed: 0 ", "  seed: 17", committed("params.yaml"), count=1)
 
 
 def test_an_unknown_key_is_named_with_the_nearest_known_one(raw, tmp_path):
@@ -52,7 +72,25 @@ def test_a_value_out_of_range_inside_a_named_entry_is_named_by_its_path_in_the_f
 
 def test_an_unknown_key_inside_a_named_entry_is_named(raw, tmp_path):
     raw["prune"]["l1"]["sparsty"] = 0.1
-    assert "prune.l1.sparsty = 0.1: unknown key" in refusal(raw, tmp_path)
+    raw["quantize"]["int8_dynamic"]["perchannel"] = True
+    raw["prune"]["oto50"]["importance"] = {"magnitud": 1.0}
+    raw["models"]["convnext"]["inputsize"] = 32
+    raw["prune"]["none"]["epochs"] = 3
+    message = refusal(raw, tmp_path)
+    assert "prune.l1.sparsty = 0.1: unknown key; did you mean sparsity?" in message
+    assert "quantize.int8_dynamic.perchannel = True: unknown key; did you mean per_channel?" in message
+    assert "prune.oto50.importance.magnitud = 1.0: unknown key; did you mean magnitude?" in message
+    assert "models.convnext.inputsize = 32: unknown key; did you mean input_size?" in message
+    assert "prune.none.epochs = 3: unknown key; known: method" in message
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_refused(raw, tmp_path, value):
+    raw["finetune"]["learning_rate"] = value
+    raw["edge_benchmark"]["window_seconds"] = value
+    message = refusal(raw, tmp_path)
+    assert f"finetune.learning_rate = {value}: must be" in message
+    assert f"edge_benchmark.window_seconds = {value}: must be" in message
 
 
 def test_an_unknown_method_lists_the_known_ones(raw, tmp_path):
@@ -137,7 +175,7 @@ def test_a_model_without_its_baseline_is_refused(raw, tmp_path):
 
 def test_pruning_with_recovery_needs_the_control_of_the_same_length(raw, tmp_path):
     raw["prune"]["oto50"]["epochs"] += 1
-    assert "a pruner trains for 11 more epochs at learning_rate_factor 0.5" in refusal(raw, tmp_path)
+    assert "a pruner trains for 3 more epochs at learning_rate_factor 0.5" in refusal(raw, tmp_path)
 
 
 def test_the_control_must_train_at_the_same_learning_rate(raw, tmp_path):
@@ -152,7 +190,7 @@ def test_numbers_that_dvc_writes_without_a_point_are_numbers(raw, tmp_path):
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
-    text = (TOP / "params.yaml").read_text().replace("  seed: 0  ", "  seed: 0\n  seed: 1  ", 1)
+    text = PARAMS.replace("  seed: 0\n", "  seed: 0\n  seed: 1\n", 1)
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match="duplicate key"):
         load_params(tmp_path / "params.yaml")
@@ -166,13 +204,50 @@ def test_mixing_needs_an_even_batch(raw, tmp_path):
 def test_an_unknown_architecture_is_refused_with_the_nearest_names(raw, tmp_path):
     raw["models"]["convnext"]["architecture"] = "convnext_ato"
     message = refusal(raw, tmp_path)
+    assert message.startswith(f"{tmp_path / 'params.yaml'}: 1 problem")
     assert "models.convnext.architecture = 'convnext_ato'" in message
     assert "convnext_atto" in message
 
 
 def test_names_with_dots_are_refused_since_dvc_would_split_them(raw, tmp_path):
     raw["prune"]["oto.5"] = {"method": "none"}
-    assert "oto.5" in refusal(raw, tmp_path)
+    raw["variants"]["convnext-none-fp32"]["pruning"] = "convnext none"
+    message = refusal(raw, tmp_path)
+    assert "prune.oto.5: names hold letters, digits, _ and - only" in message
+    assert "variants.convnext-none-fp32.pruning = 'convnext none': names hold letters" in message
+
+
+@pytest.mark.parametrize("root", ["..", "nowhere", "stages"])
+def test_a_root_without_the_code_is_refused(raw, tmp_path, root):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw | {"root": root}))
+    with pytest.raises(UserError, match=f"root = '{root}': .* holds no folder `stages` with the code"):
+        check_for_dvc(load_params(path), path)
+
+
+def test_a_section_left_out_is_refused_since_dvc_knows_no_defaults(raw, tmp_path):
+    del raw["profile"], raw["root"]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError) as error:
+        check_for_dvc(load_params(path), path)
+    assert "\n  profile: is required and missing\n  root = '.'" in str(error.value)
+    assert str(error.value).endswith("\n  root: is required and missing")
+
+
+def test_arguments_that_the_architecture_does_not_take_are_refused(raw, tmp_path):
+    raw["models"]["convnext"]["arguments"]["dephts"] = [1, 1, 1, 1]
+    message = refusal(raw, tmp_path)
+    assert "models.convnext.arguments: timm convnext_atto does not take arguments" in message
+    assert "unexpected keyword argument 'dephts'" in message
+
+
+def test_a_weights_file_is_looked_for_beside_the_params(raw, tmp_path):
+    raw["models"]["convnext"]["weights"] = "weights/atto.pth"
+    assert "models.convnext.weights = 'weights/atto.pth': no such file" in refusal(raw, tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/atto.pth").touch()
+    check_models(load_params(tmp_path / "params.yaml"), tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "just words", "a: [1", "- 1\n- 2\n"])
@@ -182,11 +257,16 @@ def test_a_file_that_holds_no_sections_is_refused(tmp_path, text):
         load_params(tmp_path / "params.yaml")
 
 
-def test_the_command_prints_the_plan(raw):
-    printed = subprocess.run(
-        [sys.executable, "-m", "stages.common.params"], cwd=TOP, capture_output=True, text=True, check=True
-    ).stdout
-    assert printed.strip() == plan(load_params(TOP / "params.yaml"))
+def test_the_command_prints_the_plan_of_the_file_given_or_at_hand(raw, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw | {"root": str(TOP)}))
+    command = [sys.executable, "-m", "stages.common.params"]
+    given = subprocess.run([*command, str(path)], cwd=TOP, capture_output=True, text=True, check=True)
+    here = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(TOP)}
+    )
+    printed = given.stdout
+    assert printed == here.stdout == plan(load_params(path)) + "\n"
     assert all(f"variant   {key}:" in printed for key in raw["variants"])
 
 

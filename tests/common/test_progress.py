@@ -23,9 +23,16 @@ def test_in_a_terminal_the_bar_shows_epoch_figures_and_time_left():
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=Console(file=screen, force_terminal=True, width=160)) as bar:
         progress = EpochProgress("finetune a", 4, 10, done=1, bar=bar)
-        for _ in range(10):
-            progress.step()
-        progress.epoch(loss=0.5, top1=0.75, images_per_second=10.0)
-        assert bar.tasks[0].completed == 20
-    assert "epoch 2/4 loss 0.500 validation top-1 75.00 %" in screen.getvalue()
+        texts = [bar.tasks[0].fields["text"]]
+        for top1 in (0.75, 1.0):
+            for _ in range(10):
+                progress.step()
+                texts.append(bar.tasks[0].fields["text"])
+            progress.epoch(loss=0.5, top1=top1, images_per_second=10.0)
+            texts.append(bar.tasks[0].fields["text"])
+        assert bar.tasks[0].completed == 30
+    assert len({len(text) for text in texts}) == 1  # or the bar would change its width
+    assert texts[11].startswith("epoch 2/4 loss 0.500 validation top-1 75.00 %")
+    assert texts[22].startswith("epoch 3/4 loss 0.500 validation top-1 100.00 %")
+    assert texts[22] in screen.getvalue()
     assert "left" in screen.getvalue()

@@ -93,6 +93,23 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
             unpack(tmp_path / name, tmp_path / "unpacked")
 
 
+@pytest.mark.parametrize("name", ["images.zip", "images.tar", "images.tar.gz", "images.tar.bz2", "images.tar.xz"])
+def test_an_archive_that_was_cut_off_is_called_that(tmp_path: Path, name: str) -> None:
+    whole = tmp_path / f"whole-{name}"
+    if name.endswith("zip"):
+        zipped(whole, {"a/1.png": bytes(5000)})
+    else:
+        with tarfile.open(whole, f"w:{name.split('.')[2]}" if name.count(".") == 2 else "w") as archive:
+            info = tarfile.TarInfo("a/1.png")
+            info.size = 5000
+            archive.addfile(info, io.BytesIO(bytes(5000)))
+    content = whole.read_bytes()
+    for cut in (len(content) // 2, 20):
+        (tmp_path / name).write_bytes(content[:cut])
+        with pytest.raises(UserError, match=rf"{name}: broken or .* get it again"):
+            obtain(str(tmp_path / name), {}, tmp_path / "scratch")
+
+
 def test_a_location_that_does_not_exist_is_told_with_its_full_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"data.location: {tmp_path}/nothing does not exist"):
         obtain(str(tmp_path / "nothing"), {}, tmp_path)

@@ -449,6 +449,27 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
         read_folder(tmp_path / "image.png", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["1.png", "2.png"], "holds none, and 2 images outside: sort them into such folders"),
+        (["cat/1.png", "2.png"], "holds one, 'cat', and 1 image outside: sort them into such folders"),
+        (["cat/1.png"], "holds one, 'cat'"),
+        (["train/cat/1.png", "test/cat/1.png"], "train holds one, 'cat'"),
+    ],
+)
+def test_images_that_are_not_sorted_into_class_folders_are_told_what_is_expected(
+    tmp_path: Path, files: list[str], found: str
+) -> None:
+    root = tree(tmp_path / "pets", *files)
+
+    with pytest.raises(UserError) as error:
+        read_folder(root, tmp_path)
+
+    assert str(error.value).startswith(f"{root}: one sub-folder for each class is expected, two or more; {root}")
+    assert str(error.value).endswith(found)
+
+
 def test_a_mixed_folder_is_described_by_its_formats_and_written_in_order(tmp_path: Path) -> None:
     files = ["cat/1.png", "cat/2.jpg", "cat/3.png", "dog/1.png", "dog/2.jpg", "dog/3.png"]
     root = tree(tmp_path / "pets", *(f"{part}/{name}" for part in ("train", "test") for name in files))

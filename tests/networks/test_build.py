@@ -42,14 +42,20 @@ def test_a_spec_survives_json():
     ("library", "architecture", "arguments"),
     [
         ("timm", "convnext_atto", {"dephts": [1, 1, 1, 1]}),
-        ("timm", "no_such_network", {}),
         ("torchvision", "squeezenet1_1", {"width": 3}),
-        ("torchvision", "no_such_network", {}),
     ],
 )
 def test_refused_arguments_name_the_architecture(library, architecture, arguments):
     with pytest.raises(UserError, match=f"{library} {architecture} does not take arguments"):
         build_network(NetworkSpec(library, architecture, arguments, 4))
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_an_unknown_architecture_is_called_that_and_not_blamed_on_its_arguments(library):
+    with pytest.raises(
+        UserError, match=f"'convnext_tinny': {library} has no such classifier; nearest: .*convnext_tiny"
+    ):
+        build_network(NetworkSpec(library, "convnext_tinny", {}, 4))
 
 
 @torch.no_grad()

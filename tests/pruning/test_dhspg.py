@@ -335,8 +335,9 @@ def test_parameters_in_channels_last_memory_are_pruned_in_place():
 
 
 def test_phase_without_a_step_is_refused_with_the_key():
-    with pytest.raises(UserError, match=r"prune\.toy\.end_fraction = 0\.21: no step of 20"):
+    with pytest.raises(UserError, match=r"prune\.toy\.end_fraction = 0\.21: no step of 20") as error:
         dhspg_for(toy(), settings_with(end_fraction=0.21))
+    assert "lower finetune.batch_size (steps in an epoch: 20)" in str(error.value)
 
 
 def test_target_that_cannot_be_met_is_refused_before_training():

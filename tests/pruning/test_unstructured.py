@@ -149,8 +149,10 @@ def test_a_gradual_schedule_whose_interval_does_not_divide_the_steps_ends_before
 
 
 def test_more_prunings_than_steps_are_refused():
-    with pytest.raises(UserError, match=r"prune\.l1\.prunings = 9: only 8 of 20 steps lie between"):
-        sparsities(gradual(prunings=9), 20, "prune.l1")
+    settings = gradual(prunings=9).model_copy(update={"epochs": 5})
+    with pytest.raises(UserError, match=r"prune\.l1\.prunings = 9: only 8 of 20 steps lie between") as error:
+        sparsities(settings, 20, "prune.l1")
+    assert "lower prunings or finetune.batch_size (steps in an epoch: 4)" in str(error.value)
 
 
 @pytest.mark.parametrize("method", ["l1_unstructured", "random_unstructured"])

@@ -66,7 +66,7 @@ def test_sizes_are_those_of_the_saved_weights_in_both_columns(run: Run):
     )
     entry = found["combination_size_reduction"]
     assert entry["ours_honest"] == entry["ours_as_counted_there"] == pytest.approx(weights, abs=1e-6)
-    assert f"model.onnx shrinks by {onnx:.1%}" in entry["how"]
+    assert f"model.onnx shrinks by {100 * onnx:.1f} %" in entry["how"]
     assert found["structured_pruning_size_reduction"]["verdict"] == HOLDS
     assert found["combination_beats_each_part"]["verdict"] == HOLDS
 

@@ -179,6 +179,24 @@ def test_two_processes_do_not_train_the_same_thing(tmp_path):
             pass
 
 
+def test_a_checkpoint_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "b").write_text("in the way")
+    with (
+        pytest.raises(UserError, match=r"cannot write .*move away the file"),
+        checkpoint_folder(tmp_path / "b", {"a": 1}),
+    ):
+        pass
+    monkeypatch.setattr(os, "write", full)
+    with (
+        pytest.raises(UserError, match=rf"cannot write {tmp_path}/a/.*: No space left on device"),
+        checkpoint_folder(tmp_path / "a", {"a": 1}),
+    ):
+        pass
+
+
 def test_a_failed_training_keeps_its_checkpoint(tmp_path):
     with pytest.raises(RuntimeError), checkpoint_folder(tmp_path, {"a": 1}) as folder:
         (folder / "checkpoint.pt").touch()
@@ -199,6 +217,22 @@ def test_a_checkpoint_that_cannot_be_written_is_a_clear_error_and_the_last_one_s
     with pytest.raises(UserError, match="No space left on device"):
         save_checkpoint(tmp_path, {"epoch": 2})
     assert load_checkpoint(tmp_path) == {"epoch": 1}
+
+
+def test_an_interruption_tells_how_many_epochs_are_kept(network, parts, preprocess, recipe, tmp_path):
+    seen: list[int] = []
+
+    def interrupt(count: int) -> None:
+        if count == 5:  # of 3 steps an epoch
+            signal.raise_signal(signal.SIGINT)
+
+    watched = _Watched(parts[0], seen, interrupt), parts[1]
+    with (
+        pytest.raises(KeyboardInterrupt, match=r"^test: 1 of 3 epochs are finished and kept$"),
+        checkpoint_folder(tmp_path, {"a": 1}) as folder,
+    ):
+        run(network, watched, preprocess, recipe, checkpoints=folder)
+    assert (folder / "checkpoint.pt").exists()
 
 
 def test_a_pruner_trains_by_finetunes_recipe_with_its_own_budget(recipe):

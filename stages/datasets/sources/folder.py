@@ -24,7 +24,8 @@ def folder_source(location: str, sha256: dict[str, str], scratch: Path) -> Sourc
     their suffix) are passed over, the latter counted. Parts may be called as `PART_NAMES` lists.
 
     Raises:
-        UserError: as `obtain`; also for a class without images, and parts whose classes differ.
+        UserError: as `obtain`; also where there are no folders for classes, for a class without images, and for parts
+            whose classes differ.
     """
     root = obtain(location, sha256, scratch)
     if not root.is_dir():
@@ -32,6 +33,7 @@ def folder_source(location: str, sha256: dict[str, str], scratch: Path) -> Sourc
     root = _descend(root)
     parts = _part_folders(root, location)
     classes = [folder.name for folder in _subfolders(parts["train"])]
+    _require_classes(parts["train"], classes, location)
     files: dict[PartName, list[Path]] = {}
     labels: dict[PartName, np.ndarray] = {}
     ignored: list[Path] = []
@@ -103,6 +105,16 @@ def _part_folders(root: Path, location: str) -> dict[PartName, Path]:
     if "train" not in parts:
         raise UserError(f"{location}: there is no train part beside {', '.join(parts)}: add a folder `train`")
     return parts
+
+
+def _require_classes(train: Path, classes: list[str], location: str) -> None:
+    if len(classes) < 2:
+        found = f"one, {classes[0]!r}" if classes else "none"
+        loose = sum(path.suffix.lower() in SUFFIXES for path in train.iterdir() if not _hidden(path.name))
+        raise UserError(
+            f"{location}: one sub-folder for each class is expected, two or more; {train} holds {found}"
+            + (f", and {loose:,} image{'s' * (loose != 1)} outside: sort them into such folders" if loose else "")
+        )
 
 
 def _check_same_classes(folder: Path, classes: list[str], train: Path) -> None:

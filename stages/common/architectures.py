@@ -1,0 +1,84 @@
+"""The classifiers of timm and torchvision by name: which there are, and how one is constructed."""
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from stages.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def unknown(library: str, architecture: str) -> str | None:
+    """What is wrong with an architecture that its library does not have, with the nearest names; None if it has it."""
+    known = _names(library)
+    if architecture in known:
+        return None
+    near = difflib.get_close_matches(architecture, known, n=5, cutoff=0.5)
+    return f"{library} has no such classifier" + (
+        f"; nearest: {', '.join(near)}" if near else f"; `{library}.list_models()` names all"
+    )
+
+
+def _names(library: str) -> list[str]:
+    if library == "timm":
+        import timm
+
+        return timm.list_models() + timm.list_pretrained()  # with and without the tag of their weights
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def construct(library: str, architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
+    """A freshly initialised network with `classes` logits, in training mode.
+
+    Raises:
+        UserError: if the library has no such classifier, or it refuses the arguments.
+    """
+    try:
+        if library == "timm":
+            return timm_model(architecture, num_classes=classes, **arguments)
+        if architecture.startswith("convnext") and "block_setting" in arguments:
+            return _torchvision_convnext(arguments, classes)
+        import torchvision
+
+        return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
+    except Exception as error:  # whatever a constructor stumbles over
+        if problem := unknown(library, architecture):
+            raise UserError(f"{architecture!r}: {problem}") from None
+        raise UserError(
+            f"{library} {architecture} does not take arguments {arguments}: {error or type(error).__name__}"
+        ) from None
+
+
+def refused_arguments(library: str, architecture: str, arguments: dict[str, Any]) -> str | None:
+    """Why the classifier cannot be constructed; None if it can. Nothing is allocated."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            construct(library, architecture, arguments, classes=2)
+    except UserError:
+        try:  # some constructors compute with their tensors, which the meta device cannot
+            construct(library, architecture, arguments, classes=2)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def timm_model(architecture: str, **arguments: Any) -> "nn.Module":
+    """As `timm.create_model`, which drops arguments that are None: `ls_init_value: null` is a choice."""
+    import timm
+
+    name, _, tag = architecture.partition(".")  # `convnext_tiny.in12k`: the tag says which pretrained weights
+    return timm.models.model_entrypoint(name)(pretrained_cfg=tag or None, **arguments)
+
+
+def _torchvision_convnext(arguments: dict[str, Any], classes: int) -> "nn.Module":
+    """Of any size: torchvision's own entry points fix `block_setting`, here `[input channels, output, blocks]` each."""
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    setting = [CNBlockConfig(*stage) for stage in arguments["block_setting"]]
+    rest = {name: value for name, value in arguments.items() if name != "block_setting"}
+    return ConvNeXt(setting, num_classes=classes, **rest)

@@ -1,0 +1,49 @@
+import errno
+
+import pytest
+
+from stages.common.errors import UserError, run_stage
+
+
+def ended(error: BaseException, capsys) -> tuple[int, str]:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_stage(main)
+    return exit.value.code, capsys.readouterr().err
+
+
+def test_a_user_error_is_its_message_and_exit_code_2(capsys):
+    assert ended(UserError("a.json is broken"), capsys) == (2, "error: a.json is broken\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "data/.images.17.partial"),
+            "data/images: Permission denied: give this user access to it, then run again",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "models/dense"),
+            "models/dense: Read-only file system: give this user access to it, then run again",
+        ),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line_with_path_and_remedy(error, line, capsys):
+    assert ended(error, capsys) == (2, f"error: {line}\n")
+
+
+def test_errors_of_the_program_keep_their_traceback():
+    def main() -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "forgotten")
+
+    with pytest.raises(FileNotFoundError):
+        run_stage(main)
+
+
+def test_an_interruption_is_one_line_and_exit_code_130(capsys):
+    code, line = ended(KeyboardInterrupt(), capsys)
+    assert code == 130
+    assert line == "interrupted: nothing half-done is kept; `dvc repro` goes on from there\n"

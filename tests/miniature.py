@@ -1,0 +1,69 @@
+"""The params of a pipeline in miniature: the shape of the default's, and none of what a person may change there."""
+
+import subprocess
+from pathlib import Path
+
+TOP = Path(__file__).parents[1]
+PARAMS = """\
+root: .
+base:
+  seed: 0
+  device: cpu
+  threads: 1
+data:
+  name: digits
+  source: digits
+  image_size: 32
+  validation_fraction: 0.2
+  test_fraction: 0.2
+finetune:
+  epochs: 2
+  batch_size: 64
+  optimizer: adamw
+  learning_rate: 0.002
+  horizontal_flip: false
+  crop_padding: 2
+models:
+  convnext:
+    library: timm
+    architecture: convnext_atto
+    arguments: {depths: [1, 1, 2, 1], dims: [16, 32, 64, 96], kernel_sizes: 3, conv_mlp: false, ls_init_value: null}
+    input_size: 32
+    weights: none
+prune:
+  none: {method: none}
+  none_continued: {method: none_continued, epochs: 2, learning_rate_factor: 0.5}
+  oto50: {method: oto, epochs: 2, learning_rate_factor: 0.5, group_sparsity: 0.5, pruning_periods: 2}
+  l1: {method: l1_unstructured, epochs: 2, learning_rate_factor: 0.5, sparsity: 0.8}
+prunings:
+  convnext-none: {model: convnext, pruner: none}
+  convnext-none_continued: {model: convnext, pruner: none_continued}
+  convnext-oto50: {model: convnext, pruner: oto50}
+quantize:
+  fp32: {method: fp32}
+  int8_dynamic: {method: int8_dynamic}
+variants:
+  convnext-none-fp32: {pruning: convnext-none, quantizer: fp32}
+  convnext-oto50-int8_dynamic: {pruning: convnext-oto50, quantizer: int8_dynamic}
+profile:
+  batch_size: 256
+edge_benchmark:
+  windows: 2
+  window_seconds: 0.02
+report:
+  confidence: 0.95
+"""
+
+
+def committed(name: str) -> str:
+    """A file of the repository without what its user has changed since."""
+    shown = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=TOP, capture_output=True, text=True, check=True)
+    return shown.stdout
+
+
+def committed_params() -> list[str]:
+    """The names of the default's params file and of each profile's."""
+    listed = subprocess.run(
+        ["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=TOP, capture_output=True, text=True, check=True
+    ).stdout
+    return [name for name in listed.splitlines() if Path(name).name == "params.yaml"]

@@ -1,0 +1,59 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from toy_project import PARAMS, pruned_project
+
+import stages
+from stages import finetune
+from stages.common.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pruned_project(tmp_path)
+    write_params(tmp_path)
+    return tmp_path
+
+
+def write_params(folder: Path, **finetune: object) -> None:
+    recipe = PARAMS["finetune"] | {"epochs": 1000, "batch_size": 4} | finetune
+    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
+    models = {"toy": PARAMS["models"]["toy"] | {"arguments": arguments}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS | {"finetune": recipe, "models": models}))
+
+
+def start(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.finetune", "toy"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(stages.__file__).parents[1])},
+    )
+
+
+def test_a_batch_that_the_training_images_do_not_fill_is_refused_before_any_work(folder: Path, monkeypatch):
+    write_params(folder, batch_size=5)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["finetune", "toy"])
+    with pytest.raises(UserError, match=r"finetune\.batch_size = 5: the training part .* has only 4 images"):
+        finetune.main()
+    assert not (folder / ".scratch").exists()
+
+
+def test_ctrl_c_ends_a_training_in_one_line_that_tells_what_is_kept(folder: Path):
+    process = start(folder)
+    assert process.stdout.readline().startswith("finetune toy: epoch 1/1000")
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told.startswith("interrupted: finetune toy: ")
+    assert told.endswith(" of 1000 epochs are finished and kept; `dvc repro` goes on from there\n")
+    assert told.count("\n") == 1
+    assert list((folder / ".scratch/finetune/toy").glob("*/checkpoint.pt"))
