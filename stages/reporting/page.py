@@ -71,7 +71,7 @@ def render_page(
         data_source=profile["data_source"],
         n_test=f"{len(run.labels):,}",
         machine=machine_text(run),
-        confidence=percent_text(run.params.report.confidence, 0),
+        confidence=percent_text(run.params.report.confidence, 0).replace(" ", "\N{NO-BREAK SPACE}"),
         headline=_headline(run, by_name, groups, choices),
         alternatives=_alternatives(run, by_name, choices),
         busy=bool(run.edge.get("busy")),
@@ -238,7 +238,8 @@ def _change_cell(row: dict, group: Group) -> Cell:
     pooled = f" ({seeds} seeds)" if seeds > 1 else ""
 
     def line(start: str, difference: PairedDifference, p_value: float) -> str:
-        return f"{start}[{points_text(difference.low)}, {points_text(difference.high)}], p {p_equals(p_value)}"
+        p = f"p {p_equals(p_value)}".replace(" ", "\N{NO-BREAK SPACE}")
+        return f"{start}[{points_text(difference.low)}, {points_text(difference.high)}], {p}"
 
     start = f"dense{pooled} {points_text(group.difference.delta)} " if pooled else ""
     small = [line(start, group.difference, group.p_value)]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise, product
+from math import cos, dist, pi, sin
 
 from stages.reporting.inputs import Run
 from stages.reporting.levels import Level, levels_of
@@ -36,6 +37,18 @@ CONFUSION_CLASSES = 50
 """Up to so many classes the confusion matrix is shown whole; beyond that, so many of the worst."""
 
 
+@dataclass(frozen=True)
+class Label:
+    """A label beside a mark, in pixels."""
+
+    box: tuple[float, float, float, float]
+    """x0, y0, x1, y1."""
+    mark: tuple[float, float]
+    """The middle of the mark that it names."""
+    joined: bool
+    """Whether a thin line leads to it."""
+
+
 @dataclass
 class Picture:
     """A finished drawing."""
@@ -45,8 +58,8 @@ class Picture:
     alt: str
     png: bytes
     svg: str
-    labels: list = field(default_factory=list)
-    """Boxes of the direct labels in pixels (x0, y0, x1, y1), which must not overlap."""
+    labels: list[Label] = field(default_factory=list)
+    """The direct labels, whose boxes must not overlap."""
 
 
 def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choices) -> dict[str, Picture]:
@@ -100,19 +113,21 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
             + (", on the front" if on_front[row["variant"]] else "")
         )
     line = sorted((x, 100 * row["top1"]) for row, x in zip(rows, xs, strict=True) if on_front[row["variant"]])
-    axes.plot(*zip(*line, strict=True), color=INK, lw=0.9, ls="--", drawstyle="steps-post", zorder=1)
+    if len(line) > 1:
+        axes.plot(*zip(*line, strict=True), color=INK, lw=0.9, ls="--", drawstyle="steps-post", zorder=1)
     axes.set_xlabel(f"{words} ({unit})")
     axes.set_ylabel("test top-1 (%)")
     axes.margins(y=0.12)
-    _legend(figure, colors, markers)
-    boxes = _label_points(figure, axes, _labels(run, rows, xs, on_front, choices))
+    _legend(figure, colors, markers, front=len(line) > 1)
+    marks = [(x, 100 * row["top1"]) for row, x in zip(rows, xs, strict=True)]
+    labels = _label_points(figure, axes, _labels(run, rows, xs, on_front, choices), marks)
     best = [row["variant"] for row in sorted(rows, key=lambda row: row[cost]) if on_front[row["variant"]]]
     alt = (
         f"Scatter plot of {len(rows)} variants: test top-1 accuracy with"
         f" {percent_text(run.params.report.confidence, 0)} Wilson interval against {words}. On the front, from"
         f" cheapest: {', '.join(best)}."
     )
-    return _finish(figure, name, f"Accuracy against {words}", alt, titles, boxes)
+    return _finish(figure, name, f"Accuracy against {words}", alt, titles, labels)
 
 
 def size_bars(run: Run, rows: list[dict]) -> Picture:
@@ -334,11 +349,11 @@ def _figure(height: float, rows: int = 1):
     return figure, figure.subplots(rows, 1, sharex=rows > 1)
 
 
-def _finish(figure, name: str, title: str, alt: str, titles: dict[str, str], boxes: Sequence = ()) -> Picture:
+def _finish(figure, name: str, title: str, alt: str, titles: dict[str, str], labels: Sequence = ()) -> Picture:
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Picture(name, title, alt, png.getvalue(), _for_page(svg.getvalue(), name, alt, titles), list(boxes))
+    return Picture(name, title, alt, png.getvalue(), _for_page(svg.getvalue(), name, alt, titles), list(labels))
 
 
 def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
@@ -405,15 +420,16 @@ def _whole_numbers(axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _legend(figure, colors: dict[str, str], markers: dict[str, str]) -> None:
-    """Pruners by colour, quantizers by marker, and the front's line, under the plot."""
+def _legend(figure, colors: dict[str, str], markers: dict[str, str], front: bool) -> None:
+    """Pruners by colour, quantizers by marker, and the front's line where there is one, under the plot."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, lw=5, label=pruner) for pruner, color in colors.items()]
     handles += [
         Line2D([], [], color=INK, marker=marker, ls="", ms=6, label=quantizer) for quantizer, marker in markers.items()
     ]
-    handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
+    if front:
+        handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
     _legend_below(figure, handles, [handle.get_label() for handle in handles])
 
 
@@ -445,20 +461,22 @@ def _labels(
     return labels
 
 
-def _label_points(figure, axes, labels: list[tuple[float, float, str]]) -> list[tuple[float, ...]]:
+def _label_points(
+    figure, axes, labels: list[tuple[float, float, str]], marks: list[tuple[float, float]]
+) -> list[Label]:
     """Write labels beside their points where nothing is in the way; where there is no room, a label is left out.
 
     The first, the headline's, is never left out: without room it stands over what is near its point.
 
     Greedy: each label takes the nearest free one of twelve directions at growing distances (Christensen, Marks &
-    Shieber 1995 give greedy placement as the baseline); one that stands away from its point gets a thin line to it.
+    Shieber 1995 give greedy placement as the baseline). One that stands away from its point, or nearer to another's
+    mark, gets a thin line to its own, and is left out where that would run through another mark.
 
-    Returns:
-        The boxes taken, in pixels.
+    Args:
+        marks: x and y of all points, with a label or without.
     """
-    from math import cos, pi, sin
-
     figure.canvas.draw()  # settles the layout, so that data and pixels correspond
+    axes.autoscale(False)  # and lines to labels must not move them apart again
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()
     point = figure.dpi / 72
@@ -475,7 +493,8 @@ def _label_points(figure, axes, labels: list[tuple[float, float, str]]) -> list[
         for a, b in pieces:
             (x0, x1), (y0, y1) = sorted((a[0], b[0])), sorted((a[1], b[1]))
             obstacles.append((x0 - radius, y0 - radius, x1 + radius, y1 + radius))
-    taken: list[tuple[float, ...]] = []
+    spots = [tuple(spot) for spot in axes.transData.transform(marks)]
+    placed: list[Label] = []
     directions = [
         0,
         pi,
@@ -494,8 +513,9 @@ def _label_points(figure, axes, labels: list[tuple[float, float, str]]) -> list[
         text = axes.text(x, y, words, fontsize=8.5, zorder=4)
         size = text.get_window_extent(renderer)
         width, height = size.width, size.height
-        px, py = axes.transData.transform((x, y))
-        best = None
+        px, py = own = tuple(axes.transData.transform((x, y)))
+        others = [spot for spot in spots if dist(spot, own) > 1]  # marks on the very same spot share their label
+        best: Label | None = None
         for gap, angle in product(LABEL_GAPS, directions):
             reach = (gap + 4) * point
             cx = px + reach * cos(angle) + (width / 2) * cos(angle)
@@ -503,26 +523,51 @@ def _label_points(figure, axes, labels: list[tuple[float, float, str]]) -> list[
             box = (cx - width / 2 - 1, cy - height / 2 - 1, cx + width / 2 + 1, cy + height / 2 + 1)
             if box[0] < inside.x0 or box[2] > inside.x1 or box[1] < inside.y0 or box[3] > inside.y1:
                 continue
-            if not any(_overlap(box, other) for other in (*taken, *obstacles)):
-                best = (gap, box)
-                break
-        if best is None and not taken:
+            if any(_overlap(box, other) for other in (*(label.box for label in placed), *obstacles)):
+                continue
+            joined = gap > LABEL_GAPS[1] or _nearer(others, own, box)
+            if joined and any(_to_line(spot, own, _nearest(own, box)) < 6 * point for spot in others):
+                continue
+            best = Label(box, own, joined)
+            break
+        if best is None and not placed:
             x0 = min(max(px, inside.x0), inside.x1 - width - 2)
             y0 = min(max(py + 6 * point, inside.y0), inside.y1 - height - 2)
-            best = (0, (x0, y0, x0 + width + 2, y0 + height + 2))
+            box = (x0, y0, x0 + width + 2, y0 + height + 2)
+            best = Label(box, own, _nearer(others, own, box))
         if best is None:
             text.remove()
             continue
-        gap, box = best
-        taken.append(box)
-        x0, y0 = axes.transData.inverted().transform((box[0] + 1, box[1] + 1))
+        placed.append(best)
+        x0, y0 = axes.transData.inverted().transform((best.box[0] + 1, best.box[1] + 1))
         text.set_position((x0, y0))
         text.set_verticalalignment("bottom")
-        if gap > LABEL_GAPS[1]:
-            near = (min(max(px, box[0]), box[2]), min(max(py, box[1]), box[3]))
-            end = axes.transData.inverted().transform(near)
+        if best.joined:
+            end = axes.transData.inverted().transform(_nearest(own, best.box))
             axes.plot([x, end[0]], [y, end[1]], color=INK, lw=0.5, alpha=0.6, zorder=1)
-    return taken
+    return placed
+
+
+def _nearest(point: tuple[float, ...], box: tuple[float, ...]) -> tuple[float, float]:
+    """Of a box, what lies nearest to a point."""
+    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
+
+
+def _nearer(others: list[tuple[float, ...]], own: tuple[float, ...], box: tuple[float, ...]) -> bool:
+    """Whether a box stands as near to another mark as to its own, or nearer."""
+    return any(_to_box(other, box) <= _to_box(own, box) for other in others)
+
+
+def _to_box(point: tuple[float, ...], box: tuple[float, ...]) -> float:
+    return dist(point, _nearest(point, box))
+
+
+def _to_line(point: tuple[float, ...], start: tuple[float, ...], end: tuple[float, ...]) -> float:
+    """Distance of a point from the line between two others."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    along = ((point[0] - start[0]) * dx + (point[1] - start[1]) * dy) / (dx * dx + dy * dy or 1.0)
+    along = min(max(along, 0.0), 1.0)
+    return dist(point, (start[0] + along * dx, start[1] + along * dy))
 
 
 def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

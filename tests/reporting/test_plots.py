@@ -9,6 +9,7 @@ from PIL import Image
 from synthetic_run import params_of, write_run
 
 from stages.common.params import load_params
+from stages.reporting import plots
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.levels import levels_of
 from stages.reporting.plots import PNG_DPI, Picture, confusion, confusion_counts, draw_all, levels, training
@@ -57,12 +58,46 @@ def test_labels_do_not_overlap_and_name_the_headline(tmp_path: Path, monkeypatch
     groups = assemble_groups(run)
     pictures = draw_all(run, assemble_rows(run, groups), groups, choose(run))
     for name in ("pareto_size", "pareto_latency", "pareto_macs"):
-        boxes = pictures[name].labels
+        boxes = [label.box for label in pictures[name].labels]
         assert len(boxes) >= 6
         for one, other in combinations(boxes, 2):
             apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
             assert apart, name
     assert {"levels_size", "levels_macs", "levels_latency"} <= set(pictures)
+
+
+@pytest.mark.parametrize("crowd", range(4))
+def test_a_label_stands_nearest_to_its_own_mark_or_a_line_leads_there(crowd: int):
+    spread = np.random.default_rng(crowd).normal(size=(12, 2)) * (0.05, 0.2) + (1.0, 80.0)
+    marks = [*map(tuple, spread), (2.0, 85.0), (0.2, 75.0)]
+    figure, axes = plots._figure(3.7)
+    for x, y in marks:
+        axes.plot([x], [y], marker="o")
+    placed = plots._label_points(figure, axes, [(x, y, f"variant {n}") for n, (x, y) in enumerate(marks)], marks)
+    assert len(placed) >= 4
+    spots = [tuple(spot) for spot in axes.transData.transform(marks)]
+
+    def distance(spot: tuple[float, float], box: tuple[float, ...]) -> float:
+        return float(np.hypot(*(max(box[i] - spot[i], 0, spot[i] - box[i + 2]) for i in (0, 1))))
+
+    for label in placed:
+        own = distance(label.mark, label.box)
+        assert label.joined or own <= min(distance(spot, label.box) for spot in spots) + 1  # pixel
+    leaders = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    assert len(leaders) == sum(label.joined for label in placed)
+
+
+def test_the_legend_names_a_front_only_where_one_is_drawn(run: Run, monkeypatch: pytest.MonkeyPatch):
+    legends = []
+    monkeypatch.setattr(plots, "_legend_below", lambda figure, handles, labels: legends.append(labels))
+    groups = assemble_groups(run)
+    rows = assemble_rows(run, groups)
+    for top1 in (0.1, 1.0):  # the cheapest variant is the worst, and then the best of all
+        cheapest = min(rows, key=lambda row: row["size_bytes"])
+        changed = [row | {"top1": top1} if row is cheapest else row for row in rows]
+        plots.pareto(run, changed, choose(run), "size_bytes", "pareto_size")
+    assert "Pareto front" in legends[0]
+    assert "Pareto front" not in legends[1]
 
 
 def test_forty_long_names_fit_and_the_headline_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
