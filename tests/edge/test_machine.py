@@ -67,7 +67,7 @@ def test_own_work_is_not_counted_as_that_of_others(monkeypatch):
     monkeypatch.setattr(machine, "_used_seconds", machine._own_seconds)
     watch = CpuWatch.start()
     spin(0.2)
-    assert watch.others_cores() == 0
+    assert watch.others_cores() < BUSY_CORES / 2  # the two clocks are read one after the other
 
 
 def test_a_run_is_busy_where_any_part_of_it_was():
