@@ -17,6 +17,7 @@ METHODS = {
     "model_of": {"variants", "prunings"},
     "pruner_of": {"variants", "prunings"},
     "baseline_of": {"variants", "prunings"},
+    "benchmarks": {"root"},
 }
 
 
@@ -97,6 +98,7 @@ def test_no_folder_imports_a_stage_and_domain_folders_stand_side_by_side():
         "export": ground | {"export"},
         "datasets": {"common", "datasets"},
         "training": lower | {"training"},
+        "pruning": lower | {"training", "pruning"},  # pruners train
     }
     for path in (TOP / "stages").glob("*/**/*.py"):
         room = path.relative_to(TOP / "stages").parts[0]

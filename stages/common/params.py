@@ -294,6 +294,10 @@ class Params(Section):
     edge_benchmark: EdgeBenchmark = EdgeBenchmark()
     report: Report = Report()
 
+    def benchmarks(self) -> Path:
+        """Where `tests/benchmarks` leave their results, for all profiles."""
+        return Path(self.root) / paths.REPORTS / "benchmarks"
+
     def seed_of(self, model: str) -> int:
         own = self.models[model].seed
         return self.base.seed if own is None else own

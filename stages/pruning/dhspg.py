@@ -99,7 +99,7 @@ class Dhspg:
             scores = saliency(self.groups, self._parameters, self._pruner.importance, left)
             self.redundant = choose_channels(scores, self.groups, self._costs, self._pruner, key=self._key)
             self._zero = torch.zeros_like(self.redundant)
-        if self._phase is None:
+        if self._phase is None and self.redundant.any():
             self._phase = _Phase(self._parameters, self.groups, self.redundant)
             self._zero = self._zero.to(self._phase.redundant.device)
 
@@ -114,6 +114,8 @@ class Dhspg:
             self._keep.multiply()
             return
         phase, pruner = self._phase, self._pruner
+        if phase is None:  # the target is less than one channel
+            return
         products = phase.products()
         shrink, projected = penalise(
             products, self._learning_rate(step), pruner.penalty, pruner.penalty_limit, pruner.half_space

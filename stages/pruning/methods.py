@@ -20,7 +20,7 @@ from stages.networks.layer_scale import fold_layer_scale
 from stages.pruning.costs import costs_of
 from stages.pruning.depgraph import GroupLasso, prune_depgraph
 from stages.pruning.dhspg import Dhspg
-from stages.pruning.groups import ChannelGroup, cut_channels, relative_difference, zero_channels
+from stages.pruning.groups import ChannelGroup, cut_channels, relative_difference, with_layer_norm, zero_channels
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import exact_groups
 from stages.pruning.session import Pruned, Session
@@ -84,8 +84,8 @@ def prune_oto(session: Session) -> Pruned:
     keep = "last" if phase < session.recipe.epochs else "best"  # the last, where training goes on
     trained = session.train(network, optimizer, epochs=(0, phase), keep=keep, phase="pruning")
     pruned = optimizer.pruned_channels()
-    subnet, spec = cut_channels(trained.network, _cut_spec(session), groups, pruned)
-    metrics = _cut_metrics(session, trained.network, subnet) | _channels(groups, pruned) | told
+    subnet, spec, metrics = _cut(session, trained.network, groups, pruned)
+    metrics |= _channels(groups, pruned) | told
     return recover(session, subnet, spec, trained, metrics)
 
 
@@ -95,10 +95,10 @@ def prune_at_random(session: Session) -> Pruned:
     groups, told = groups_of(session)
     scores = torch.rand(sum(group.channels for group in groups), generator=_generator(session))
     pruned = _choose(session, network, groups, scores)
-    metrics = {"validation_top1_uncut": session.validation_top1(network)}
+    whole = session.validation_top1(network)
     zero_channels(network, groups, pruned)
-    subnet, spec = cut_channels(network, _cut_spec(session), groups, pruned)
-    metrics = _cut_metrics(session, network, subnet) | metrics | _channels(groups, pruned) | told
+    subnet, spec, metrics = _cut(session, network, groups, pruned)
+    metrics |= {"validation_top1_uncut": whole} | _channels(groups, pruned) | told
     return recover(session, subnet, spec, None, metrics)
 
 
@@ -131,7 +131,7 @@ def prune_by_depgraph(session: Session) -> Pruned:
         trained = session.train(network, lasso, epochs=(0, phase), keep="last", phase="pruning")
         network = trained.network
     subnet, spec = prune_depgraph(network, session.folded_spec, pruner, session.input_size, session.param)
-    return recover(session, subnet, spec, trained, _cut_metrics(session, network, subnet, exact=False))
+    return recover(session, subnet, spec, trained, _around_the_cut(session, network, subnet))
 
 
 def recover(
@@ -176,34 +176,41 @@ def _require_recovery(session: Session, phase: int) -> None:
         )
 
 
-def _cut_spec(session: Session) -> NetworkSpec:
-    return replace(session.folded_spec, layer_norm=session.pruner.layer_norm)
-
-
-def _cut_metrics(session: Session, uncut: nn.Module, subnet: nn.Module, exact: bool = True) -> dict[str, float]:
-    """Validation top-1 on both sides of the cut, and the largest change of a logit relative to the logits' scale.
-
-    Args:
-        exact: whether `uncut` has its pruned channels at zero, so that the two must agree under an exact LayerNorm.
+def _cut(
+    session: Session, zeroed: nn.Module, groups: list[ChannelGroup], pruned: dict[str, torch.Tensor]
+) -> tuple[nn.Module, NetworkSpec, dict[str, float]]:
+    """Remove channels that are zero, prove that nothing changed, and then give LayerNorms the form that is asked for.
 
     Raises:
-        UserError: if they must and do not.
+        UserError: if the exact form gives another output than the zeroed network.
     """
-    preprocess = session.parent.preprocess()
-    size = preprocess.input_size
-    images = preprocess(torch.from_numpy(session.validation_part.images[:COMPARED_IMAGES].copy()))
-    random = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    difference = max(relative_difference(uncut, subnet, x) for x in (images, random))
-    if exact and session.pruner.layer_norm != "plain" and not difference <= CUT_TOLERANCE:
+    subnet, spec = cut_channels(zeroed, session.folded_spec, groups, pruned)
+    if not (difference := _difference(session, zeroed, subnet)) <= CUT_TOLERANCE:
         raise UserError(
             f"{session.key}: after cutting, the logits differ by {difference:.2g} of their scale from the zeroed"
             f" network's (allowed: {CUT_TOLERANCE:g}): not saved; please report this network"
         )
+    if session.pruner.layer_norm != spec.layer_norm:
+        subnet, spec = with_layer_norm(subnet, spec, session.pruner.layer_norm)
+    return subnet, spec, _around_the_cut(session, zeroed, subnet)
+
+
+def _around_the_cut(session: Session, uncut: nn.Module, subnet: nn.Module) -> dict[str, float]:
+    """What the report tells of the jump: validation top-1 on both sides, and the change of the logits."""
     return {
         "validation_top1_uncut": session.validation_top1(uncut),
         "validation_top1_cut": session.validation_top1(subnet),
-        "cut_difference": difference,
+        "cut_difference": _difference(session, uncut, subnet),
     }
+
+
+def _difference(session: Session, one: nn.Module, other: nn.Module) -> float:
+    """Largest change of a logit, relative to their scale, on validation images and on random inputs."""
+    preprocess = session.parent.preprocess()
+    size = preprocess.input_size
+    images = preprocess(torch.from_numpy(session.validation_part.images[:COMPARED_IMAGES].copy()))
+    random = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return max(relative_difference(one, other, x) for x in (images, random))
 
 
 def _channels(groups: list[ChannelGroup], pruned: dict[str, torch.Tensor]) -> dict[str, float]:

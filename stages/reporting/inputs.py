@@ -73,6 +73,8 @@ class Run:
     """For each model, the row of its dense float network in PyTorch eager."""
     curves: dict[str, list[dict[str, float]]]
     """Training curves by run, dense models first; runs that trained nothing are left out."""
+    benchmarks: list[dict]
+    """What `tests/benchmarks/pruning.py` measured, one for each device; a machine and a time of its own."""
 
     @property
     def run_id(self) -> str:
@@ -111,7 +113,7 @@ def read_run(params: Params) -> Run:
         eager[model] = row
     classes = [str(name) for name in next(iter(variants.values())).profile["classes"]]
     header = {key: value for key, value in edge.items() if key != "rows"}
-    return Run(params, variants, labels, classes, header, eager, _read_curves(params))
+    return Run(params, variants, labels, classes, header, eager, _read_curves(params), _read_benchmarks(params))
 
 
 def read_predictions(folder: Path, variant: str) -> tuple[np.ndarray, np.ndarray]:
@@ -226,6 +228,14 @@ def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
                 f"{name}: {path} has a broken line or column ({error}): delete it and run `dvc repro`"
             ) from None
     return {name: rows for name, rows in curves.items() if rows}
+
+
+def _read_benchmarks(params: Params) -> list[dict]:
+    found = [(path, read_json(path)) for path in sorted(params.benchmarks().glob("pruning*.json"))]
+    for path, benchmark in found:
+        if not isinstance(benchmark, dict) or not {"machine", "step", "n", "whole_step"} <= benchmark.keys():
+            raise UserError(f"{path} is not what tests/benchmarks/pruning.py writes: run it again with --out {path}")
+    return [benchmark for _, benchmark in found]
 
 
 def _mapping(path: Path, variant: str) -> dict:

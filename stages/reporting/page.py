@@ -276,7 +276,7 @@ def _seed_rows(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[tup
     return lines
 
 
-def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, list[tuple[str, ...]]]:
+def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, list]:
     """Lines of the tables about pruning, in words: at equal MACs, between libraries, and at the cut."""
     found = levels_of(run, rows, groups)
 
@@ -285,6 +285,7 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
         return points_text(difference.delta, 2), ends, p_text(p_value)
 
     return {
+        "benchmarks": _benchmarks(run) if any(run.params.prune[one.pruner].method == "oto" for one in found) else [],
         "equal_macs": [
             (one.ours, one.theirs, f"{one.macs_ratio:.3f}", *interval(one.difference, one.p_value))
             for one in at_equal_macs(run, found)
@@ -301,6 +302,38 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
             for cut in cuts_of(run, found)
         ],
     }
+
+
+def _benchmarks(run: Run) -> list[tuple[str, list[tuple[str, ...]], str]]:
+    """For each device: what was timed on what, its lines, and the time of graph, partition and cut in words."""
+    tables = []
+    for found in run.benchmarks:
+        machine, step, cut = found["machine"], found["step"], found["convnext_small_cut"]
+        device = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+        threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+        what = (
+            f"A training step of ConvNeXt-Tiny (batch {step['batch']}, {step['input_size']} px, {step['precision']}) on"
+            f" {device}, {threads}, torch {machine['torch']}: {found['n']} rounds, interleaved"
+        )
+        lines = [
+            (
+                name,
+                ms_text(row["median_ms"]),
+                f"{row['ratio']:.3f}",
+                f"{row['ratio_ci_low']:.3f} to {row['ratio_ci_high']:.3f}",
+                f"{row['ratio_by_parts']:.3f}",
+                f"{row['ratio_by_parts_ci_low']:.3f} to {row['ratio_by_parts_ci_high']:.3f}",
+                ms_text(found["optimizer_only"][name]["median_ms"]),
+                f"{found['optimizer_only'][name]['ratio']:.2f}",
+            )
+            for name, row in found["whole_step"].items()
+        ]
+        words = (
+            f"Graph, partition and cut of ConvNeXt-Small: {cut['total_seconds']:.1f} s, peak memory"
+            f" {bytes_text(cut['peak_rss_bytes'])} ({bytes_text(cut['peak_rss_before_bytes'])} before it began)."
+        )
+        tables.append((what, lines, words))
+    return tables
 
 
 def _claims(entries: list[dict]) -> list[dict]:

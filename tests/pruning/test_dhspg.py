@@ -252,11 +252,12 @@ def test_host_does_not_wait_in_a_normal_step(method):
         phase.move(products.xx, products.xs)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.01])  # 0.01 of 28 channels is none
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_zero_target_leaves_the_base_optimizers_trajectory_bit_for_bit(optimizer):
+def test_zero_target_leaves_the_base_optimizers_trajectory_bit_for_bit(optimizer, sparsity):
     network = toy()
     twin = copy.deepcopy(network)
-    run(network, optimizer_of(optimizer, network), dhspg_for(network, settings_with(group_sparsity=0.0)))
+    run(network, optimizer_of(optimizer, network), dhspg_for(network, settings_with(group_sparsity=sparsity)))
     run(twin, optimizer_of(optimizer, twin), None)
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
 

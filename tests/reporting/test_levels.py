@@ -1,9 +1,11 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from synthetic_run import params_of, write_run
 
+from stages.common.errors import UserError
 from stages.common.params import Depgraph, Oto, Unstructured, load_params
 from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
@@ -43,6 +45,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         ACCURACY,
         left=LEFT,
     )
+    times = {"median_ms": 700.0, "min_ms": 650.0, "ratio": 1.02, "ratio_ci_low": 1.01, "ratio_ci_high": 1.03}
+    parts = {"ratio_by_parts": 1.005, "ratio_by_parts_ci_low": 1.004, "ratio_by_parts_ci_high": 1.006}
+    benchmark = {
+        "machine": {"cpu": "A CPU of the tests", "device": "cpu", "threads": 1, "torch": "2.11.0"},
+        "step": {"batch": 16, "input_size": 64, "precision": "float32"},
+        "n": 40,
+        "whole_step": {"hesso, recovery": times | parts},
+        "optimizer_only": {"hesso, recovery": times | {"median_ms": 20.0, "ratio": 1.3}},
+        "convnext_small_cut": {"total_seconds": 3.4, "peak_rss_bytes": 1.5e9, "peak_rss_before_bytes": 0.9e9},
+    }
+    (folder / "reports/benchmarks").mkdir()
+    (folder / "reports/benchmarks/pruning.json").write_text(json.dumps(benchmark))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return read_run(load_params())
@@ -122,3 +136,17 @@ def test_the_page_shows_levels_pairs_libraries_and_cuts(run: Run, parts: tuple, 
     for heading in ("Pruners and levels", "At equal MACs", "Between libraries", "What removal did"):
         assert f">{heading}</h" in page
     assert "Over control (points)" in page
+    assert "ConvNeXt-Tiny (batch 16, 64 px, float32) on A CPU of the tests, 1 thread" in page
+    assert (
+        '<th scope="row">hesso, recovery</th><td>700 ms</td><td>1.020</td><td>1.010 to 1.030</td><td>1.005</td>' in page
+    )
+    assert "Graph, partition and cut of ConvNeXt-Small: 3.4 s, peak memory 1.50 GB" in page
+
+
+def test_a_benchmark_of_another_shape_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_run(tmp_path, params_of())
+    (tmp_path / "reports/benchmarks").mkdir()
+    (tmp_path / "reports/benchmarks/pruning.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"reports/benchmarks/pruning\.json is not what tests/benchmarks/pruning\.py"):
+        read_run(load_params())
