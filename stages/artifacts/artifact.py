@@ -26,7 +26,7 @@ from stages.networks.dynamic_int8 import pack_layer, packed_layers, unpack_layer
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
 
-VERSION = 1
+VERSION = 2
 TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
 SECTIONS: dict[str, dict[str, type]] = {
     "data": {"name": str, "sha256": str},
