@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stages.common.params import NoneContinued, NonePruner, Pruner, Structured
+from stages.common.params import Importance, NoneContinued, NonePruner, Pruner, Structured
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, compare, model_family
 from stages.reporting.statistics import PairedDifference, holm, mean_and_deviation
@@ -70,8 +70,13 @@ class Cut:
 
 def kind_of(pruner: Pruner) -> str:
     """A pruner's method with the settings that make it another method, without its level and budget."""
-    given = [getattr(pruner, name) for name in KIND if name in pruner.model_fields_set]
-    return " ".join([pruner.method, *(value for value in given if isinstance(value, str) and value != "none")])
+    words = [pruner.method]
+    for value in (getattr(pruner, name) for name in KIND if name in pruner.model_fields_set):
+        if isinstance(value, Importance):
+            words.append("+".join(score for score, weight in value.model_dump().items() if weight))
+        elif value != "none":
+            words.append(value)
+    return " ".join(words)
 
 
 def levels_of(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[Level]:

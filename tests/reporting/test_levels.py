@@ -6,7 +6,7 @@ import pytest
 from synthetic_run import params_of, write_run
 
 from stages.common.errors import UserError
-from stages.common.params import Depgraph, Oto, Unstructured, load_params
+from stages.common.params import Depgraph, Importance, Oto, Unstructured, load_params
 from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, kind_of, levels_of
@@ -83,6 +83,8 @@ def test_a_method_is_told_by_the_settings_that_make_it_another():
     assert kind_of(Oto(method="oto", optimizer="dhspg", layer_norm="plain", group_sparsity=0.5, **BUDGET)) == (
         "oto dhspg plain"
     )
+    taylor = dict.fromkeys(Importance.model_fields, 0.0) | {"taylor_first_order": 1.0}
+    assert kind_of(Oto(method="oto", importance=taylor, group_sparsity=0.5, **BUDGET)) == "oto taylor_first_order"
     assert kind_of(Depgraph(method="depgraph", importance="group_lasso", macs_reduction=0.5, **BUDGET)) == (
         "depgraph group_lasso"
     )
