@@ -14,8 +14,8 @@ from torch import nn
 from stages.common.params import Oto
 from stages.pruning.channel_mask import ChannelMask
 from stages.pruning.costs import Costs
-from stages.pruning.groups import ChannelGroup, zero_channels
-from stages.pruning.hesso import PruningSchedule, by_group, pruning_schedule, saliency
+from stages.pruning.groups import ChannelGroup, by_group, zero_channels
+from stages.pruning.hesso import PruningSchedule, pruning_schedule, saliency
 from stages.pruning.targets import check_target, choose_channels
 
 AMPLIFIED = 1.1

@@ -64,6 +64,12 @@ def entries(channels: torch.Tensor, repeat: int) -> torch.Tensor:
     return (channels[:, None] * repeat + torch.arange(repeat, device=channels.device)).flatten()
 
 
+def by_group(groups: Sequence[ChannelGroup], channels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One row of all groups' channels, `[C]`, as `[channels]` for each group by name."""
+    widths = [group.channels for group in groups]
+    return dict(zip((group.name for group in groups), channels.split(widths), strict=True))
+
+
 @torch.no_grad()
 def zero_channels(network: nn.Module, groups: Sequence[ChannelGroup], pruned: Mapping[str, torch.Tensor]) -> None:
     """Set all that makes the pruned channels to zero, in place.

@@ -15,7 +15,7 @@ from stages.common.errors import UserError
 from stages.common.params import Importance, Oto
 from stages.pruning.channel_mask import ChannelMask
 from stages.pruning.costs import Costs
-from stages.pruning.groups import ChannelGroup, zero_channels
+from stages.pruning.groups import ChannelGroup, by_group, zero_channels
 from stages.pruning.targets import check_target, choose_channels
 
 
@@ -149,12 +149,6 @@ class Hesso:
 
     def _set(self, pruned: torch.Tensor, redundant: torch.Tensor) -> None:
         self.pruned, self.redundant, self._masks = pruned, redundant, None
-
-
-def by_group(groups: Sequence[ChannelGroup], channels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One row of all groups' channels, `[C]`, as `[channels]` for each group by name."""
-    widths = [group.channels for group in groups]
-    return dict(zip((group.name for group in groups), channels.split(widths), strict=True))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The pruners' course, each from the dense network to what it leaves; their steps are in the modules beside."""
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,14 @@ from stages.networks.layer_scale import fold_layer_scale
 from stages.pruning.costs import costs_of
 from stages.pruning.depgraph import GroupLasso, prune_depgraph
 from stages.pruning.dhspg import Dhspg
-from stages.pruning.groups import ChannelGroup, cut_channels, relative_difference, with_layer_norm, zero_channels
+from stages.pruning.groups import (
+    ChannelGroup,
+    by_group,
+    cut_channels,
+    relative_difference,
+    with_layer_norm,
+    zero_channels,
+)
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import exact_groups
 from stages.pruning.session import Pruned, Session
@@ -84,8 +92,8 @@ def prune_oto(session: Session) -> Pruned:
     keep = "last" if phase < session.recipe.epochs else "best"  # the last, where training goes on
     trained = session.train(network, optimizer, epochs=(0, phase), keep=keep, phase="pruning")
     pruned = optimizer.pruned_channels()
-    subnet, spec, metrics = _cut(session, trained.network, groups, pruned)
-    metrics |= _channels(groups, pruned) | told
+    subnet, spec, difference = _cut(session, trained.network, groups, pruned)
+    metrics = _around_the_cut(session, trained.network, subnet, difference) | _channels(groups, pruned) | told
     return recover(session, subnet, spec, trained, metrics)
 
 
@@ -93,12 +101,12 @@ def prune_at_random(session: Session) -> Pruned:
     """Remove channels at random at once, then train what is left for the whole budget."""
     network = session.folded
     groups, told = groups_of(session)
-    scores = torch.rand(sum(group.channels for group in groups), generator=_generator(session))
+    scores = torch.rand(sum(group.channels for group in groups), generator=torch.Generator().manual_seed(session.seed))
     pruned = _choose(session, network, groups, scores)
-    whole = session.validation_top1(network)
-    zero_channels(network, groups, pruned)
-    subnet, spec, metrics = _cut(session, network, groups, pruned)
-    metrics |= {"validation_top1_uncut": whole} | _channels(groups, pruned) | told
+    zeroed = copy.deepcopy(network)
+    zero_channels(zeroed, groups, pruned)
+    subnet, spec, difference = _cut(session, zeroed, groups, pruned)
+    metrics = _around_the_cut(session, network, subnet, difference) | _channels(groups, pruned) | told
     return recover(session, subnet, spec, None, metrics)
 
 
@@ -131,7 +139,8 @@ def prune_by_depgraph(session: Session) -> Pruned:
         trained = session.train(network, lasso, epochs=(0, phase), keep="last", phase="pruning")
         network = trained.network
     subnet, spec = prune_depgraph(network, session.folded_spec, pruner, session.input_size, session.param)
-    return recover(session, subnet, spec, trained, _around_the_cut(session, network, subnet))
+    metrics = _around_the_cut(session, network, subnet, _difference(session, network, subnet))
+    return recover(session, subnet, spec, trained, metrics)
 
 
 def recover(
@@ -162,8 +171,7 @@ def groups_of(session: Session) -> tuple[list[ChannelGroup], dict[str, float]]:
 def _choose(session: Session, network: nn.Module, groups: list[ChannelGroup], scores: torch.Tensor) -> dict:
     costs = costs_of(network, groups, session.input_size)
     chosen = choose_channels(scores, groups, costs, session.pruner, key=session.param)
-    widths = [group.channels for group in groups]
-    return dict(zip((group.name for group in groups), chosen.split(widths), strict=True))
+    return by_group(groups, chosen)
 
 
 def _require_recovery(session: Session, phase: int) -> None:
@@ -178,8 +186,11 @@ def _require_recovery(session: Session, phase: int) -> None:
 
 def _cut(
     session: Session, zeroed: nn.Module, groups: list[ChannelGroup], pruned: dict[str, torch.Tensor]
-) -> tuple[nn.Module, NetworkSpec, dict[str, float]]:
+) -> tuple[nn.Module, NetworkSpec, float]:
     """Remove channels that are zero, prove that nothing changed, and then give LayerNorms the form that is asked for.
+
+    Returns:
+        The smaller network, what builds it, and the change of its logits from the zeroed network's (`_difference`).
 
     Raises:
         UserError: if the exact form gives another output than the zeroed network.
@@ -192,15 +203,16 @@ def _cut(
         )
     if session.pruner.layer_norm != spec.layer_norm:
         subnet, spec = with_layer_norm(subnet, spec, session.pruner.layer_norm)
-    return subnet, spec, _around_the_cut(session, zeroed, subnet)
+        difference = _difference(session, zeroed, subnet)
+    return subnet, spec, difference
 
 
-def _around_the_cut(session: Session, uncut: nn.Module, subnet: nn.Module) -> dict[str, float]:
+def _around_the_cut(session: Session, uncut: nn.Module, subnet: nn.Module, difference: float) -> dict[str, float]:
     """What the report tells of the jump: validation top-1 on both sides, and the change of the logits."""
     return {
         "validation_top1_uncut": session.validation_top1(uncut),
         "validation_top1_cut": session.validation_top1(subnet),
-        "cut_difference": _difference(session, uncut, subnet),
+        "cut_difference": difference,
     }
 
 
@@ -220,7 +232,3 @@ def _channels(groups: list[ChannelGroup], pruned: dict[str, torch.Tensor]) -> di
 
 def _metrics(trained: Trained) -> dict[str, float]:
     return {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
-
-
-def _generator(session: Session) -> torch.Generator:
-    return torch.Generator().manual_seed(session.seed)
