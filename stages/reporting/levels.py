@@ -1,6 +1,7 @@
 """Pruning at several levels: what each pruner costs and keeps, at equal MACs, between libraries and at the cut."""
 
 from dataclasses import dataclass
+from itertools import combinations
 
 from stages.common.params import Importance, NoneContinued, NonePruner, Pruner, Structured
 from stages.reporting.inputs import Run
@@ -135,26 +136,38 @@ def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
     ]
 
 
-def between_libraries(run: Run, groups: dict[str, Group]) -> list[Libraries]:
-    """The first model's groups against those of the first model of another library; empty with one library."""
+def between_libraries(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[Libraries]:
+    """Each group against the same pruner and quantizer on the same network of another library."""
     params = run.params
-    families = list(dict.fromkeys(model_family(params, model) for model in params.models))
-    one = families[0]
-    other = next((name for name in families if params.models[name].library != params.models[one].library), None)
-    if other is None:
-        return []
     found: dict[str, tuple[Group, Group, PairedDifference]] = {}
-    for group in groups.values():
-        rest = group.name.removeprefix(f"{one}-")
-        peer = groups.get(f"{other}-{rest}")
-        if model_family(params, params.model_of(group.variants[0])) != one or peer is None:
-            continue
-        pairs = list(zip(group.variants, peer.variants, strict=False))
-        found[rest] = (group, peer, compare(run, pairs))
-    corrected = holm({rest: difference.p_value for rest, (_, _, difference) in found.items()})
+    for one, other in _same_networks(run, rows):
+        for group in groups.values():
+            rest = group.name.removeprefix(f"{one}-")
+            peer = groups.get(f"{other}-{rest}")
+            if model_family(params, params.model_of(group.variants[0])) != one or peer is None:
+                continue
+            pairs = list(zip(group.variants, peer.variants, strict=False))
+            found[group.name] = (group, peer, compare(run, pairs))
+    corrected = holm({name: difference.p_value for name, (_, _, difference) in found.items()})
     return [
-        Libraries(group.name, peer.name, difference, corrected[rest])
-        for rest, (group, peer, difference) in found.items()
+        Libraries(group.name, peer.name, difference, corrected[name])
+        for name, (group, peer, difference) in found.items()
+    ]
+
+
+def _same_networks(run: Run, rows: list[dict]) -> list[tuple[str, str]]:
+    """Model families of two libraries that are one network: the same input size, parameters and MACs, and both
+    pre-trained or neither."""
+    params, by_name = run.params, {row["variant"]: row for row in rows}
+    known = {}
+    for variant in dict.fromkeys(run.params.baseline_of(row["variant"]) for row in rows):
+        family, row = model_family(params, params.model_of(variant)), by_name[variant]
+        model = params.models[family]
+        known[family] = model.library, (model.input_size, model.weights == "none", row["params"], row["macs"])
+    return [
+        (one, other)
+        for (one, (library, network)), (other, (other_library, other_network)) in combinations(known.items(), 2)
+        if library != other_library and network == other_network
     ]
 
 

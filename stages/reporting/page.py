@@ -291,7 +291,7 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
             for one in at_equal_macs(run, found)
         ],
         "libraries": [
-            (one.one, one.other, *interval(one.difference, one.p_value)) for one in between_libraries(run, groups)
+            (one.one, one.other, *interval(one.difference, one.p_value)) for one in between_libraries(run, rows, groups)
         ],
         "cuts": [
             (
