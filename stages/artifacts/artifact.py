@@ -25,6 +25,7 @@ from stages.networks.build import NetworkSpec, build_network
 from stages.networks.dynamic_int8 import pack_layer, packed_layers, unpack_layer
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.networks.tensors import load_tensors
 
 VERSION = 2
 TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
@@ -164,7 +165,7 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
             raise UserError(
                 f"{path}: {name} has shape {_shape(given)}, the network described needs {_shape(expected.get(name))}"
             )
-    network.load_state_dict(state, strict=False)
+    load_tensors(network, state, strict=False)
     for name, tensors in packed.items():
         own = dict(network.named_modules()).get(name)
         if (

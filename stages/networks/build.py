@@ -17,6 +17,7 @@ from stages.common.params import Model
 from stages.networks.layer_scale import fold_layer_scale
 from stages.networks.pointwise import pointwise_to_linear
 from stages.networks.reshape import reshape
+from stages.networks.tensors import load_tensors
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[st
             f"weights {weights!r}: {name} has shape {tuple(state[name].shape)},"
             f" this network's is {tuple(own[name].shape)}"
         )
-    network.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)
+    load_tensors(network, {name: tensor for name, tensor in state.items() if name not in other}, strict=False)
     return other
 
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.reshape import widths_of
+from stages.networks.tensors import load_tensors
 
 PROBE_TOLERANCE = 1e-8
 """Largest difference, relative to the logits' scale, in float64: far above rounding, far below any real change."""
@@ -116,7 +117,7 @@ def cut_channels(
     widths, layer_norm_widths = widths_of(narrow, network)
     spec = replace(spec, widths=widths, layer_norm_widths=layer_norm_widths)
     subnet = build_network(spec).to(next(network.parameters()).dtype)
-    subnet.load_state_dict(state)
+    load_tensors(subnet, state)
     return subnet.eval(), spec
 
 

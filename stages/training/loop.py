@@ -25,6 +25,7 @@ from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.networks.tensors import load_tensors
 from stages.training.augment import AlternatingFlip, BatchMixing, flip_and_crop
 from stages.training.checkpoint import load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
@@ -163,7 +164,7 @@ def train(
             raise UserError(
                 f"{title}: no epoch ended with the pruning target met: give it more epochs or an earlier end_fraction"
             )
-        network.load_state_dict(chosen["weights"])
+        load_tensors(network, chosen["weights"])
         network.cpu().to(memory_format=torch.contiguous_format).eval()
         logits = predict_logits(Classifier(run.preprocess.cpu(), network), validation_part.images, EVALUATION_BATCH)
     return Trained(network, curve, top1(logits, validation_part.labels), chosen["epoch"])

@@ -440,6 +440,19 @@ def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monk
     assert resumed.metrics == whole.metrics
 
 
+@pytest.mark.parametrize("pruner", ["oto", "l1"])
+def test_a_network_that_insists_on_its_version_is_trained_pruned_and_stored(workspace, monkeypatch, pruner):
+    raw = copy.deepcopy(PARAMS)
+    raw["models"]["toy"] |= {"library": "torchvision", "architecture": "mnasnet0_5", "arguments": {}}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    parent = replace(read_description(paths.dense("toy")), network=NetworkSpec("torchvision", "mnasnet0_5", {}, 2))
+    save_artifact(paths.dense("toy"), build_network(parent.network), parent)
+    network, description = run(monkeypatch, f"toy-{pruner}")
+    assert len(curve_of(f"toy-{pruner}")) == 3
+    assert bool(description.network.widths) == (pruner == "oto")
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
 def test_cut_that_changes_the_output_is_not_saved(workspace, monkeypatch):
     cut = methods.cut_channels
 
