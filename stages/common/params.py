@@ -185,12 +185,22 @@ class Oto(Structured, Scheduled):
     pruning_periods: Count = 5
     """HESSO's; DHSPG picks its redundant channels once, when the warm-up ends."""
     importance: Importance = Importance()
-    penalty: Positive = 1e-3
-    """DHSPG's lambda: the least weight of the group norms of redundant channels."""
-    penalty_limit: Positive = 10.0
+    penalty: Positive = 50.0
+    """DHSPG's lambda: the least weight of the norms of redundant channels. A step takes penalty x learning rate from a
+    norm, so that penalty x learning rate x steps of the phase has to reach the channels' norms or nothing is projected:
+    50 does at AdamW's learning rate of 0.001 and some hundred steps; SGD at 0.1 wants a hundredth of it."""
+    penalty_limit: Positive = 200.0
     """DHSPG's largest lambda."""
     half_space: Fraction = 0.0
     """DHSPG's epsilon: a step that leaves this share of a channel's own direction or less makes it zero."""
+
+    @model_validator(mode="after")
+    def penalty_is_within_its_limit(self) -> "Oto":
+        if self.penalty > self.penalty_limit:
+            raise ValueError(
+                f"penalty {self.penalty} is above penalty_limit {self.penalty_limit}: lower the one or raise the other"
+            )
+        return self
 
 
 class RandomStructured(Structured):

@@ -82,6 +82,8 @@ class Dhspg:
         """bool `[C]`: the channels to be zero in the end, all groups in one row; none before the phase begins."""
         self._zero = self.redundant
         """bool `[C]`, on the parameters' device: those that are zero already."""
+        self._projected = self.redundant
+        """bool `[C]`, on the parameters' device: those that the projection took, known when the phase has ended."""
         self._phase: _Phase | None = None
         self._keep: ChannelMask | None = None
 
@@ -89,6 +91,11 @@ class Dhspg:
     def pruned(self) -> torch.Tensor:
         """bool `[C]`: channels at zero for good, all groups in one row."""
         return self._zero.cpu()
+
+    @property
+    def channels_projected(self) -> int:
+        """How many redundant channels the half-space projection took; all others were forgotten."""
+        return int(self._projected.sum())
 
     def before_step(self, step: int) -> None:
         """At the end of the warm-up, choose the redundant channels: only then the host waits for the device."""
@@ -125,7 +132,7 @@ class Dhspg:
         kept = (left - 1) / left if left <= forgetting else 1.0
         phase.move(shrink, (~self._zero).double() * kept)
         if left == 1:
-            self._zero, self._phase = self.redundant, None
+            self._projected, self._zero, self._phase = self._zero, self.redundant, None
 
     def project(self, network: nn.Module) -> None:
         """Zero the channels that are zero by now in another copy of the network, in place."""
@@ -141,10 +148,16 @@ class Dhspg:
         return by_group(self.groups, self.pruned)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"redundant": self.redundant.clone(), "zero": self.pruned.clone()}
+        return {
+            "redundant": self.redundant.clone(),
+            "zero": self.pruned.clone(),
+            "projected": self._projected.cpu().clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.redundant, self._zero = state["redundant"].cpu().clone(), state["zero"].cpu().clone()
+        self.redundant, self._zero, self._projected = (
+            state[name].cpu().clone() for name in ("redundant", "zero", "projected")
+        )
         self._phase = self._keep = None
 
 

@@ -94,7 +94,20 @@ def prune_oto(session: Session) -> Pruned:
     pruned = optimizer.pruned_channels()
     subnet, spec, difference = _cut(session, trained.network, groups, pruned)
     metrics = _around_the_cut(session, trained.network, subnet, difference) | _channels(groups, pruned) | told
+    if isinstance(optimizer, Dhspg):
+        metrics |= _projected(session, optimizer)
     return recover(session, subnet, spec, trained, metrics)
+
+
+def _projected(session: Session, optimizer: Dhspg) -> dict[str, float]:
+    """How many channels DHSPG's own projection took; told aloud where the forgetting did most of its work."""
+    projected, redundant = optimizer.channels_projected, int(optimizer.redundant.sum())
+    if projected < redundant / 2:
+        print(
+            f"{session.key}: DHSPG's projection took {projected} of {redundant} redundant channels, the others were"
+            f" shrunk to zero at the end of its phase: raise {session.param}.penalty ({session.pruner.penalty:g})"
+        )
+    return {"channels_projected": projected}
 
 
 def prune_at_random(session: Session) -> Pruned:

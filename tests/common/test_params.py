@@ -119,6 +119,12 @@ def test_a_structured_pruner_has_exactly_one_target(raw, tmp_path, targets, give
     )
 
 
+def test_a_penalty_above_its_limit_is_refused(raw, tmp_path):
+    del raw["prune"]["oto50"]["pruning_periods"]
+    raw["prune"]["oto50"] |= {"optimizer": "dhspg", "penalty": 300.0}
+    assert "prune.oto50: penalty 300.0 is above penalty_limit 200.0: lower the one or raise" in refusal(raw, tmp_path)
+
+
 def test_two_to_four_sparsity_is_refused_at_another_sparsity(raw, tmp_path):
     raw["prune"]["l1"]["pattern"] = "2:4"
     assert "prune.l1: pattern 2:4 zeroes half of every layer" in refusal(raw, tmp_path)

@@ -40,7 +40,7 @@ def rate(step: int) -> float:
 
 def settings_with(**changes) -> Oto:
     settings = {"optimizer": "dhspg", "start_fraction": 0.2, "end_fraction": 0.8}  # steps 4 to 15
-    return oto(**settings | changes)
+    return oto(**settings | {"penalty": 1e-3, "penalty_limit": 10.0} | changes)
 
 
 def dhspg_for(network: nn.Module, settings: Oto) -> Dhspg:
@@ -115,6 +115,7 @@ def test_trajectory_is_that_of_the_paper_followed_channel_by_channel(optimizer, 
         for mine, theirs in zip(network.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-7, msg=f"step {step}")
         zero = torch.tensor([place in reference.zero for place in ALL])
+        assert dhspg.channels_projected == (reference.projected if step >= 15 else 0)
         assert torch.equal(dhspg.pruned, zero if step < 15 else norms(twin) == 0)
     assert dhspg.redundant.nonzero().flatten().tolist() == sorted(ALL.index(place) for place in reference.redundant)
     if "half_space" in changes:
@@ -294,7 +295,7 @@ def test_higher_penalty_projects_more_channels_before_the_forgetting():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [3, 4, 9, 14, 16, 18])
 def test_training_resumed_anywhere_ends_bit_for_bit_the_same(optimizer, stop):
-    network, settings = toy(), settings_with(penalty=2.0, half_space=0.5)
+    network, settings = toy(), settings_with(penalty=40.0, penalty_limit=100.0, half_space=0.5)
     steps, dhspg = optimizer_of(optimizer, network), dhspg_for(network, settings)
     run(network, steps, dhspg, range(stop))
     saved = io.BytesIO()
@@ -311,6 +312,7 @@ def test_training_resumed_anywhere_ends_bit_for_bit_the_same(optimizer, stop):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), resumed.parameters(), strict=True))
     assert torch.equal(dhspg.pruned, again.pruned)
     assert int(again.pruned.sum()) == 14
+    assert again.channels_projected == dhspg.channels_projected > 0
 
 
 def test_projection_zeroes_the_channels_that_are_zero_by_now_in_another_copy():

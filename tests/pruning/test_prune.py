@@ -211,6 +211,21 @@ def test_dhspg_keeps_widths_that_hardware_likes(workspace, monkeypatch):
     assert description.parameters["optimizer"] == "dhspg"
 
 
+@pytest.mark.parametrize(("penalty", "half_space"), [(1e-3, 0.0), (50.0, 0.9)])
+def test_dhspg_tells_how_many_channels_its_projection_took_and_what_to_raise(
+    workspace, monkeypatch, capsys, penalty, half_space
+):
+    raw = copy.deepcopy(PARAMS)
+    raw["prune"]["dhspg"] |= {"penalty": penalty, "half_space": half_space}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    _, description = run(monkeypatch, "toy-dhspg")
+    projected = description.metrics["channels_projected"]
+    redundant = description.metrics["channels_dense"] - description.metrics["channels"]
+    advice = f"projection took {projected} of {redundant} redundant channels"
+    assert (projected < redundant / 2) == (penalty < 1) == (advice in capsys.readouterr().out)
+    assert 0 <= projected <= redundant
+
+
 def test_the_cut_of_oto_changes_nothing_and_training_goes_on_behind_it(workspace, monkeypatch):
     _, description = run(monkeypatch, "toy-oto")
     metrics = description.metrics
