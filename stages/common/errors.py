@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one clear line and exit code 2, never a traceback."""
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ DISK_REMEDIES = {
 }
 """What helps, by `OSError.errno`; other errors of the system are the program's, and get their traceback."""
 INTERRUPTED = 130  # exit code: as a shell reports a process that SIGINT ended
+UNHEARD = 141  # as it reports one that SIGPIPE ended
 
 
 class UserError(Exception):
@@ -36,13 +38,18 @@ def disk_error(error: OSError, path: Path | None = None) -> UserError | None:
 def run_stage(main: Callable[[], object]) -> None:
     """Run a stage's `main`; what a user can mend ends the process with exit code 2 and one message on stderr.
 
-    An interruption ends it with exit code 130, and says what of the work is kept.
+    An interruption ends it with exit code 130, and says what of the work is kept. Where nobody reads what it prints any
+    more (`| head`), it ends with exit code 141 and without a word.
     """
     try:
         main()
+        sys.stdout.flush()  # or a closed pipe would show only when the interpreter ends, with a traceback
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
+        sys.exit(UNHEARD)
     except OSError as error:
         if (readable := disk_error(error)) is None:
             raise

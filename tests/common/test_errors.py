@@ -1,4 +1,7 @@
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +50,14 @@ def test_an_interruption_is_one_line_and_exit_code_130(capsys):
     code, line = ended(KeyboardInterrupt(), capsys)
     assert code == 130
     assert line == "interrupted: nothing half-done is kept; `dvc repro` goes on from there\n"
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # fewer and more than the buffer holds
+def test_a_reader_who_has_left_ends_the_program_without_a_word(lines):
+    script = f"from stages.common.errors import run_stage; run_stage(lambda: print({lines} * 'the plan\\n'))"
+    command = [sys.executable, "-c", script]
+    top = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=top, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        program.stdout.close()
+        assert program.stderr.read() == ""
+    assert program.returncode == 141
