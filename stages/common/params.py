@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
 from stages.common import paths
@@ -22,6 +23,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names be
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def _refuse_idle(self, beside: str, *keys: str) -> None:
+        """Refuse a key that is given and would do nothing beside another setting."""
+        for key in keys:
+            if key in self.model_fields_set:
+                raise PydanticCustomError(
+                    "idle", "does nothing with {beside}: leave it out", {"key": key, "beside": beside}
+                )
 
 
 class Base(Section):
@@ -105,6 +114,12 @@ class Training(Section):
     """Share of the loss that asks for the dense parent's softened outputs (arXiv 1503.02531); 0 trains on labels."""
     distillation_temperature: Positive = 2.0
 
+    @model_validator(mode="after")
+    def temperature_softens_something(self) -> "Training":
+        if not self.distillation:
+            self._refuse_idle("distillation: 0", "distillation_temperature")
+        return self
+
     @property
     def budget(self) -> tuple[int, float, float, float]:
         """What two pruners must share to be compared."""
@@ -124,6 +139,15 @@ class Importance(Section):
     cosine_similarity: Annotated[float, Field(ge=0)] = 0.2
     taylor_first_order: Annotated[float, Field(ge=0)] = 0.2
     taylor_second_order: Annotated[float, Field(ge=0)] = 0.2
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_a_mapping(cls, given: Any) -> Any:
+        if not isinstance(given, dict | Importance):
+            raise ValueError(
+                f"must map scores to weights ({{magnitude: 1.0}}); the scores: {', '.join(cls.model_fields)}"
+            )
+        return given
 
     @model_validator(mode="after")
     def some_weight(self) -> "Importance":
@@ -195,6 +219,12 @@ class Oto(Structured, Scheduled):
     """DHSPG's epsilon: a step that leaves this share of a channel's own direction or less makes it zero."""
 
     @model_validator(mode="after")
+    def keys_are_those_of_its_optimizer(self) -> "Oto":
+        others = ("penalty", "penalty_limit", "half_space") if self.optimizer == "hesso" else ("pruning_periods",)
+        self._refuse_idle(f"optimizer: {self.optimizer}", *others)
+        return self
+
+    @model_validator(mode="after")
     def penalty_is_within_its_limit(self) -> "Oto":
         if self.penalty > self.penalty_limit:
             raise ValueError(
@@ -213,6 +243,12 @@ class SmallDense(Structured):
     """No pruning: a uniformly narrower network, trained from scratch for the steps of the dense one and a pruner's."""
 
     method: Literal["small_dense"]
+    layer_norm: Literal["exact", "exact_matmul", "plain"] = "plain"
+
+    @model_validator(mode="after")
+    def no_layer_norm_was_ever_wider(self) -> "SmallDense":
+        self._refuse_idle("method: small_dense", "layer_norm")
+        return self
 
 
 class Depgraph(Structured, Scheduled):
@@ -220,10 +256,19 @@ class Depgraph(Structured, Scheduled):
 
     method: Literal["depgraph"]
     importance: Literal["magnitude", "group_lasso"] = "magnitude"
-    """`magnitude` prunes before training; `group_lasso` trains with a growing penalty until `end_fraction` first."""
+    """`magnitude` prunes before training; `group_lasso` first trains with the library's group regularisation from
+    `start_fraction` to `end_fraction`: `penalty` times 1 to 16 of a channel's weights is added to their gradients, the
+    more the less important the channel is in its layer at the moment."""
     penalty: Positive = 1e-4
-    """Of `group_lasso`: the regularisation's strength, added to the gradients."""
+    """Of `group_lasso`: the regularisation's strength."""
     layer_norm: Literal["exact", "exact_matmul", "plain"] = "plain"
+
+    @model_validator(mode="after")
+    def keys_are_those_of_its_importance(self) -> "Depgraph":
+        self._refuse_idle("method: depgraph", "allow_partial")
+        if self.importance == "magnitude":
+            self._refuse_idle("importance: magnitude", "penalty", "start_fraction", "end_fraction")
+        return self
 
 
 class Unstructured(Training, Scheduled):
@@ -236,6 +281,12 @@ class Unstructured(Training, Scheduled):
     """`gradual`: cubic from 0 at `start_fraction` to `sparsity` at `end_fraction` (arXiv 1710.01878, equation 1)."""
     prunings: Count = 10
     """Of the gradual schedule: how often the zeros are chosen anew."""
+
+    @model_validator(mode="after")
+    def only_the_gradual_schedule_takes_time(self) -> "Unstructured":
+        if self.schedule == "one_shot":
+            self._refuse_idle("schedule: one_shot", "prunings", "start_fraction", "end_fraction")
+        return self
 
     @model_validator(mode="after")
     def pattern_has_its_sparsity(self) -> "Unstructured":
@@ -464,6 +515,9 @@ def _readable(detail: dict, raw: Any) -> str:
                 f"{key}{'' if '[key]' in detail['loc'] else f' = {value!r}'}: names hold letters, digits, _ and - only,"
                 " and begin with a letter or digit: they become folders and DVC's keys"
             )
+        case "idle":
+            given = detail["ctx"]["key"]
+            return f"{key}.{given} = {value[given]!r}: {detail['msg']}"
         case "union_tag_invalid":
             return f"{key}.method = {value.get('method')!r}: must be one of {detail['ctx']['expected_tags']}"
         case "union_tag_not_found":
@@ -528,6 +582,12 @@ def plan(params: Params) -> str:
         lines.append(f"pruning   {key}: {pruner.method}" + (f" ({settings})" if settings else ""))
     for key, variant in params.variants.items():
         lines.append(f"variant   {key}: {params.quantize[variant.quantizer].method}")
+    used = {variant.pruning for variant in params.variants.values()}
+    lines += [
+        f"remark    prunings.{key}: no variant uses it: it would be made, and neither measured nor reported"
+        for key in params.prunings
+        if key not in used
+    ]
     return "\n".join(lines)
 
 

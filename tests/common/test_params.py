@@ -125,6 +125,46 @@ def test_a_penalty_above_its_limit_is_refused(raw, tmp_path):
     assert "prune.oto50: penalty 300.0 is above penalty_limit 200.0: lower the one or raise" in refusal(raw, tmp_path)
 
 
+STRUCTURED = {"epochs": 2, "learning_rate_factor": 0.5, "macs_reduction": 0.5}
+L1 = {"method": "l1_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("pruner", "idle", "beside"),
+    [
+        (STRUCTURED | {"method": "oto"}, {"penalty": 1.0}, "optimizer: hesso"),
+        (STRUCTURED | {"method": "oto"}, {"penalty_limit": 1.0}, "optimizer: hesso"),
+        (STRUCTURED | {"method": "oto"}, {"half_space": 0.5}, "optimizer: hesso"),
+        (STRUCTURED | {"method": "oto", "optimizer": "dhspg"}, {"pruning_periods": 5}, "optimizer: dhspg"),
+        (STRUCTURED | {"method": "small_dense"}, {"layer_norm": "plain"}, "method: small_dense"),
+        (STRUCTURED | {"method": "depgraph"}, {"allow_partial": True}, "method: depgraph"),
+        (STRUCTURED | {"method": "depgraph"}, {"penalty": 1e-4}, "importance: magnitude"),
+        (STRUCTURED | {"method": "depgraph"}, {"start_fraction": 0.1}, "importance: magnitude"),
+        (STRUCTURED | {"method": "depgraph"}, {"end_fraction": 0.5}, "importance: magnitude"),
+        (L1, {"prunings": 3}, "schedule: one_shot"),
+        (L1, {"start_fraction": 0.1}, "schedule: one_shot"),
+        (L1, {"end_fraction": 0.5}, "schedule: one_shot"),
+        (L1, {"distillation_temperature": 2.0}, "distillation: 0"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused_also_at_its_default(raw, tmp_path, pruner, idle, beside):
+    raw["prune"]["mine"] = pruner | idle
+    [(key, value)] = idle.items()
+    expected = f"prune.mine.{key} = {value!r}: does nothing with {beside}: leave it out"
+    assert refusal(raw, tmp_path).splitlines()[1:] == [f"  {expected}"]
+    raw["prune"]["mine"] = pruner
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    load_params(tmp_path / "params.yaml")
+
+
+def test_an_importance_by_name_is_refused_with_the_scores_that_can_be_weighted(raw, tmp_path):
+    raw["prune"]["oto50"]["importance"] = "magnitude"
+    message = (
+        "prune.oto50.importance = 'magnitude': must map scores to weights ({magnitude: 1.0}); the scores: magnitude,"
+    )
+    assert message in refusal(raw, tmp_path)
+
+
 def test_two_to_four_sparsity_is_refused_at_another_sparsity(raw, tmp_path):
     raw["prune"]["l1"]["pattern"] = "2:4"
     assert "prune.l1: pattern 2:4 zeroes half of every layer" in refusal(raw, tmp_path)
@@ -274,6 +314,15 @@ def test_the_command_prints_the_plan_of_the_file_given_or_at_hand(raw, tmp_path)
     printed = given.stdout
     assert printed == here.stdout == plan(load_params(path)) + "\n"
     assert all(f"variant   {key}:" in printed for key in raw["variants"])
+
+
+def test_the_plan_remarks_on_a_pruning_that_no_variant_uses(raw, tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    remarks = [line for line in plan(load_params(tmp_path / "params.yaml")).splitlines() if line.startswith("remark")]
+    assert remarks == [
+        "remark    prunings.convnext-none_continued: no variant uses it: it would be made, and neither measured nor"
+        " reported"
+    ]
 
 
 def test_a_bad_file_ends_the_command_with_exit_code_2_and_no_traceback(raw, tmp_path):

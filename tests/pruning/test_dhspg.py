@@ -39,8 +39,10 @@ def rate(step: int) -> float:
 
 
 def settings_with(**changes) -> Oto:
-    settings = {"optimizer": "dhspg", "start_fraction": 0.2, "end_fraction": 0.8}  # steps 4 to 15
-    return oto(**settings | {"penalty": 1e-3, "penalty_limit": 10.0} | changes)
+    settings = {"optimizer": "dhspg", "start_fraction": 0.2, "end_fraction": 0.8} | changes  # steps 4 to 15
+    if settings["optimizer"] == "dhspg":
+        settings = {"penalty": 1e-3, "penalty_limit": 10.0} | settings
+    return oto(**settings)
 
 
 def dhspg_for(network: nn.Module, settings: Oto) -> Dhspg:
@@ -203,7 +205,7 @@ def test_important_channels_follow_the_base_optimizer_alone(method, optimizer):
     network = toy()
     twin = copy.deepcopy(network)
     more = () if method is Hesso else (rate,)
-    settings = settings_with(optimizer="hesso" if method is Hesso else "dhspg", penalty=1.0)
+    settings = settings_with(optimizer="hesso") if method is Hesso else settings_with(penalty=1.0)
     constraint = method(network, GROUPS, toy_costs(), settings, STEPS, "p", *more)
     if optimizer == "muon":  # mixes the rows of a matrix: only other layers' rows can be compared
         for each in (network, twin):
@@ -237,12 +239,12 @@ class Waits(TorchDispatchMode):
 def test_host_does_not_wait_in_a_normal_step(method):
     network = toy()
     more = () if method is Hesso else (rate,)
-    settings = settings_with(optimizer=method.__name__.lower(), pruning_periods=2)  # 4 to 9, 10 to 15
+    settings = settings_with(optimizer="hesso", pruning_periods=2) if method is Hesso else settings_with()
     constraint = method(network, GROUPS, toy_costs(), settings, STEPS, "p", *more)
     steps = optimizer_of("adamw", network)
     for step in range(STEPS):
         backward(network, step)
-        # the choice at 4 and 10; masks are laid at the first step after each and at the first step of recovery
+        # the choice at 4 and HESSO's second at 10; masks are laid at the first step after each and of recovery
         with contextlib.nullcontext() if step in (4, 10, 15, 16) else Waits():
             constraint.before_step(step)
             constraint.after_step(step) if step >= 4 else None

@@ -61,7 +61,9 @@ def toy_costs() -> Costs:
 
 
 def oto(**changes: Any) -> Oto:
-    settings = {"epochs": 1, "learning_rate_factor": 1.0, "pruning_periods": 3, "start_fraction": 0.2}
+    settings = {"epochs": 1, "learning_rate_factor": 1.0, "start_fraction": 0.2}
+    if changes.get("optimizer") != "dhspg":
+        settings["pruning_periods"] = 3
     if not {"params_reduction", "macs_reduction"} & changes.keys():
         settings["group_sparsity"] = 0.5
     return Oto(method="oto", **settings | {"end_fraction": 0.65} | changes)
