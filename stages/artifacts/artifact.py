@@ -116,7 +116,10 @@ def save_artifact(
     """
     state = _stored_tensors(network)
     if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: not saved (lower the learning rate?)")
+        raise UserError(
+            f"{folder}: {broken[0]} holds NaN or infinite values: not saved; lower finetune.learning_rate, or the"
+            " pruner's learning_rate_factor"
+        )
     with atomic_folder(folder) as unfinished:
         _save_tensors(state, unfinished / TENSORS, folder)
         description.tensors = _hash_and_size(unfinished / TENSORS)

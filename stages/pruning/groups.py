@@ -18,6 +18,7 @@ from stages.networks.build import NetworkSpec, build_network
 from stages.networks.reshape import widths_of
 from stages.networks.tensors import load_tensors
 
+PARTIAL_REMEDY = " (`allow_partial: true` leaves it whole and prunes the rest)"
 PROBE_TOLERANCE = 1e-8
 """Largest difference, relative to the logits' scale, in float64: far above rounding, far below any real change."""
 
@@ -147,6 +148,7 @@ def check_exact(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelG
             f"{spec.library} {spec.architecture}: removing zeroed channels of {', '.join(culprits[:5])}"
             f"{f' and {len(culprits) - 5} more' if len(culprits) > 5 else ''} would change the output (behind it lies"
             " something that is not zero for a zero input, or an operation that mixes channels): not pruned"
+            + (PARTIAL_REMEDY if len(culprits) < len(groups) else "")
         )
 
 

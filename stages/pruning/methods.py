@@ -134,7 +134,8 @@ def train_small_dense(session: Session) -> Pruned:
     torch.manual_seed(session.seed)
     fresh = build_network(session.parent.network)  # the library's own initialisation, which does not know of widths
     fold_layer_scale(fresh)
-    network, spec = cut_channels(fresh, replace(session.folded_spec, layer_norm="plain"), groups, pruned)
+    spec = replace(session.folded_spec, layer_norm=session.pruner.layer_norm)
+    network, spec = cut_channels(fresh, spec, groups, pruned)
     finetune = session.params.finetune
     recipe = finetune.model_copy(update={"epochs": finetune.epochs + session.pruner.epochs})
     trained = session.train(network, recipe=recipe)
@@ -173,9 +174,16 @@ def recover(
 
 
 def groups_of(session: Session) -> tuple[list[ChannelGroup], dict[str, float]]:
-    """The channel groups of the folded network, proven to be removable exactly, and how many were left whole."""
+    """The channel groups of the folded network, proven to be removable exactly, and how many were left whole.
+
+    Raises:
+        UserError: with the pruner's key and method, if there are none.
+    """
     partial = session.pruner.allow_partial
-    groups, whole = exact_groups(session.folded, session.folded_spec, session.input_size, partial)
+    try:
+        groups, whole = exact_groups(session.folded, session.folded_spec, session.input_size, partial)
+    except UserError as error:
+        raise UserError(f"{session.param} (method {session.pruner.method}): {error}") from error
     if whole:
         print(f"{session.key}: left whole, since they cannot be cut exactly: {', '.join(whole)}")
     return groups, {"groups_left_whole": len(whole)}
@@ -206,18 +214,25 @@ def _cut(
         The smaller network, what builds it, and the change of its logits from the zeroed network's (`_difference`).
 
     Raises:
-        UserError: if the exact form gives another output than the zeroed network.
+        UserError: if an exact form gives another output than the zeroed network.
     """
     subnet, spec = cut_channels(zeroed, session.folded_spec, groups, pruned)
-    if not (difference := _difference(session, zeroed, subnet)) <= CUT_TOLERANCE:
-        raise UserError(
-            f"{session.key}: after cutting, the logits differ by {difference:.2g} of their scale from the zeroed"
-            f" network's (allowed: {CUT_TOLERANCE:g}): not saved; please report this network"
-        )
+    difference = _difference(session, zeroed, subnet)
+    _require_equal(session, spec.layer_norm, difference)
     if session.pruner.layer_norm != spec.layer_norm:
         subnet, spec = with_layer_norm(subnet, spec, session.pruner.layer_norm)
         difference = _difference(session, zeroed, subnet)
+        if spec.layer_norm != "plain":
+            _require_equal(session, spec.layer_norm, difference)
     return subnet, spec, difference
+
+
+def _require_equal(session: Session, layer_norm: str, difference: float) -> None:
+    if not difference <= CUT_TOLERANCE:
+        raise UserError(
+            f"{session.key}: after cutting (layer_norm: {layer_norm}), the logits differ by {difference:.2g} of their"
+            f" scale from the zeroed network's (allowed: {CUT_TOLERANCE:g}): not saved; please report this network"
+        )
 
 
 def _around_the_cut(session: Session, uncut: nn.Module, subnet: nn.Module, difference: float) -> dict[str, float]:

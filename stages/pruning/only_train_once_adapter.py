@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import io
 import math
+import re
 import sys
 import types
 import warnings
@@ -26,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec
 from stages.pruning.costs import output_positions
-from stages.pruning.groups import ChannelGroup, Slice, check_exact, inexact_groups
+from stages.pruning.groups import PARTIAL_REMEDY, ChannelGroup, Slice, check_exact, inexact_groups
 
 NOT_ITS_OWN = ("graph", "operation", "transform")
 """Top-level names under which the package imports parts of itself a second time."""
@@ -51,7 +52,7 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
     """
     groups, refused = _partition(network, input_size)
     if refused:
-        raise UserError(next(iter(refused.values())))
+        raise UserError(next(iter(refused.values())) + (PARTIAL_REMEDY if groups else ""))
     if not groups:
         raise UserError(f"{type(network).__name__}: has no channels that could be pruned (all make the logits)")
     return groups
@@ -100,12 +101,23 @@ def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup],
             _remember_neighbours(graph)
             library.build_pruning_dependency_graph(graph)
         except Exception as error:  # it raises whatever its string parsing stumbles over
-            reason = (str(error).splitlines() or [""])[0]
             raise UserError(
-                f"{type(network).__name__}: only_train_once cannot build its dependency graph, so pruner method `oto`"
-                f" does not work for this network ({type(error).__name__}: {reason})"
+                f"{type(network).__name__}: only_train_once cannot tell which of its channels belong together"
+                f" ({_obstacle(model, error)}): only l1_unstructured and random_unstructured can prune it"
             ) from error
     return _typed_groups(model, graph, output_positions(model, input_size))
+
+
+def _obstacle(model: nn.Module, error: Exception) -> str:
+    """What keeps the package from building its graph, in plain words: its own name its internal nodes."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    if shared := next((several for several in names.values() if len(several) > 1), None):
+        return f"{' and '.join(shared)} are one shared parameter"
+    if operator := re.search(r"operator '([\w:]+)'", str(error)):
+        return f"the package cannot follow {operator[1]}"
+    return "its graph holds operations that the package does not know"
 
 
 @contextlib.contextmanager

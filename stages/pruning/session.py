@@ -141,6 +141,7 @@ class Session:
             epochs=epochs,
             keep=keep,
             checkpoints=checkpoints,
+            rate_key="finetune.learning_rate" if recipe else f"{self.param}.learning_rate_factor",
         )
 
     def validation_top1(self, network: nn.Module) -> float:

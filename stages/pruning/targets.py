@@ -54,8 +54,8 @@ def choose_channels(
     pruned = torch.zeros(len(scores), dtype=torch.bool) if pruned is None else pruned.cpu()
     if not torch.isfinite(scores[~pruned]).all():
         raise UserError(
-            f"{key}: the importance of some channels is NaN or infinite, since weights or gradients are: lower the"
-            " learning rate; nothing was saved"
+            f"{key}: the importance of some channels is NaN or infinite, since weights or gradients are: lower"
+            f" {key}.learning_rate_factor; nothing was saved"
         )
     widths = torch.tensor([group.channels for group in groups])
     lows = _least_widths(widths, pruner)

@@ -31,6 +31,8 @@ def zeros_of(
     seed: int,
     sparsity: float | None = None,
     zeros: dict[str, torch.Tensor] | None = None,
+    *,
+    key: str,
 ) -> dict[str, torch.Tensor]:
     """Choose the weights to prune: those of least magnitude, or at random.
 
@@ -40,6 +42,7 @@ def zeros_of(
         seed: of the random choice, whose order it fixes for every sparsity; torch's own random state is left as it is.
         sparsity: instead of the pruner's.
         zeros: an earlier choice, all of it chosen again, from which no weight comes back.
+        key: of the pruner in the params, for messages.
 
     Returns:
         For each weight by name, bool of its shape, on its device: True where it is to be zero.
@@ -53,7 +56,7 @@ def zeros_of(
     for name, earlier in (zeros or {}).items():
         scores[name] = scores[name].masked_fill(earlier.to(scores[name].device), -1)
     if pruner.pattern == "2:4":
-        return _two_of_four(scores, left_dense(network))
+        return _two_of_four(scores, left_dense(network), key)
     if pruner.scope == "layer":
         chosen = {name: _lowest(score.flatten(), sparsity).view(score.shape) for name, score in scores.items()}
     else:
@@ -61,9 +64,9 @@ def zeros_of(
         parts = row.split([score.numel() for score in scores.values()])
         chosen = {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
     if emptied := [name.removesuffix(".weight") for name, mask in chosen.items() if mask.all()]:
-        remedy = "lower sparsity" + (", or set scope: layer" if pruner.scope == "global" else "")
+        remedy = "lower it" + (f", or set {key}.scope: layer" if pruner.scope == "global" else "")
         raise UserError(
-            f"sparsity {pruner.sparsity} leaves no weight in {', '.join(emptied[:3])}"
+            f"{key}.sparsity = {pruner.sparsity}: leaves no weight in {', '.join(emptied[:3])}"
             f"{f' and {len(emptied) - 3} more layers' if len(emptied) > 3 else ''}: {remedy}"
         )
     return chosen
@@ -92,7 +95,7 @@ def _lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, lowest, True)
 
 
-def _two_of_four(scores: dict[str, torch.Tensor], unfit: list[str]) -> dict[str, torch.Tensor]:
+def _two_of_four(scores: dict[str, torch.Tensor], unfit: list[str], key: str) -> dict[str, torch.Tensor]:
     """The two lowest of every four neighbouring inputs of each output, in convolutions at each kernel position."""
     chosen = {}
     for name, score in scores.items():
@@ -102,7 +105,10 @@ def _two_of_four(scores: dict[str, torch.Tensor], unfit: list[str]) -> dict[str,
             mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, lowest, True)
             chosen[name] = mask.flatten(-2).movedim(-1, 1)
     if not chosen:
-        raise UserError("pattern 2:4 fits no layer of this network: none reads a multiple of 4 inputs; set it to none")
+        raise UserError(
+            f"{key}.pattern = '2:4': fits no layer of this network, since none reads a multiple of 4 inputs: set it to"
+            " none"
+        )
     return chosen
 
 
@@ -153,7 +159,7 @@ class KeepZeros:
     """
 
     def __init__(self, network: nn.Module, pruner: Unstructured, steps: int, seed: int, key: str) -> None:
-        self._network, self._pruner, self._seed = network, pruner, seed
+        self._network, self._pruner, self._seed, self._key = network, pruner, seed, key
         self._sparsities = sparsities(pruner, steps, key)
         self.zeros: dict[str, torch.Tensor] = {}
         """For each weight by name, bool of its shape: True where it is held at zero."""
@@ -162,7 +168,7 @@ class KeepZeros:
             self._choose(0)
             self.project(network)
         elif pruner.scope == "layer" or pruner.method == "random_unstructured":
-            zeros_of(network, pruner, seed)
+            zeros_of(network, pruner, seed, key=key)
 
     def before_step(self, step: int) -> None:
         pass
@@ -193,7 +199,8 @@ class KeepZeros:
         self.zeros, self._factors = dict(state["zeros"]), None
 
     def _choose(self, done: int) -> None:
-        self.zeros = zeros_of(self._network, self._pruner, self._seed, self._sparsities[done], self.zeros)
+        sparsity = self._sparsities[done]
+        self.zeros = zeros_of(self._network, self._pruner, self._seed, sparsity, self.zeros, key=self._key)
         self._factors = None
 
 

@@ -95,6 +95,7 @@ def train(
     epochs: tuple[int, int] | None = None,
     keep: Literal["best", "last"] = "best",
     checkpoints: Path | None = None,
+    rate_key: str = "finetune.learning_rate",
 ) -> Trained:
     """Train `network` in place and give back the weights of the best epoch by validation top-1 (loss breaks ties).
 
@@ -108,6 +109,7 @@ def train(
         keep: `last` gives back the weights from which training would go on after the last epoch, not their average.
         checkpoints: a folder of this very training, from `checkpoint_folder`; the last finished epoch in it is
             continued.
+        rate_key: of the learning rate in the params, for messages.
 
     Raises:
         UserError: if the loss becomes NaN or infinite, if no epoch meets the constraint, if memory or disk run out, or
@@ -118,7 +120,7 @@ def train(
         raise ValueError(f"epochs [{first}, {last}) do not lie within the recipe's {recipe.epochs}")
     device = prepare_host(base)
     with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"):
-        run = _Run(network, train_part, preprocess, recipe, device, seed, title, constraint, distillation)
+        run = _Run(network, train_part, preprocess, recipe, device, seed, title, constraint, distillation, rate_key)
         curve: list[dict[str, float]] = []
         chosen: dict[str, Any] = {}
         if checkpoints is not None and (saved := load_checkpoint(checkpoints)):
@@ -194,9 +196,10 @@ class _Run:
         title: str,
         constraint: Constraint | None,
         distillation: Distillation | None,
+        rate_key: str,
     ) -> None:
         self.network, self.part, self.recipe, self.device = network, part, recipe, device
-        self.seed, self.title, self.constraint = seed, title, constraint
+        self.seed, self.title, self.rate_key, self.constraint = seed, title, rate_key, constraint
         self.distillation = distillation if distillation is not None and distillation.weight else None
         self.bfloat16 = use_bfloat16(recipe.precision, device)
         network.train().to(device, memory_format=torch.channels_last)
@@ -223,7 +226,7 @@ class _Run:
         mean = total.item() / self.batches
         if not np.isfinite(mean):
             raise UserError(
-                f"{self.title}: the loss became {mean} in epoch {epoch + 1}: lower the learning rate; nothing was saved"
+                f"{self.title}: the loss became {mean} in epoch {epoch + 1}: lower {self.rate_key}; nothing was saved"
             )
         return mean
 

@@ -12,6 +12,7 @@ from torch import nn
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
+from stages.pruning import only_train_once_adapter
 from stages.pruning.groups import check_exact, cut_channels, relative_difference
 from stages.pruning.only_train_once_adapter import channel_groups
 
@@ -161,12 +162,17 @@ def test_nothing_is_printed_written_pickled_or_left_behind(convnext, tmp_path, m
 @pytest.mark.parametrize(
     ("library", "architecture", "arguments", "message"),
     [
-        ("torchvision", "squeezenet1_1", {}, r"^features\.3\.expand1x1: its channels pass a concatenation"),
+        (
+            "torchvision",
+            "squeezenet1_1",
+            {},
+            r"^features\.3\.expand1x1: its channels pass a concatenation.*`allow_partial: true` leaves it whole",
+        ),
         (
             "timm",
             "vit_tiny_patch16_224",
             {"img_size": 32, "depth": 1},
-            "VisionTransformer: only_train_once cannot build",
+            r"^VisionTransformer: only_train_once cannot tell .*the package cannot follow aten::scaled_dot_product_att",
         ),
     ],
 )
@@ -181,6 +187,31 @@ def test_layer_of_a_kind_that_cannot_be_narrowed_is_refused_by_name():
     network = nn.Sequential(*layers, nn.Linear(2 * 64, 4))
     with pytest.raises(UserError, match=r"^2: ConvTranspose2d cannot be pruned exactly"):
         channel_groups(network, 10)
+
+
+def test_a_parameter_that_two_layers_share_is_named():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+            self.other.weight = self.one.weight
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.other(torch.relu(self.one(x))).mean((2, 3)))
+
+    with pytest.raises(UserError, match=r"\(one\.weight and other\.weight are one shared parameter\)"):
+        channel_groups(Shared(), 8)
+
+
+def test_the_packages_own_names_for_nodes_do_not_reach_the_user(monkeypatch, convnext):
+    def stumble(graph):
+        raise KeyError("node-677")
+
+    monkeypatch.setattr(only_train_once_adapter, "_remember_neighbours", stumble)
+    with pytest.raises(UserError, match="its graph holds operations that the package does not know") as refusal:
+        channel_groups(convnext[0], 32)
+    assert "677" not in str(refusal.value)
 
 
 def test_network_without_prunable_groups_is_refused():

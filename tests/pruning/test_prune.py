@@ -419,7 +419,10 @@ def test_what_cannot_be_cut_is_told_where_that_is_allowed_and_refused_elsewhere(
     changed = PARAMS | {"prune": PARAMS["prune"] | {"oto": PARAMS["prune"]["oto"] | {"allow_partial": allowed}}}
     (workspace / "params.yaml").write_text(yaml.safe_dump(changed))
     if not allowed:
-        with pytest.raises(UserError, match=rf"^{group}: its channels pass a concatenation"):
+        expected = (
+            rf"^prune\.oto \(method oto\): {group}: its channels pass a concatenation.*`allow_partial: true` leaves"
+        )
+        with pytest.raises(UserError, match=expected):
             run(monkeypatch, "toy-oto")
         return
     network, description = run(monkeypatch, "toy-oto")
@@ -468,6 +471,37 @@ def test_a_network_that_insists_on_its_version_is_trained_pruned_and_stored(work
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("key", "rate"), [("l1", "prune.l1.learning_rate_factor"), ("narrow", "finetune.learning_rate")]
+)
+def test_a_loss_that_is_not_finite_names_the_learning_rate_to_lower(workspace, monkeypatch, key, rate):
+    loss = loop._Run.loss
+    monkeypatch.setattr(loop._Run, "loss", lambda *batch: torch.inf * loss(*batch))
+    with pytest.raises(UserError, match=rf"^prune toy-{key}: the loss became \S+ in epoch 1: lower {rate}; nothing"):
+        run(monkeypatch, f"toy-{key}")
+
+
+@pytest.mark.parametrize("method", ["oto", "narrow"])
+def test_a_network_that_cannot_be_partitioned_is_refused_for_the_method_that_was_asked_for(
+    workspace, monkeypatch, method
+):
+    raw = copy.deepcopy(PARAMS)
+    arguments = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}
+    raw["models"]["toy"] |= {"architecture": "vit_tiny_patch16_224", "arguments": arguments}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    spec = NetworkSpec("timm", "vit_tiny_patch16_224", arguments, 2)
+    parent = replace(read_description(paths.dense("toy")), network=spec)
+    save_artifact(paths.dense("toy"), build_network(spec), parent)
+    with pytest.raises(UserError) as refusal:
+        run(monkeypatch, f"toy-{method}")
+    asked = raw["prune"][method]["method"]
+    assert str(refusal.value) == (
+        f"prune.{method} (method {asked}): VisionTransformer: only_train_once cannot tell which of its channels belong"
+        " together (the package cannot follow aten::scaled_dot_product_attention): only l1_unstructured and"
+        " random_unstructured can prune it"
+    )
+
+
 def test_cut_that_changes_the_output_is_not_saved(workspace, monkeypatch):
     cut = methods.cut_channels
 
@@ -477,7 +511,24 @@ def test_cut_that_changes_the_output_is_not_saved(workspace, monkeypatch):
         return subnet, spec
 
     monkeypatch.setattr(methods, "cut_channels", wrong)
-    with pytest.raises(UserError, match="toy-oto: after cutting, the logits differ by"):
+    with pytest.raises(UserError, match=r"toy-oto: after cutting \(layer_norm: exact\), the logits differ by"):
+        run(monkeypatch, "toy-oto")
+    assert not paths.pruned("toy-oto").exists()
+
+
+def test_a_form_of_layer_norm_that_changes_the_output_is_not_saved(workspace, monkeypatch):
+    change_form = methods.with_layer_norm
+
+    def wrong(network, spec, form):
+        other, spec = change_form(network, spec, form)
+        other.head.fc.bias.data += 1
+        return other, spec
+
+    monkeypatch.setattr(methods, "with_layer_norm", wrong)
+    raw = copy.deepcopy(PARAMS)
+    raw["prune"]["oto"]["layer_norm"] = "exact_matmul"
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"after cutting \(layer_norm: exact_matmul\), the logits differ by"):
         run(monkeypatch, "toy-oto")
     assert not paths.pruned("toy-oto").exists()
 

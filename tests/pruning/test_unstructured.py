@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -7,7 +8,11 @@ from torch.nn.utils import prune
 
 from stages.common.errors import UserError
 from stages.common.params import Unstructured
-from stages.pruning.unstructured import KeepZeros, left_dense, prunable_weights, sparsities, sparsity_of, zeros_of
+from stages.pruning import unstructured
+from stages.pruning.unstructured import KeepZeros, left_dense, prunable_weights, sparsities, sparsity_of
+
+EMPTIES_5 = r"^prune\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set prune\.l1\.scope: layer"
+zeros_of = functools.partial(unstructured.zeros_of, key="prune.l1")
 
 
 def toy() -> nn.Sequential:
@@ -221,12 +226,14 @@ def test_gradual_pruning_resumed_from_its_state_goes_on_as_if_never_stopped(meth
 def test_a_gradual_target_that_empties_a_layer_is_refused_before_training_where_that_is_certain():
     network = toy()
     for settings in ({"scope": "layer"}, {"method": "random_unstructured", "scope": "global"}):
-        with pytest.raises(UserError, match="leaves no weight in"):
+        with pytest.raises(UserError, match=r"^prune\.l1\.sparsity = 0\.9999: leaves no weight in"):
             KeepZeros(network, gradual(sparsity=0.9999, **settings), 20, 0, "prune.l1")
     with torch.no_grad():
         network[5].weight.mul_(1e-3)
     keep = KeepZeros(network, gradual(sparsity=0.8), 20, 0, "prune.l1")  # training may yet enlarge them: it does not
-    with pytest.raises(UserError, match="leaves no weight in 5: lower sparsity, or set scope: layer"):
+    with pytest.raises(
+        UserError, match=r"^prune\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set prune\.l1\.scope: layer"
+    ):
         list(train_steps(network, keep, range(20), torch.optim.SGD(network.parameters(), lr=1e-6)))
 
 
@@ -270,7 +277,7 @@ def test_two_of_every_four_neighbouring_inputs_of_each_output_are_zero(method):
 
 def test_a_network_that_the_pattern_fits_nowhere_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6, 2))
-    with pytest.raises(UserError, match="pattern 2:4 fits no layer"):
+    with pytest.raises(UserError, match=r"^prune\.l1\.pattern = '2:4': fits no layer"):
         zeros_of(network, pruner(sparsity=0.5, scope="layer", pattern="2:4"), seed=0)
 
 
@@ -287,6 +294,8 @@ def test_a_sparsity_that_empties_a_layer_is_refused_with_its_name():
     network = toy()
     with torch.no_grad():
         network[5].weight.mul_(1e-3)  # a head of small weights, as a fine-tuned one has
-    with pytest.raises(UserError, match=r"leaves no weight in 5: lower sparsity, or set scope: layer"):
+    with pytest.raises(
+        UserError, match=r"^prune\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set prune\.l1\.scope: layer"
+    ):
         zeros_of(network, pruner(sparsity=0.8), seed=0)
     assert not zeros_of(network, pruner(sparsity=0.8, scope="layer"), seed=0)["5.weight"].all()
