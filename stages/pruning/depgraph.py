@@ -1,12 +1,15 @@
 """Torch-Pruning's dependency-graph pruner (DepGraph, arXiv 2301.12900), as a peer to compare with.
 
 Graph, importance, choice of channels and surgery are the library's. Ours is only the search for the pruning ratio
-that meets the target, and reading the result back as a network that an artifact can describe.
+that meets the target, the channels that each layer keeps at least, and reading the result back as a network that an
+artifact can describe.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,76 +20,139 @@ from stages.common.params import Depgraph
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.reshape import widths_of
 from stages.pruning.costs import costs_of
+from stages.pruning.targets import ROUNDING, least_widths, rounded_down, what_every_layer_keeps
 
 SEARCH_STEPS = 12
 """Halvings of the pruning ratio's interval: 1/4096, finer than one channel of any usual layer."""
-LARGEST_RATIO = 0.95
-"""Of each layer, so that no layer is emptied (HESSO keeps the same share)."""
 
 
-def prune_depgraph(
-    network: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_size: int, key: str
-) -> tuple[nn.Module, NetworkSpec]:
-    """Remove the same share of the least important channels in every layer, as far as the target asks.
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose channels the library prunes, with all that is coupled to them."""
+
+    name: str
+    channels: int
+    unit: int
+    """Where it is cut, it keeps a multiple of this."""
+    least: int
+    """Channels that it keeps at least."""
+
+    def kept(self, ratio: float) -> int:
+        """Channels that stay where the share `ratio` is to go."""
+        if not ratio:
+            return self.channels
+        return max(self.least, int(self.channels * (1 - ratio) + ROUNDING) // self.unit * self.unit)
+
+    def ratio(self, ratio: float) -> float:
+        """The library's own ratio for this layer: it keeps the whole part of channels x (1 - ratio)."""
+        return max(0.0, 1 - (self.kept(ratio) + ROUNDING) / self.channels)
+
+
+def find_ratio(network: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_size: int, key: str) -> float:
+    """The share of channels to remove from every layer so that the target is met, as far as each layer has them.
 
     `group_sparsity` is that share itself; for parameters and MACs the least share that meets the target is searched.
+    Which widths a share leaves does not depend on the weights, so all this is known before any training.
 
     Args:
         network: what `spec` builds, with layer scale folded; left as it is.
         key: of the pruner in the params, for messages.
 
-    Returns:
-        The narrower network, in evaluation mode on the CPU, and the spec that builds it.
-
     Raises:
         UserError: if the library cannot prune this network, or the target cannot be met.
     """
     dense = copy.deepcopy(network).cpu().eval()
-
-    def at(ratio: float) -> tuple[nn.Module, NetworkSpec]:
-        return _pruned(dense, spec, pruner, input_size, ratio)
-
     [(name, wanted)] = pruner.target.items()
-    measure = _reduction(dense, input_size) | {"group_sparsity": lambda _: high}
-    narrowest = min(len(m.weight) for m in _layers(dense, input_size)[:-1])
-    # A layer of which nothing would be left is not pruned at all by the library: more would then be less.
-    low, high = 0.0, min(LARGEST_RATIO, 1 - pruner.divisible_by / narrowest)
-    found = at(high)
-    if (most := measure[name](found[0])) < wanted:
-        raise UserError(
-            f"{key}.{name} = {wanted}: at most {int(1000 * most) / 1000} can go, since the same share goes in every"
-            f" layer and the narrowest has {narrowest} channels"
-        )
+    if not wanted:
+        return 0.0
+    layers = _prunable(dense, spec, pruner, input_size, key)
+
+    def cut(ratio: float) -> nn.Module:
+        return _cut(dense, spec, pruner, input_size, key, layers, ratio)[0]
+
     if name == "group_sparsity":
-        return at(wanted)
+        least = min(layers, key=lambda layer: 1 - layer.least / layer.channels)
+        if wanted > (most := 1 - least.least / least.channels) + ROUNDING:
+            raise UserError(
+                f"{key}.{name} = {wanted}: at most {rounded_down(most)} can go: the same share goes in every layer, and"
+                f" {least.name} keeps {least.least} of its {least.channels} channels, since every layer keeps"
+                f" {what_every_layer_keeps(pruner)}"
+            )
+        cut(wanted)
+        return wanted
+    reduction = _reduction(dense, input_size)[name]
+    low, high = 0.0, 1.0  # at which every layer is left with the least it keeps
+    if (most := reduction(cut(high))) < wanted - ROUNDING:
+        raise UserError(
+            f"{key}.{name} = {wanted}: at most {rounded_down(most)} can go, since every layer keeps"
+            f" {what_every_layer_keeps(pruner)}"
+        )
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
-        tried = at(middle)
-        if measure[name](tried[0]) >= wanted:
-            high, found = middle, tried
+        if reduction(cut(middle)) >= wanted - ROUNDING:
+            high = middle
         else:
             low = middle
-    return found
+    return high
+
+
+def prune_depgraph(
+    network: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_size: int, key: str, ratio: float
+) -> tuple[nn.Module, NetworkSpec, dict[str, float]]:
+    """Remove the least important channels of every layer.
+
+    Args:
+        network: what `spec` builds, with layer scale folded; left as it is.
+        ratio: from `find_ratio`.
+
+    Returns:
+        The narrower network, in evaluation mode on the CPU, the spec that builds it, and how many channels there were
+        and are, those that can only go together counted once.
+
+    Raises:
+        UserError: if the library cannot prune this network.
+    """
+    dense = copy.deepcopy(network).cpu().eval()
+    layers = _prunable(dense, spec, pruner, input_size, key)
+    subnet, smaller = _cut(dense, spec, pruner, input_size, key, layers, ratio)
+    before = sum(layer.channels for layer in layers)
+    left = sum(len(subnet.get_submodule(layer.name).weight) for layer in layers)
+    return subnet, smaller, {"channels_dense": before, "channels": left, "group_sparsity": 1 - left / before}
+
+
+def lasso_steps(pruner: Depgraph, steps: int, key: str) -> tuple[int, int]:
+    """The steps [first, last) of a training of `steps` on which the group lasso acts.
+
+    Raises:
+        UserError: if there is none.
+    """
+    first, last = round(pruner.start_fraction * steps), round(pruner.end_fraction * steps)
+    if first == last:
+        raise UserError(
+            f"{key}.end_fraction = {pruner.end_fraction}: no step of {steps} lies between start_fraction"
+            f" {pruner.start_fraction} and it: raise it or epochs, or lower finetune.batch_size"
+        )
+    return first, last
 
 
 class GroupLasso:
     """The library's group-norm regulariser around training (`training.constraint.Constraint`).
 
     Before each optimizer step, `GroupNormPruner.regularize` adds to the gradient of every channel group's weights
-    penalty x gamma_g x weights, where gamma_g grows from 1 for the most important group to 16 for the least
+    penalty x gamma_g x weights, where gamma_g goes from 1 for the most important channel of a layer to 16 for the least
     (arXiv 2301.12900, section 3.3). The channels are removed afterwards, by `prune_depgraph`.
 
     Args:
         network: its parameters' gradients are changed; it may be moved to another device before the first step.
-        last: the penalty acts on the steps before this one.
+        first, last: the penalty acts on the steps [first, last).
     """
 
-    def __init__(self, network: nn.Module, pruner: Depgraph, input_size: int, last: int) -> None:
-        self._network, self._last = network, last
-        self._regularizer = _library_pruner(network, pruner, input_size, pruning_ratio=0.5)
+    def __init__(self, network: nn.Module, pruner: Depgraph, input_size: int, first: int, last: int) -> None:
+        self._network, self._first, self._last = network, first, last
+        self._regularizer = _library_pruner(network, pruner, input_size)
 
     def before_step(self, step: int) -> None:
-        if step < self._last:
+        if self._first <= step < self._last:
             self._regularizer.regularize(self._network)
 
     def after_step(self, step: int) -> None:
@@ -105,7 +171,9 @@ class GroupLasso:
         pass
 
 
-def _library_pruner(network: nn.Module, pruner: Depgraph, input_size: int, pruning_ratio: float) -> Any:
+def _library_pruner(
+    network: nn.Module, pruner: Depgraph, input_size: int, layers: Sequence[Layer] = (), ratio: float = 1.0
+) -> Any:
     import torch_pruning
 
     device = next(network.parameters()).device
@@ -113,15 +181,47 @@ def _library_pruner(network: nn.Module, pruner: Depgraph, input_size: int, pruni
     options: dict[str, Any] = {}
     if pruner.importance == "group_lasso":
         kind, options = torch_pruning.pruner.GroupNormPruner, {"reg": pruner.penalty}
-    return kind(
-        network,
-        torch.zeros(1, 3, input_size, input_size, device=device),
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
-        pruning_ratio=pruning_ratio,
-        max_pruning_ratio=LARGEST_RATIO,
-        ignored_layers=_layers(network, input_size)[-1:],
-        round_to=pruner.divisible_by,
-        **options,
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors outside layers: what comes of them is looked at afterwards
+        return kind(
+            network,
+            torch.zeros(1, 3, input_size, input_size, device=device),
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=ratio,
+            pruning_ratio_dict={network.get_submodule(layer.name): layer.ratio(ratio) for layer in layers},
+            ignored_layers=_layers(network, input_size)[-1:],
+            in_channel_groups={},  # the library's defaults are shared by all its pruners, and keep every network alive
+            out_channel_groups={},
+            num_heads={},
+            **options,
+        )
+
+
+def _prunable(dense: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_size: int, key: str) -> list[Layer]:
+    """The layers that the library finds to prune, in its order."""
+    names = {module: name for name, module in dense.named_modules()}
+    try:
+        library = _library_pruner(dense, pruner, input_size)
+        found = library.DG.get_all_groups(library.ignored_layers, library.root_module_types)
+        groups = [[dependency.target.module for dependency, _ in group] for group in found]
+    except Exception as error:  # whatever its tracing stumbles over
+        raise _unfit(spec, key, "it cannot follow the network's operations") from error
+    layers = []
+    for modules in groups:
+        channels = len(modules[0].weight)
+        # the groups of a grouped convolution lose the same number of channels each
+        unit = math.lcm(pruner.divisible_by, *(library.out_channel_groups.get(module, 1) for module in modules))
+        [least] = least_widths(torch.tensor([channels]), pruner).tolist()
+        layers.append(Layer(names[modules[0]], channels, unit, min(channels, -(-least // unit) * unit)))
+    if not layers:
+        raise _unfit(spec, key, "it finds no layer whose channels could go")
+    return layers
+
+
+def _unfit(spec: NetworkSpec, key: str, reason: str) -> UserError:
+    return UserError(
+        f"{key} (method depgraph): {spec.library} {spec.architecture}: Torch-Pruning cannot prune this network"
+        f" ({reason}): choose another method; l1_unstructured and random_unstructured prune any"
     )
 
 
@@ -143,25 +243,38 @@ def _layers(network: nn.Module, input_size: int) -> list[nn.Module]:
 
 
 @torch.enable_grad()
-def _pruned(
-    dense: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_size: int, ratio: float
+def _cut(
+    dense: nn.Module,
+    spec: NetworkSpec,
+    pruner: Depgraph,
+    input_size: int,
+    key: str,
+    layers: Sequence[Layer],
+    ratio: float,
 ) -> tuple[nn.Module, NetworkSpec]:
     cut = copy.deepcopy(dense)
     try:
-        _library_pruner(cut, pruner, input_size, ratio).step()
+        library = _library_pruner(cut, pruner, input_size, layers, ratio)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library.step()
         widths, layer_norm_widths = widths_of(cut, dense)
-        spec = replace(spec, widths=widths, layer_norm_widths=layer_norm_widths, layer_norm=pruner.layer_norm)
-        subnet = build_network(spec)
-        subnet.load_state_dict(cut.state_dict())
+        narrower = replace(spec, widths=widths, layer_norm_widths=layer_norm_widths, layer_norm=pruner.layer_norm)
+        subnet = build_network(narrower)
+    except Exception as error:  # whatever its surgery stumbles over or leaves behind
+        raise _unfit(spec, key, str(error) if isinstance(error, UserError) else "its cut fails") from error
+    needed = {name: tuple(tensor.shape) for name, tensor in subnet.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in cut.state_dict().items()}
+    if odd := [name for name in needed | given if needed.get(name) != given.get(name)]:
+        name = odd[0]
+        raise _unfit(spec, key, f"it leaves {name} with shape {given.get(name)} where {needed.get(name)} is needed")
+    subnet.load_state_dict(cut.state_dict())
+    try:
         with torch.no_grad():
             subnet.eval()(torch.zeros(1, 3, input_size, input_size))
-    except Exception as error:  # whatever its surgery leaves behind
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{spec.library} {spec.architecture}: Torch-Pruning cannot prune this network ({type(error).__name__}:"
-            f" {reason}); use method `oto`"
-        ) from None
-    return subnet, spec
+    except Exception as error:  # sizes that a network's own code takes for granted
+        raise _unfit(spec, key, "the network does not run after its cut") from error
+    return subnet, narrower
 
 
 def _reduction(dense: nn.Module, input_size: int) -> dict[str, Callable[[nn.Module], float]]:

@@ -19,7 +19,7 @@ from stages.common.params import (
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_scale import fold_layer_scale
 from stages.pruning.costs import costs_of
-from stages.pruning.depgraph import GroupLasso, prune_depgraph
+from stages.pruning.depgraph import GroupLasso, find_ratio, lasso_steps, prune_depgraph
 from stages.pruning.dhspg import Dhspg
 from stages.pruning.groups import (
     ChannelGroup,
@@ -145,15 +145,17 @@ def train_small_dense(session: Session) -> Pruned:
 def prune_by_depgraph(session: Session) -> Pruned:
     """Torch-Pruning's pruner: at once, or after training with its group lasso; then recovery."""
     network, pruner, trained = session.folded, session.pruner, None
-    if pruner.importance == "group_lasso":
-        last = round(pruner.end_fraction * session.steps)
-        phase = session.epochs_until(last)
-        _require_recovery(session, phase)
-        lasso = GroupLasso(network, pruner, session.input_size, last)
+    settings = session.folded_spec, pruner, session.input_size, session.param
+    first, last = lasso_steps(pruner, session.steps, session.param) if pruner.importance == "group_lasso" else (0, 0)
+    phase = session.epochs_until(last)
+    _require_recovery(session, phase)
+    ratio = find_ratio(network, *settings)
+    if phase and ratio:
+        lasso = GroupLasso(network, pruner, session.input_size, first, last)
         trained = session.train(network, lasso, epochs=(0, phase), keep="last", phase="pruning")
         network = trained.network
-    subnet, spec = prune_depgraph(network, session.folded_spec, pruner, session.input_size, session.param)
-    metrics = _around_the_cut(session, network, subnet, _difference(session, network, subnet))
+    subnet, spec, channels = prune_depgraph(network, *settings, ratio)
+    metrics = _around_the_cut(session, network, subnet, _difference(session, network, subnet)) | channels
     return recover(session, subnet, spec, trained, metrics)
 
 

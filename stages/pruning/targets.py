@@ -58,7 +58,7 @@ def choose_channels(
             f" {key}.learning_rate_factor; nothing was saved"
         )
     widths = torch.tensor([group.channels for group in groups])
-    lows = _least_widths(widths, pruner)
+    lows = least_widths(widths, pruner)
     group_of = torch.repeat_interleave(torch.arange(len(groups)), widths)
     first = widths.cumsum(0) - widths
     scores = torch.where(pruned, -torch.inf, scores)
@@ -98,7 +98,7 @@ def check_target(groups: Sequence[ChannelGroup], costs: Costs, pruner: Structure
     """
     [(name, target)] = pruner.target.items()
     widths = torch.tensor([group.channels for group in groups])
-    lows = _least_widths(widths, pruner)
+    lows = least_widths(widths, pruner)
     total = int(widths.sum())
     match name:
         case "group_sparsity":
@@ -112,16 +112,24 @@ def check_target(groups: Sequence[ChannelGroup], costs: Costs, pruner: Structure
             met = target <= most + ROUNDING
     if met:
         return
-    nearest = math.floor(1000 * (most + ROUNDING)) / 1000
-    floor = f"{100 * KEPT_SHARE:.0f} % of its channels and at least {pruner.minimum_width}"
-    if pruner.divisible_by > 1:
-        floor += f", and a multiple of {pruner.divisible_by} where it is cut"
     raise UserError(
-        f"{key}.{name} = {target}: at most {nearest} of this network's {what} can go, since every layer keeps {floor}"
+        f"{key}.{name} = {target}: at most {rounded_down(most)} of this network's {what} can go, since every layer"
+        f" keeps {what_every_layer_keeps(pruner)}"
     )
 
 
-def _least_widths(widths: torch.Tensor, pruner: Structured) -> torch.Tensor:
+def rounded_down(share: float) -> float:
+    """To a number that is accepted where it is given instead."""
+    return math.floor(1000 * (share + ROUNDING)) / 1000
+
+
+def what_every_layer_keeps(pruner: Structured) -> str:
+    """`least_widths` in words."""
+    floor = f"{100 * KEPT_SHARE:.0f} % of its channels and at least {pruner.minimum_width}"
+    return floor + (f", and a multiple of {pruner.divisible_by} where it is cut" if pruner.divisible_by > 1 else "")
+
+
+def least_widths(widths: torch.Tensor, pruner: Structured) -> torch.Tensor:
     """The fewest channels that each group may keep, int64 `[G]`."""
     floor = (KEPT_SHARE * widths.double() - ROUNDING).ceil().long().clamp_min(pruner.minimum_width)
     multiple = torch.div(floor + pruner.divisible_by - 1, pruner.divisible_by, rounding_mode="floor")

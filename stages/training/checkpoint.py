@@ -19,7 +19,7 @@ from stages.common.files import atomic_file, clear_disk_errors
 
 CODE = ("common", "datasets", "networks", "pruning", "training", "finetune.py", "prune.py")
 """What makes a checkpoint stale when it changes."""
-LIBRARIES = ("torch", "torchvision", "timm", "only-train-once")
+LIBRARIES = ("torch", "torchvision", "timm", "only-train-once", "torch-pruning")
 FINISHED = "finished"
 
 

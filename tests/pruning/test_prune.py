@@ -308,6 +308,35 @@ def test_a_target_that_cannot_be_met_names_the_nearest_that_can(workspace, monke
             run(monkeypatch, f"toy-{pruner}")
 
 
+@pytest.mark.parametrize("pruner", ["oto", "magnitude", "lasso"])
+def test_a_target_of_zero_removes_nothing_and_is_the_control(workspace, monkeypatch, pruner):
+    raw = copy.deepcopy(PARAMS)
+    raw["prune"][pruner] |= {"macs_reduction": 0.0}
+    raw["prune"][pruner].pop("group_sparsity", None)
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    _, description = run(monkeypatch, f"toy-{pruner}")
+    _, control = run(monkeypatch, "toy-none_continued")
+    assert description.tensors == control.tensors
+    assert description.network.widths == {}
+    assert description.metrics["group_sparsity"] == 0
+
+
+def test_the_lassos_target_is_refused_before_any_training(workspace, monkeypatch):
+    raw = copy.deepcopy(PARAMS)
+    raw["prune"]["lasso"]["macs_reduction"] = 0.9999
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(session, "train", lambda *_, **__: pytest.fail("it trained first"))
+    with pytest.raises(UserError, match=r"prune\.lasso\.macs_reduction = 0\.9999: at most 0\.9"):
+        run(monkeypatch, "toy-lasso")
+
+
+def test_depgraph_tells_its_channels(workspace, monkeypatch):
+    _, description = run(monkeypatch, "toy-magnitude")
+    metrics = description.metrics
+    assert metrics["channels_dense"] > metrics["channels"] > 0
+    assert metrics["group_sparsity"] == pytest.approx(1 - metrics["channels"] / metrics["channels_dense"])
+
+
 def test_distillation_changes_what_is_learned(workspace, monkeypatch):
     plain, _ = run(monkeypatch, "toy-none_continued")
     taught, description = run(monkeypatch, "toy-taught")

@@ -1,0 +1,170 @@
+"""What is ours around Torch-Pruning: the search for the ratio, the widths that layers keep, and what is refused."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from cuttable import SMALL, TOY, builder, folded
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.common.params import Depgraph
+from stages.networks.build import NetworkSpec, build_network
+from stages.pruning.costs import costs_of
+from stages.pruning.depgraph import SEARCH_STEPS, GroupLasso, find_ratio, lasso_steps, prune_depgraph
+
+KEY = "prune.toy"
+
+
+def depgraph(**settings) -> Depgraph:
+    return Depgraph(method="depgraph", epochs=2, learning_rate_factor=1.0, **settings)
+
+
+def pruned(network: nn.Module, spec: NetworkSpec, pruner: Depgraph) -> tuple[nn.Module, dict[str, float]]:
+    ratio = find_ratio(network, spec, pruner, 32, KEY)
+    subnet, _, channels = prune_depgraph(network, spec, pruner, 32, KEY, ratio)
+    return subnet, channels
+
+
+def widths(network: nn.Module) -> list[int]:
+    return [len(module.weight) for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)][:-1]
+
+
+def grouped() -> nn.Module:
+    layers = [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 48, 3, groups=3), nn.ReLU(), nn.Conv2d(48, 40, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 4))
+
+
+@pytest.fixture
+def convnext():
+    return folded("timm", "convnext_atto", SMALL)
+
+
+def test_group_sparsity_is_the_share_that_goes_in_every_layer(convnext):
+    network, spec = convnext
+    subnet, channels = pruned(network, spec, depgraph(group_sparsity=0.25))
+    assert widths(subnet) == [3 * width // 4 for width in widths(network)]
+    assert channels["group_sparsity"] == 0.25
+    assert channels["channels"] == 0.75 * channels["channels_dense"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"minimum_width": 7}, {"divisible_by": 8}, {"minimum_width": 7, "divisible_by": 4}]
+)
+def test_layers_keep_the_width_that_is_asked_for(convnext, settings):
+    network, spec = convnext
+    subnet, _ = pruned(network, spec, depgraph(macs_reduction=0.4, **settings))
+    multiple, least = settings.get("divisible_by", 1), settings.get("minimum_width", 1)
+    assert widths(subnet) != widths(network)
+    for left, before in zip(widths(subnet), widths(network), strict=True):
+        assert left == before or (left >= least and left % multiple == 0)
+
+
+@pytest.mark.parametrize("settings", [{"minimum_width": 7}, {"divisible_by": 8, "minimum_width": 20}])
+def test_grouped_convolutions_keep_the_width_that_is_asked_for(monkeypatch, settings):
+    monkeypatch.setattr("stages.pruning.depgraph.build_network", builder(grouped))
+    network = grouped().eval()
+    for target in (0.3, 0.45):
+        subnet, _ = pruned(network, TOY, depgraph(macs_reduction=target, **settings))
+        for left, before in zip(widths(subnet), widths(network), strict=True):
+            assert left == before or (left >= settings["minimum_width"] and left % settings.get("divisible_by", 1) == 0)
+
+
+def test_the_ratio_is_the_least_that_meets_the_target(convnext):
+    network, spec = convnext
+    dense = costs_of(network, [], 32).macs_dense
+    pruner = depgraph(macs_reduction=0.5)
+    ratio = find_ratio(network, spec, pruner, 32, KEY)
+
+    def left(ratio: float) -> float:
+        return costs_of(prune_depgraph(network, spec, pruner, 32, KEY, ratio)[0], [], 32).macs_dense / dense
+
+    assert left(ratio) <= 0.5 < left(ratio - 2**-SEARCH_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"group_sparsity": 0.5, "divisible_by": 8},
+            "prune.toy.group_sparsity = 0.5: at most 0.0 can go: the same share goes in every layer, and"
+            " stages.0.blocks.0.mlp.fc2 keeps 8 of its 8 channels, since every layer keeps 5 % of its channels and at"
+            " least 1, and a multiple of 8 where it is cut",
+        ),
+        (
+            {"group_sparsity": 0.9},
+            "prune.toy.group_sparsity = 0.9: at most 0.875 can go: the same share goes in every layer, and"
+            " stages.0.blocks.0.mlp.fc2 keeps 1 of its 8 channels, since every layer keeps 5 % of its channels and at"
+            " least 1",
+        ),
+        (
+            {"macs_reduction": 0.9, "minimum_width": 10},
+            "prune.toy.macs_reduction = 0.9: at most 0.442 can go, since every layer keeps 5 % of its channels and at"
+            " least 10",
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_refused_with_the_nearest_and_the_cause(convnext, settings, message):
+    network, spec = convnext
+    with pytest.raises(UserError) as refusal:
+        find_ratio(network, spec, depgraph(**settings), 32, KEY)
+    assert str(refusal.value) == message
+
+
+def test_the_nearest_target_that_is_named_can_be_met(convnext):
+    network, spec = convnext
+    assert 0 < find_ratio(network, spec, depgraph(macs_reduction=0.442, minimum_width=10), 32, KEY) <= 1
+    assert find_ratio(network, spec, depgraph(group_sparsity=0.875), 32, KEY) == 0.875
+
+
+def test_a_network_that_the_library_cannot_prune_is_refused_in_plain_words_without_a_warning():
+    spec = NetworkSpec("timm", "vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}, 4)
+    with warnings.catch_warnings(), pytest.raises(UserError) as refusal:
+        warnings.simplefilter("error")
+        find_ratio(build_network(spec), spec, depgraph(group_sparsity=0.5), 32, KEY)
+    assert str(refusal.value) == (
+        "prune.toy (method depgraph): timm vit_tiny_patch16_224: Torch-Pruning cannot prune this network (it leaves"
+        " cls_token with shape (1, 1, 16) where (1, 1, 32) is needed): choose another method; l1_unstructured and"
+        " random_unstructured prune any"
+    )
+
+
+def test_a_graph_that_the_library_cannot_follow_is_refused_in_plain_words():
+    spec = NetworkSpec("torchvision", "shufflenet_v2_x0_5", {}, 4)
+    with pytest.raises(UserError, match=r"cannot prune this network \(it cannot follow the network's operations"):
+        find_ratio(build_network(spec), spec, depgraph(group_sparsity=0.5), 64, KEY)
+
+
+def test_the_group_lasso_acts_between_its_first_and_last_step(convnext):
+    network, _ = convnext
+    first, last = lasso_steps(depgraph(group_sparsity=0.5, importance="group_lasso", start_fraction=0.2), 10, KEY)
+    assert (first, last) == (2, 5)
+    pruner = depgraph(group_sparsity=0.5, importance="group_lasso", penalty=0.1)
+    lasso = GroupLasso(network, pruner, 32, first, last)
+    for step in range(7):
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        lasso.before_step(step)
+        acted = any(parameter.grad.any() for parameter in network.parameters())
+        assert acted == (first <= step < last)
+        assert lasso.met_after(step) == (step >= last - 1)
+
+
+def test_a_group_lasso_without_a_step_is_refused_with_the_key():
+    pruner = depgraph(group_sparsity=0.5, importance="group_lasso", start_fraction=0.3, end_fraction=0.31)
+    with pytest.raises(UserError, match=r"^prune\.toy\.end_fraction = 0\.31: no step of 10 lies between"):
+        lasso_steps(pruner, 10, KEY)
+
+
+def test_widths_do_not_depend_on_the_weights_so_a_ratio_holds_after_training(convnext):
+    network, spec = convnext
+    pruner = depgraph(params_reduction=0.5)
+    ratio, other = find_ratio(network, spec, pruner, 32, KEY), copy.deepcopy(network)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    one, _, _ = prune_depgraph(network, spec, pruner, 32, KEY, ratio)
+    same, found, _ = prune_depgraph(other, spec, pruner, 32, KEY, ratio)
+    assert widths(one) == widths(same)
+    assert found == replace(spec, widths=found.widths, layer_norm_widths=found.layer_norm_widths, layer_norm="plain")
