@@ -238,7 +238,12 @@ def _require_equal(session: Session, layer_norm: str, difference: float) -> None
 
 
 def _around_the_cut(session: Session, uncut: nn.Module, subnet: nn.Module, difference: float) -> dict[str, float]:
-    """What the report tells of the jump: validation top-1 on both sides, and the change of the logits."""
+    """What the report tells of the jump: validation top-1 on both sides, and the change of the logits.
+
+    Args:
+        uncut: the network as it stood: zeroed by training for `oto`, whole for the others.
+        difference: from the zeroed network to the cut one, or from the whole one where nothing is ever zeroed.
+    """
     return {
         "validation_top1_uncut": session.validation_top1(uncut),
         "validation_top1_cut": session.validation_top1(subnet),

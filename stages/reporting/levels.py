@@ -61,12 +61,13 @@ class Cut:
 
     group: str
     before: float
-    """With the channels at zero, or whole where nothing was zeroed first."""
+    """Of the network as it stood: zeroed by training for `oto`, whole for `random_structured` and `depgraph`."""
     after: float
     """Right after removal."""
     recovered: float
     difference: float
-    """Largest change of a logit, relative to the logits' scale."""
+    """Largest change of a logit, relative to the logits' scale: from the zeroed network to the cut one for `oto` and
+    `random_structured`, from the whole one for `depgraph`."""
 
 
 def kind_of(pruner: Pruner) -> str:

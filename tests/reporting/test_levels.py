@@ -138,6 +138,11 @@ def test_the_page_shows_levels_pairs_libraries_and_cuts(run: Run, parts: tuple, 
     for heading in ("Pruners and levels", "At equal MACs", "Between libraries", "What removal did"):
         assert f">{heading}</h" in page
     assert "Over control (points)" in page
+    assert (
+        "for <code>oto</code> and <code>random_structured</code> from the network with the same channels at zero"
+        in page
+    )
+    assert "for <code>depgraph</code> from the whole network to the cut one" in page
     assert "ConvNeXt-Tiny (batch 16, 64 px, float32) on A CPU of the tests, 1 thread" in page
     assert (
         '<th scope="row">hesso, recovery</th><td>700 ms</td><td>1.020</td><td>1.010 to 1.030</td><td>1.005</td>' in page

@@ -1,4 +1,5 @@
 import copy
+import importlib.metadata
 import multiprocessing
 import os
 import signal
@@ -177,6 +178,16 @@ def test_two_processes_do_not_train_the_same_thing(tmp_path):
             checkpoint_folder(tmp_path, {"a": 1}),
         ):
             pass
+
+
+@pytest.mark.parametrize("library", ["torch", "timm", "only-train-once", "torch-pruning"])
+def test_a_library_of_another_version_does_not_go_on_from_a_checkpoint(tmp_path, monkeypatch, library):
+    version = importlib.metadata.version
+    with checkpoint_folder(tmp_path, {"a": 1}) as folder:
+        pass
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == library else version(name))
+    with checkpoint_folder(tmp_path, {"a": 1}) as other:
+        assert other != folder
 
 
 def test_a_checkpoint_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
