@@ -160,7 +160,8 @@ class Structured(Training):
     """What every pruner that removes whole channels has: one target, and what the narrower network must be like."""
 
     group_sparsity: Fraction | None = None
-    """Share of all channels to remove."""
+    """Share of the channels to remove: of all that can go, one for each group of a grouped convolution; of `depgraph`,
+    in every layer."""
     params_reduction: Fraction | None = None
     """Share of the dense network's parameters to remove."""
     macs_reduction: Fraction | None = None

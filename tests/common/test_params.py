@@ -165,6 +165,16 @@ def test_an_importance_by_name_is_refused_with_the_scores_that_can_be_weighted(r
     assert message in refusal(raw, tmp_path)
 
 
+def test_the_readmes_example_of_a_pruner_fits_into_the_default_params(tmp_path):
+    readme = (TOP / "README.md").read_text()
+    [example] = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "dhspg50" in block]
+    raw = yaml.safe_load((TOP / "params.yaml").read_text())
+    for section, entries in yaml.safe_load(example).items():
+        raw[section] |= entries
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    assert "variant   convnext-dhspg50-fp32: fp32" in plan(load_params(tmp_path / "params.yaml"))
+
+
 def test_two_to_four_sparsity_is_refused_at_another_sparsity(raw, tmp_path):
     raw["prune"]["l1"]["pattern"] = "2:4"
     assert "prune.l1: pattern 2:4 zeroes half of every layer" in refusal(raw, tmp_path)
