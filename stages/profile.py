@@ -60,8 +60,8 @@ def profile(
     check_onnx(folder, description)
     description.require_metrics(folder, "n_validation", "validation_top1", "validation_agreement")
     part = open_part(images, "test")
-    if description.layers:
-        batch_size = 1  # a dynamic scale spans the batch, and a device sees one image at a time
+    if description.spans_batch():
+        batch_size = 1
     logits = session_logits(session, part.images, batch_size)
     torch_logits = predict_logits(classifier, part.images, batch_size)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :2]

@@ -1,6 +1,7 @@
 """A folder that explains itself and can be opened safely: `model.json` beside `model.safetensors`, never a pickle.
 
-`model.safetensors` holds the tensors as they are stored: int8 weights with their scales where a layer is packed.
+`model.safetensors` holds the tensors as they are stored: integers with their scales where a layer is packed, those of
+under 8 bits as `artifacts.packing` lays them out.
 `model.json` holds a `Description`. Compressed artifacts have `model.onnx` as well, written by the quantize stage.
 """
 
@@ -18,16 +19,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stages.artifacts.packing import LARGEST, pack, unpack
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import atomic_folder, read_json, sha256_of, write_json
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.dynamic_int8 import pack_layer, packed_layers, unpack_layer
+from stages.networks.dynamic_int8 import pack_layer
+from stages.networks.integer_weights import KINDS, Grid, with_integers
+from stages.networks.packed import packed_layers, tensors_of
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.networks.tensors import load_tensors
 
-VERSION = 2
+VERSION = 3
 TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
 SECTIONS: dict[str, dict[str, type]] = {
     "data": {"name": str, "sha256": str},
@@ -38,6 +42,10 @@ SECTIONS: dict[str, dict[str, type]] = {
 """What the free-form sections of `model.json` hold at least."""
 OPTIONAL = ("parent", "onnx")
 """Those that may be empty: a dense network has no parent, a float artifact no `model.onnx`."""
+ACTIVATIONS = ("float", "dynamic", "static")
+GRIDS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+LAYER_TENSORS = ("weight", "weight_scale", "bias", *GRIDS)
+"""What a packed layer may hold."""
 
 
 @dataclass
@@ -48,6 +56,9 @@ class LayerStorage:
     activation_bits: int
     scheme: str
     """`symmetric_per_channel` or `symmetric_per_tensor`."""
+    activations: str = "dynamic"
+    """One of `ACTIVATIONS`: left in float, or rounded to a grid found in every call (by PyTorch's own dynamic layers),
+    or found once on calibration images."""
 
 
 @dataclass
@@ -74,6 +85,10 @@ class Description:
     parent: dict[str, Any] | None = None
     """`name`, `sha256` and `metrics` of the artifact that it was made from."""
     layers: dict[str, LayerStorage] = field(default_factory=dict)
+    float_layers: list[str] = field(default_factory=list)
+    """Layers with weights that the quantizer left in float."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """Of a search for bits: the objective of each allocation tried, the budget, and how sensitive layers were."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Figures on validation images; never on test images."""
     onnx: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +100,10 @@ class Description:
 
     def preprocess(self) -> Preprocess:
         return Preprocess(self.mean, self.std, self.input_size)
+
+    def spans_batch(self) -> bool:
+        """Whether scales are found over a whole batch in every call: a device sees one image at a time."""
+        return any(layer.activations == "dynamic" for layer in self.layers.values())
 
     def require_metrics(self, folder: Path, *names: str) -> None:
         """Raise a `UserError` where the artifact, read from `folder`, does not tell these figures."""
@@ -106,7 +125,7 @@ def save_artifact(
 
     Args:
         folder: its final place; what was there is replaced.
-        network: float, or with layers packed by `networks.dynamic_int8`; left as it is.
+        network: float, or with the packed layers of `networks.packed` that `description.layers` lists; left as it is.
         description: `tensors` and `versions` are filled in here.
         extra: called with the unfinished folder, before `model.json` is written, to add `model.onnx`; what it
             returns becomes `description.onnx`.
@@ -114,7 +133,7 @@ def save_artifact(
     Raises:
         UserError: if a weight is NaN or infinite, or what was written does not load to the same network.
     """
-    state = _stored_tensors(network)
+    state = _stored_tensors(network, description.layers)
     if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise UserError(
             f"{folder}: {broken[0]} holds NaN or infinite values: not saved; lower finetune.learning_rate, or the"
@@ -154,11 +173,7 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
     except UserError as error:
         raise UserError(f"{folder / DESCRIPTION}: network: {error}") from None
     packed = {
-        name: {
-            part: state.pop(f"{name}.{part}")
-            for part in ("weight", "weight_scale", "bias")
-            if f"{name}.{part}" in state
-        }
+        name: {part: state.pop(f"{name}.{part}") for part in LAYER_TENSORS if f"{name}.{part}" in state}
         for name in description.layers
     }
     prefixes = tuple(f"{name}." for name in packed)
@@ -169,17 +184,16 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
                 f"{path}: {name} has shape {_shape(given)}, the network described needs {_shape(expected.get(name))}"
             )
     load_tensors(network, state, strict=False)
+    modules = dict(network.named_modules())
     for name, tensors in packed.items():
-        own = dict(network.named_modules()).get(name)
-        if (
-            not isinstance(own, nn.Linear)
-            or not {"weight", "weight_scale"} <= tensors.keys()
-            or tensors["weight"].shape != own.weight.shape
-        ):
+        try:
+            layer = _packed_layer(modules.get(name), description.layers[name], tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"{path}: packed layer {name} is not in the network described, or lacks its weight or scale"
-            )
-        replace_module(network, name, pack_layer(tensors))
+                f"{path}: packed layer {name} is not in the network described, or its tensors are not what it needs:"
+                f" {error}"
+            ) from None
+        replace_module(network, name, layer)
     return network.eval(), description
 
 
@@ -246,7 +260,7 @@ def parent_of(folder: Path, description: Description) -> dict[str, Any]:
     return {"name": description.name, "sha256": sha256_of(folder / DESCRIPTION), "metrics": description.metrics}
 
 
-def _stored_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+def _stored_tensors(network: nn.Module, layers: dict[str, LayerStorage]) -> dict[str, torch.Tensor]:
     packed = packed_layers(network)
     prefixes = tuple(f"{name}." for name in packed)
     state = {
@@ -255,8 +269,39 @@ def _stored_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
         if not (prefixes and name.startswith(prefixes))
     }
     for name, layer in packed.items():
-        state |= {f"{name}.{part}": tensor.contiguous() for part, tensor in unpack_layer(layer).items()}
+        tensors = tensors_of(layer)
+        if (bits := layers[name].weight_bits) < LARGEST:
+            tensors["weight"] = torch.from_numpy(pack(tensors["weight"].cpu().numpy(), bits))
+        state |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in tensors.items()}
     return dict(sorted(state.items()))
+
+
+def _packed_layer(own: nn.Module | None, storage: LayerStorage, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """The packed layer in the place of `own`, the float layer that the network is built with.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: if the tensors are not those of such a layer.
+    """
+    if type(own) not in KINDS:
+        raise TypeError(f"{type(own).__name__} has no packed form")
+    shape, bits = tuple(own.weight.shape), storage.weight_bits
+    if bits < LARGEST:
+        tensors["weight"] = torch.from_numpy(unpack(tensors["weight"].numpy(), bits, shape))
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    if weight.dtype != torch.int8 or tuple(weight.shape) != shape or scale.shape not in ((1,), (shape[0],)):
+        raise ValueError(f"weight {weight.dtype} {tuple(weight.shape)} with {tuple(scale.shape)} scales")
+    if ("bias" in tensors) != (own.bias is not None):
+        raise ValueError("bias")
+    if storage.activations == "dynamic":
+        return pack_layer(tensors)
+    grids = {
+        side: Grid(tensors[f"{side}_scale"].item(), int(tensors[f"{side}_zero_point"]))
+        for side in ("input", "output")
+        if f"{side}_scale" in tensors
+    }
+    layer = with_integers(own, weight, scale, bits, grids)
+    layer.load_state_dict(tensors)
+    return layer
 
 
 def _save_tensors(state: dict[str, torch.Tensor], path: Path, folder: Path) -> None:

@@ -32,7 +32,7 @@ def quantize_linears(network: nn.Module, per_channel: bool) -> nn.Module:
         return quantize_dynamic(network.eval(), {nn.Linear: config}, dtype=torch.qint8)
 
 
-def packed_layers(network: nn.Module) -> dict[str, nn.Module]:
+def dynamic_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The packed Linear layers by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, DynamicLinear)}
 
@@ -63,7 +63,7 @@ def pack_layer(tensors: dict[str, torch.Tensor]) -> nn.Module:
     return layer
 
 
-def dequantized(network: nn.Module) -> nn.Module:
+def without_dynamic(network: nn.Module) -> nn.Module:
     """A float copy: each packed layer becomes a Linear layer with the values that its integers stand for."""
     twin = copy.deepcopy(network)
     linears: dict[nn.Module, nn.Linear] = {}

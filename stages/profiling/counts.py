@@ -21,8 +21,8 @@ from torchvision.models.convnext import CNBlock
 
 from stages.artifacts.artifact import LayerStorage
 from stages.common.errors import UserError
-from stages.networks.dynamic_int8 import dequantized, packed_layers
 from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.packed import dequantized, packed_layers
 
 FLOAT_BITS = 32
 MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

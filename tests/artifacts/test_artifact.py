@@ -18,7 +18,7 @@ from stages.artifacts.artifact import (
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.dynamic_int8 import packed_layers, quantize_linears, unpack_layer
+from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears, unpack_layer
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": False}
 
@@ -49,7 +49,7 @@ def network(spec=None):
 def packed_pair(per_channel=True):
     packed = quantize_linears(network(), per_channel)
     scheme = "symmetric_per_channel" if per_channel else "symmetric_per_tensor"
-    return packed, describe(layers={name: LayerStorage(8, 8, scheme) for name in packed_layers(packed)})
+    return packed, describe(layers={name: LayerStorage(8, 8, scheme) for name in dynamic_layers(packed)})
 
 
 @torch.no_grad()
@@ -71,10 +71,10 @@ def test_packed_layers_come_back_with_the_same_integers_and_output(tmp_path, per
     packed, description = packed_pair(per_channel)
     save_artifact(tmp_path / "toy", packed, description)
     loaded, _ = load_artifact(tmp_path / "toy")
-    assert packed_layers(loaded).keys() == packed_layers(packed).keys() == description.layers.keys()
-    for name, layer in packed_layers(packed).items():
+    assert dynamic_layers(loaded).keys() == dynamic_layers(packed).keys() == description.layers.keys()
+    for name, layer in dynamic_layers(packed).items():
         for part, tensor in unpack_layer(layer).items():
-            assert torch.equal(tensor, unpack_layer(packed_layers(loaded)[name])[part]), f"{name}.{part}"
+            assert torch.equal(tensor, unpack_layer(dynamic_layers(loaded)[name])[part]), f"{name}.{part}"
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(packed(x), loaded(x))
     stored = load_file(tmp_path / "toy/model.safetensors")

@@ -12,7 +12,7 @@ from stages.common.errors import UserError
 from stages.export import onnx_file
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits
-from stages.networks.dynamic_int8 import packed_layers, quantize_linears, unpack_layer
+from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears, unpack_layer
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.predict import predict_logits
@@ -84,8 +84,8 @@ def test_the_interface_is_uint8_pixels_with_a_free_batch_axis_and_float_logits(f
     pixels, logits = session.get_inputs()[0], session.get_outputs()[0]
     assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(uint8)", ["batch", 24, 24, 3])
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 10])
-    assert result == {"opset": 20, "quantized_operators": 0}
-    assert onnx.load(path).opset_import[0].version == 20
+    assert result == {"opset": 21, "quantized_operators": 0, "integer_weights": {}}
+    assert onnx.load(path).opset_import[0].version == 21
 
 
 def test_the_same_network_gives_the_same_bytes_and_they_tell_nothing_of_the_machine(
@@ -108,7 +108,7 @@ def test_the_file_holds_exactly_the_packed_integers_and_scales(
 ):
     classifier = classify(packed(tiny_network(conv_mlp), per_channel))
     result = export_onnx(classifier, 24, tmp_path / "model.onnx")
-    layers = packed_layers(classifier)
+    layers = dynamic_layers(classifier)
     graph = onnx.load(tmp_path / "model.onnx").graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     multiplications = [node for node in graph.node if node.op_type == "MatMulInteger"]
@@ -141,7 +141,7 @@ def test_integers_are_kept_where_a_channel_is_smaller_than_the_smallest_scale(cl
         network[1].weight[3] *= 1e-4  # its integers stay far from 127; the quantizer alone would stretch them
         network[1].weight[4] = 0
     classifier = classify(packed(network))
-    weight = unpack_layer(packed_layers(classifier)["network.1"])["weight"].numpy()
+    weight = unpack_layer(dynamic_layers(classifier)["network.1"])["weight"].numpy()
     assert 0 < np.abs(weight[3]).max() < 127
     export_onnx(classifier, 24, tmp_path / "model.onnx")
     stored = {t.name: t for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
@@ -158,7 +158,7 @@ def test_layers_with_equal_weights_are_each_quantized(classify, tmp_path):
 def test_a_packed_layer_that_is_used_twice_is_refused(classify, tmp_path):
     network = packed(perceptron(3))
     replace_module(network, "3", network[2])
-    with pytest.raises(UserError, match="3 int8 operators came out for 2 packed layers"):
+    with pytest.raises(UserError, match=r"network\.2: this layer is used twice"):
         export_onnx(classify(network), 24, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.networks.dynamic_int8 import dequantized, pack_layer, packed_layers, quantize_linears, unpack_layer
+from stages.networks.dynamic_int8 import dynamic_layers, pack_layer, quantize_linears, unpack_layer, without_dynamic
 
 
 def network():
@@ -14,7 +14,7 @@ def network():
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_weights_are_symmetric_and_scaled_by_their_largest_magnitude(per_channel):
     original = network()
-    layers = packed_layers(quantize_linears(original, per_channel))
+    layers = dynamic_layers(quantize_linears(original, per_channel))
     assert list(layers) == ["0", "2.0", "2.1"]
     for name, layer in layers.items():
         weight = original.get_submodule(name).weight.detach()
@@ -32,14 +32,14 @@ def test_weights_are_symmetric_and_scaled_by_their_largest_magnitude(per_channel
 def test_unpacked_tensors_pack_to_the_same_layer(per_channel):
     packed = quantize_linears(network(), per_channel)
     x = torch.randn(7, 6)
-    for name, layer in packed_layers(packed).items():
+    for name, layer in dynamic_layers(packed).items():
         tensors = unpack_layer(layer)
         again = pack_layer(tensors)
         for part, tensor in unpack_layer(again).items():
             assert torch.equal(tensor, tensors[part]), f"{name}.{part}"
         x_in = torch.randn(7, tensors["weight"].shape[1])
         assert torch.equal(again(x_in), layer(x_in))
-    assert "bias" not in unpack_layer(packed_layers(packed)["2.0"])
+    assert "bias" not in unpack_layer(dynamic_layers(packed)["2.0"])
     assert packed(x).shape == (7, 4)
 
 
@@ -48,9 +48,9 @@ def test_unpacked_tensors_pack_to_the_same_layer(per_channel):
 def test_the_dequantized_twin_holds_the_values_of_the_integers(per_channel):
     original = network()
     packed = quantize_linears(original, per_channel)
-    twin = dequantized(packed)
-    assert not packed_layers(twin)
-    assert len(packed_layers(packed)) == 3
+    twin = without_dynamic(packed)
+    assert not dynamic_layers(twin)
+    assert len(dynamic_layers(packed)) == 3
     assert not twin.training
     for name in ("0", "2.0", "2.1"):
         step = unpack_layer(packed.get_submodule(name))["weight_scale"].max().item()
@@ -64,7 +64,7 @@ def test_the_float_network_is_left_as_it_is():
     original = network()
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     quantize_linears(original, True)
-    assert not packed_layers(original)
+    assert not dynamic_layers(original)
     assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.artifacts.artifact import LayerStorage
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.dynamic_int8 import packed_layers, unpack_layer
+from stages.networks.dynamic_int8 import dynamic_layers, unpack_layer
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.profiling.counts import count_layers, totals
 from stages.profiling.visible import macs_visible, params_visible
@@ -126,7 +126,7 @@ def test_visible_and_packed_parameters_are_the_true_ones(name):
     packed, layers = int8_dynamic(built(name), True)
     hidden = sum(
         tensors["weight"].numel() + tensors["bias"].numel()
-        for tensors in map(unpack_layer, packed_layers(packed).values())
+        for tensors in map(unpack_layer, dynamic_layers(packed).values())
     )
     assert hidden > 0
     assert params_visible(packed) + hidden == counted(packed, layers).params

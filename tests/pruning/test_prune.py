@@ -20,7 +20,7 @@ from stages import prune
 from stages.artifacts.artifact import Description, LayerStorage, load_artifact, read_description, save_artifact
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import Fp32, Int8Dynamic
+from stages.common.params import Fp32, Int8Dynamic, Variant, load_params
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.pruning import methods, session
@@ -396,8 +396,9 @@ def test_two_of_four_leaves_what_it_does_not_fit_dense_and_says_so(workspace, mo
 @pytest.mark.parametrize("quantizer", [Fp32(method="fp32"), Int8Dynamic(method="int8_dynamic")], ids=["fp32", "int8"])
 def test_zeros_survive_quantization_and_export(workspace, monkeypatch, quantizer):
     pruned, description = run(monkeypatch, "toy-l1")
-    folder = paths.compressed("toy-l1-small")
-    compress(paths.pruned("toy-l1"), folder, "toy-l1-small", quantizer, paths.IMAGES, 1)
+    folder, variant = paths.compressed("toy-l1-small"), Variant(pruning="toy-l1", quantizer="small")
+    params = load_params().model_copy(update={"quantize": {"small": quantizer}, "variants": {"toy-l1-small": variant}})
+    compress(params, "toy-l1-small", paths.pruned("toy-l1"), folder, paths.IMAGES, 1)
     stored = {
         name.replace(".linear.", "."): tensor
         for name, tensor in load_file(folder / "model.safetensors").items()

@@ -1,0 +1,62 @@
+"""Integers of 2 to 8 bits as bytes: n values of b bits take ceil(n / 8) * b bytes, three bits three.
+
+The bits are stored in planes, the lowest first: plane p holds bit p of every value, eight values in a byte, the first
+value in the highest bit. So any width is exact and both directions are a few vectorised operations.
+"""
+
+import numpy as np
+
+SMALLEST, LARGEST = 2, 8
+"""Bits of a value."""
+CHUNK = 16384
+"""Bytes of each plane that are unpacked at a time: what fits into a core's cache."""
+
+
+def packed_bytes(values: int, bits: int) -> int:
+    """Bytes that `values` integers of `bits` bits take."""
+    return -(-values // 8) * bits
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Signed integers of any shape, in [-2^(bits-1), 2^(bits-1) - 1], to uint8 `[packed_bytes(n, bits)]`.
+
+    Raises:
+        ValueError: if a value does not fit into `bits` bits.
+    """
+    flat = np.ascontiguousarray(values, np.int8).reshape(-1)
+    if not SMALLEST <= bits <= LARGEST:
+        raise ValueError(f"{bits} bits: a value is packed in {SMALLEST} to {LARGEST}")
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if flat.size and not (low <= flat.min() and flat.max() <= high):
+        raise ValueError(f"values from {flat.min()} to {flat.max()} do not fit into {bits} bits")
+    if bits == LARGEST:
+        whole = np.zeros(packed_bytes(flat.size, bits), np.uint8)
+        whole[: flat.size] = flat.view(np.uint8)
+        return whole
+    unsigned = flat.view(np.uint8)
+    return np.concatenate([np.packbits(unsigned & np.uint8(1 << plane)) for plane in range(bits)])
+
+
+def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
+    """What `pack` was given: int8 of `shape`.
+
+    Raises:
+        ValueError: if `packed` is not as long as values of that shape and width are.
+    """
+    count = int(np.prod(shape))
+    if packed.dtype != np.uint8 or packed.shape != (packed_bytes(count, bits),):
+        raise ValueError(
+            f"{packed.dtype} {list(packed.shape)}: {count} values of {bits} bits take uint8"
+            f" [{packed_bytes(count, bits)}]"
+        )
+    if bits == LARGEST:
+        return packed[:count].view(np.int8).reshape(shape).copy()
+    planes = packed.reshape(bits, -1)
+    values = np.empty(planes.shape[1] * 8, np.uint8)
+    for start in range(0, planes.shape[1], CHUNK):
+        part = values[8 * start : 8 * (start + CHUNK)]
+        np.negative(np.unpackbits(planes[-1, start : start + CHUNK]), out=part)  # the sign, in all higher bits too
+        for plane in planes[-2::-1]:
+            np.left_shift(part, 1, out=part)
+            np.bitwise_or(part, np.unpackbits(plane[start : start + CHUNK]), out=part)
+    return values[:count].view(np.int8).reshape(shape)

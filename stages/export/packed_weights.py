@@ -1,0 +1,291 @@
+"""The packed layers' integers in an exported float graph, in the place of the values that they stand for.
+
+A layer is recognised by its weight's values, which no renaming in the exporter changes.
+"""
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.networks.dynamic_int8 import unpack_layer
+from stages.networks.integer_weights import Grid
+
+OPERATORS = ("MatMul", "Gemm", "Conv")
+INT4_BITS = 4
+"""Integers of up to so many bits are stored as ONNX's int4, all others as int8: ONNX Runtime knows no other widths."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer's operator, isolated: its weight is the initializer `<node>.matrix` and belongs to no other one."""
+
+    layer: str
+    node: str
+    transposed: bool
+    """True where the weight is `[in, out]` (MatMul), False for `[out, in, ...]` (Conv)."""
+
+    @property
+    def weight(self) -> str:
+        return f"{self.node}.matrix"
+
+    @property
+    def axis(self) -> int:
+        """Of the output channels."""
+        return 1 if self.transposed else 0
+
+    def of(self, values: torch.Tensor) -> np.ndarray:
+        """The layer's weight as it stands in the graph."""
+        return np.ascontiguousarray(values.cpu().numpy().T if self.transposed else values.cpu().numpy())
+
+
+def with_dynamic_layers(
+    model: onnx.ModelProto, layers: dict[str, nn.Module]
+) -> tuple[onnx.ModelProto, dict[str, object]]:
+    """Let ONNX Runtime's quantizer turn exactly these layers into MatMulInteger, then set their own integers.
+
+    The quantizer would round the weights anew; its integers are the same except where a channel's scale is at the
+    observer's smallest, so the file's integers and scales are taken from the network in every case.
+
+    Returns:
+        The graph, and `quantized_operators` and `integer_weights` (of each ONNX type) as `model.json` tells them.
+    """
+    if not layers:
+        return model, {"quantized_operators": 0, "integer_weights": {}}
+    tensors = {name: unpack_layer(layer) for name, layer in layers.items()}
+    found = _isolate(model, {name: t["weight"].float() * t["weight_scale"][:, None] for name, t in tensors.items()})
+    per_channel = any(len(t["weight_scale"]) > 1 for t in tensors.values())
+    model = _quantize(model, [one.node for one in found], per_channel)
+
+    operators = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
+    if operators != len(layers):
+        raise UserError(
+            f"{operators} int8 operators came out for {len(layers)} packed layers: use fp32 for this network"
+        )
+    written = {tensor.name: tensor for tensor in model.graph.initializer}
+    for one in found:
+        _overwrite(written[f"{one.weight}_quantized"], one.of(tensors[one.layer]["weight"]))
+        _overwrite(written[f"{one.weight}_scale"], tensors[one.layer]["weight_scale"].numpy())
+        _overwrite(written[f"{one.weight}_zero_point"], np.zeros(1, np.int8))
+    return model, {"quantized_operators": operators, "integer_weights": {"int8": operators}}
+
+
+def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) -> dict[str, object]:
+    """Store these layers' integers in the graph, in place.
+
+    Without grids the operator stays a float one on `Cast(integers) * scale`: ONNX Runtime folds that when it opens the
+    file, so the file is small and the arithmetic as fast as float. (A DequantizeLinear would run in every call.) With
+    grids, QuantizeLinear and DequantizeLinear stand around the operator, which ONNX Runtime then runs on integers.
+
+    Returns:
+        `quantized_operators` and `integer_weights` (of each ONNX type); empty without layers.
+    """
+    if not layers:
+        return {}
+    stored, operators, nodes = Counter(), 0, {}
+    gemms = {name for name, layer in layers.items() if layer.input_scale is not None}
+    for one in _isolate(model, {name: layer.float_weight() for name, layer in layers.items()}, gemms):
+        layer = layers[one.layer]
+        static = layer.input_scale is not None
+        operators += static
+        kind = onnx.TensorProto.INT4 if layer.bits <= INT4_BITS and not static else onnx.TensorProto.INT8
+        stored[onnx.TensorProto.DataType.Name(kind).lower()] += 1
+        nodes[one.node] = _static(model, one, layer) if static else _weight_only(model, one, layer, kind)
+    _insert(model, nodes)
+    return {"quantized_operators": operators, "integer_weights": dict(sorted(stored.items()))}
+
+
+def _weight_only(model: onnx.ModelProto, one: Found, layer: nn.Module, kind: int) -> "Around":
+    scale = layer.weight_scale.cpu().numpy()
+    scale = scale if one.transposed else scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
+    integers, cast = f"{one.node}.integers", f"{one.node}.cast"
+    _replace(model, one.weight, _integers(integers, one.of(layer.weight), kind), _floats(f"{one.node}.scale", scale))
+    return Around(
+        before=[
+            helper.make_node("Cast", [integers], [cast], f"{one.node}.cast", to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", [cast, f"{one.node}.scale"], [one.weight], f"{one.node}.dequantize"),
+        ]
+    )
+
+
+def _static(model: onnx.ModelProto, one: Found, layer: nn.Module) -> "Around":
+    node = next(node for node in model.graph.node if node.name == one.node)
+    scale = layer.weight_scale.cpu().numpy()
+    _replace(model, one.weight)
+    weight = numpy_helper.from_array(one.of(layer.weight))
+    before = [_dequantized(model, one.node, "weight", weight, scale, one.weight, one.axis)]
+    source, node.input[0] = node.input[0], f"{one.node}.input"
+    before += _on_grid(model, one.node, "input", source, node.input[0], Grid.of(layer, "input"))
+    after = []
+    if layer.output_scale is not None:
+        product, node.output[0] = node.output[0], f"{one.node}.product"
+        after = _on_grid(model, one.node, "output", node.output[0], product, Grid.of(layer, "output"))
+    if len(node.input) > 2:  # on the accumulator's own grid, or it would not be fused
+        bias_scale = scale * layer.input_scale.item()
+        bias = np.clip(np.round(layer.bias.detach().cpu().double().numpy() / bias_scale), -(2**31), 2**31 - 1)
+        node.input[2] = f"{one.node}.bias_float"
+        integers = numpy_helper.from_array(bias.astype(np.int32))
+        before.append(_dequantized(model, one.node, "bias", integers, bias_scale, node.input[2], axis=0))
+    return Around(before, after)
+
+
+@dataclass(frozen=True)
+class Around:
+    """Nodes to insert around an operator."""
+
+    before: list[onnx.NodeProto]
+    after: list[onnx.NodeProto] = ()
+
+
+def _dequantized(
+    model: onnx.ModelProto, node: str, part: str, integers: onnx.TensorProto, scale: np.ndarray, target: str, axis: int
+) -> onnx.NodeProto:
+    """DequantizeLinear from new initializers to the tensor `target`; with zero points, or QGemm would not be made."""
+    names = [f"{node}.{part}_{kind}" for kind in ("integers", "scale", "zero_point")]
+    integers.name = names[0]
+    zero_point = np.zeros(len(scale), numpy_helper.to_array(integers).dtype)
+    model.graph.initializer.extend([integers, _floats(names[1], scale), numpy_helper.from_array(zero_point, names[2])])
+    return helper.make_node("DequantizeLinear", names, [target], f"{node}.{part}_dequantize", axis=axis)
+
+
+def _on_grid(
+    model: onnx.ModelProto, node: str, side: str, source: str, target: str, grid: Grid
+) -> list[onnx.NodeProto]:
+    """QuantizeLinear and DequantizeLinear from the tensor `source` to `target`."""
+    scale, zero_point, integers = (f"{node}.{side}_{part}" for part in ("scale", "zero_point", "integers"))
+    model.graph.initializer.append(_floats(scale, np.float32(grid.scale)))
+    model.graph.initializer.append(numpy_helper.from_array(np.uint8(grid.zero_point), zero_point))
+    return [
+        helper.make_node("QuantizeLinear", [source, scale, zero_point], [integers], f"{node}.{side}_quantize"),
+        helper.make_node("DequantizeLinear", [integers, scale, zero_point], [target], f"{node}.{side}_dequantize"),
+    ]
+
+
+def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Container[str] = ()) -> list[Found]:
+    """Bring each layer's operator to the form MatMul (and Add) or Conv with a weight of its own, in place.
+
+    Args:
+        gemms: layers that may be a Gemm: ONNX Runtime makes one of MatMul and Add, but none on integers.
+
+    Raises:
+        UserError: if a layer does not stand in the graph, or not as one operator.
+    """
+    layers_of: dict[bytes, list[str]] = {}
+    for name, weight in weights.items():
+        layers_of.setdefault(_key(weight.detach().cpu().numpy()), []).append(name)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    found, nodes = [], []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type not in OPERATORS or node.input[1] not in initializers:
+            continue
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        weight = numpy_helper.to_array(initializers[node.input[1]])
+        as_layer = weight if node.op_type == "Conv" or attributes.get("transB") else weight.T
+        names = layers_of.get(_key(as_layer))
+        if not names:
+            continue
+        if attributes.get("transA") or attributes.get("alpha", 1) != 1 or attributes.get("beta", 1) != 1:
+            raise UserError(f"{names[0]}: exported as a scaled or transposed Gemm, which has no integer form: use fp32")
+        name = names.pop(0) if len(names) > 1 else names[0]
+        if any(one.layer == name for one in found):
+            raise UserError(
+                f"{name}: this layer is used twice in the exported graph, which has no integer form: use fp32"
+            )
+        one = Found(name, name, node.op_type != "Conv")
+        found.append(one)
+        matrix = weight if not one.transposed else as_layer.T
+        model.graph.initializer.append(_floats(one.weight, matrix))
+        if node.op_type == "Conv":
+            node.name, node.input[1] = one.node, one.weight
+            continue
+        if node.op_type == "Gemm" and name in gemms:
+            nodes[-1] = helper.make_node("Gemm", [node.input[0], one.weight, *node.input[2:]], node.output, one.node)
+            continue
+        bias, output = list(node.input[2:]), node.output[0]
+        product = f"{output}_product" if bias else output
+        nodes[-1] = helper.make_node("MatMul", [node.input[0], one.weight], [product], one.node)
+        if bias:
+            nodes.append(helper.make_node("Add", [product, bias[0]], [output], f"{one.node}.bias"))
+    if lost := sorted(set(weights) - {one.layer for one in found}):
+        raise UserError(
+            f"{lost[0]}: this layer does not stand in the exported graph, so its integers cannot be stored: use fp32"
+        )
+    _set_nodes(model, nodes)
+    return found
+
+
+def _insert(model: onnx.ModelProto, around: dict[str, Around]) -> None:
+    nodes = []
+    for node in model.graph.node:
+        found = around.get(node.name, Around([]))
+        nodes += [*found.before, node, *found.after]
+    _set_nodes(model, nodes)
+
+
+def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    """The graph's nodes, and no initializer that none of them reads."""
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def _quantize(model: onnx.ModelProto, nodes: list[str], per_channel: bool) -> onnx.ModelProto:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_dynamic(
+            model,
+            path,
+            ["MatMul"],
+            per_channel,
+            weight_type=QuantType.QInt8,
+            nodes_to_quantize=nodes,
+            extra_options={"WeightSymmetric": True},
+        )
+        return onnx.load(path)
+
+
+def _key(weight: np.ndarray) -> bytes:
+    return repr(weight.shape).encode() + hashlib.sha256(np.ascontiguousarray(weight)).digest()
+
+
+def _floats(name: str, values: np.ndarray) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(values, np.float32, order="C"), name)
+
+
+def _integers(name: str, values: np.ndarray, kind: int) -> onnx.TensorProto:
+    """An int8 initializer, or an int4 one: two values in a byte, the first in the lower half."""
+    if kind == onnx.TensorProto.INT8:
+        return numpy_helper.from_array(values, name)
+    flat = values.reshape(-1).view(np.uint8) & 0x0F
+    halves = np.concatenate([flat, np.zeros(flat.size % 2, np.uint8)])
+    return helper.make_tensor(name, kind, values.shape, (halves[::2] | halves[1::2] << 4).tobytes(), raw=True)
+
+
+def _replace(model: onnx.ModelProto, name: str, *tensors: onnx.TensorProto) -> None:
+    """Put other initializers in the place of the one called `name`."""
+    position = next(i for i, tensor in enumerate(model.graph.initializer) if tensor.name == name)
+    del model.graph.initializer[position]
+    model.graph.initializer.extend(tensors)
+
+
+def _overwrite(tensor: onnx.TensorProto, values: np.ndarray) -> None:
+    """New values of the tensor's own type and shape; one value fills it."""
+    own = numpy_helper.to_array(tensor)
+    values = np.ascontiguousarray(np.broadcast_to(values if own.ndim else values.reshape(()), own.shape), own.dtype)
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

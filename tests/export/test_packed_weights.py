@@ -1,0 +1,112 @@
+import copy
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.export.onnx_file import export_onnx
+from stages.export.session import open_session, session_logits
+from stages.networks.integer_weights import KINDS, Grid, integer_layers, with_integers
+from stages.networks.pointwise import replace_module
+from stages.networks.predict import predict_logits
+from stages.quantization.rounding import round_nearest
+
+
+def with_bits(network: nn.Module, bits: int, static: bool = False) -> nn.Module:
+    """Every layer rounded; with grids wide enough for anything, grouped convolutions in float as `int8_static` does."""
+    network = copy.deepcopy(network)
+    for name, layer in list(network.named_modules()):
+        if type(layer) not in KINDS or (static and getattr(layer, "groups", 1) > 1):
+            continue
+        sides = ("input",) if isinstance(layer, nn.Linear) else ("input", "output")
+        grids = dict.fromkeys(sides, Grid.over(-8, 8)) if static else {}
+        rounded = round_nearest(layer.weight, bits)
+        replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, bits, grids))
+    return network
+
+
+def run_by_onnxruntime(path: Path, tmp_path: Path) -> Counter:
+    """Operators of the graph that ONNX Runtime really runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+
+
+@pytest.mark.parametrize("conv_mlp", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_weights_of_few_bits_are_stored_as_integers_and_computed_as_float(
+    tiny_network, classify, images, tmp_path, bits, conv_mlp
+):
+    classifier, path = classify(with_bits(tiny_network(conv_mlp), bits)), tmp_path / "model.onnx"
+    result = export_onnx(classifier, 24, path)
+    layers = integer_layers(classifier)
+    assert len(layers) == 17
+    assert result["integer_weights"] == {"int4" if bits <= 4 else "int8": 17}
+    assert result["quantized_operators"] == 0
+    stored = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    for name, layer in layers.items():
+        values = numpy_helper.to_array(stored[f"{name}.integers"]).astype(np.int8)
+        matrix = values.T if values.shape != layer.weight.shape or isinstance(layer, nn.Linear) else values
+        assert np.array_equal(matrix, layer.weight.numpy())
+    expected = predict_logits(classifier, images, 20)
+    np.testing.assert_allclose(session_logits(open_session(path, 1), images, 20), expected, rtol=1e-4, atol=1e-4)
+    ran = run_by_onnxruntime(path, tmp_path)
+    assert ran["DequantizeLinear"] == 0
+    assert ran["Cast"] == 1  # of the pixels
+
+
+def test_four_bits_take_half_the_bytes_of_eight(tiny_network, classify, tmp_path):
+    sizes = []
+    for bits in (4, 8):
+        network = with_bits(tiny_network(False), bits)
+        export_onnx(classify(network), 24, tmp_path / f"{bits}.onnx")
+        sizes.append((tmp_path / f"{bits}.onnx").stat().st_size)
+    weights = sum(layer.weight.numel() for layer in integer_layers(network).values())
+    assert sizes[1] - sizes[0] == pytest.approx(weights / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("conv_mlp", [True, False])
+def test_static_layers_run_on_integers_and_agree_with_pytorch(tiny_network, classify, images, tmp_path, conv_mlp):
+    classifier, path = classify(with_bits(tiny_network(conv_mlp), 8, static=True)), tmp_path / "model.onnx"
+    result = export_onnx(classifier, 24, path)
+    assert result["quantized_operators"] == 13
+    assert result["integer_weights"] == {"int8": 13}
+    expected, logits = predict_logits(classifier, images, 20), session_logits(open_session(path, 1), images, 20)
+    assert np.abs(logits - expected).mean() < 0.05 * expected.std()  # a value between two steps may fall to either
+    ran = run_by_onnxruntime(path, tmp_path)
+    assert ran["QLinearConv"] + ran["MatMulIntegerToFloat"] + ran["QGemm"] == 13
+    assert ran["Conv"] == 4  # the depthwise ones
+    assert ran["MatMul"] == ran["Gemm"] == 0
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_before_a_batch_norm_keep_their_integers(classify, images, tmp_path, static):
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=5).eval()
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    classifier = classify(with_bits(network, 8, static))
+    result = export_onnx(classifier, 24, tmp_path / "model.onnx")
+    assert sum(result["integer_weights"].values()) == len(integer_layers(classifier))
+    expected = predict_logits(classifier, images, 20)
+    logits = session_logits(open_session(tmp_path / "model.onnx", 1), images, 20)
+    assert np.abs(logits - expected).mean() < (0.1 if static else 1e-4) * expected.std()
+
+
+def test_a_layer_that_is_used_twice_is_refused(classify, tmp_path):
+    layer = nn.Linear(8, 8)
+    network = nn.Sequential(nn.Flatten(1), nn.Linear(3 * 32 * 32, 8), layer, nn.ReLU(), layer).eval()
+    rounded = round_nearest(layer.weight, 4)
+    network[2] = network[4] = with_integers(layer, rounded.integers, rounded.scale, 4)
+    with pytest.raises(UserError, match=r"network\.2: this layer is used twice"):
+        export_onnx(classify(network), 24, tmp_path / "model.onnx")
