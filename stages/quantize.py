@@ -1,8 +1,9 @@
 """Quantize: from a pruned artifact to what ships, for one variant.
 
-In:  `params.yaml`, `models/pruned/<pruning>/`, the validation part of `data/images/`.
+In:  `params.yaml`, `models/pruned/<pruning>/`; the validation part of `data/images/`, and the training part where the
+     quantizer calibrates or trains.
 Out: `models/compressed/<variant>/` with `model.onnx`, whose top-1 on the validation part (what selection uses) agrees
-     with PyTorch's.
+     with PyTorch's; `reports/curves/compressed/<variant>.csv`, empty without training.
 Run: python -m stages.quantize <variant>
 """
 
@@ -12,31 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from stages.artifacts.artifact import ONNX, Description, LayerStorage, load_artifact, parent_of, save_artifact
+from stages.artifacts.artifact import ONNX, Description, load_artifact, parent_of, save_artifact
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
-from stages.common.params import Quantizer, key_argument, load_params
+from stages.common.files import write_csv
+from stages.common.params import Params, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits, usable_cores
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
-from stages.quantization.dynamic import int8_dynamic
+from stages.quantization.methods import Quantized, Task, quantize
+from stages.training.checkpoint import checkpoint_folder
+from stages.training.loop import CURVE_COLUMNS
 
 LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
 ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
-
-
-def quantize(network: nn.Module, quantizer: Quantizer) -> tuple[nn.Module, dict[str, LayerStorage]]:
-    """The network as `quantizer` stores and computes it, and how each layer that is not float32 is stored."""
-    match quantizer.method:
-        case "fp32":
-            return network, {}
-        case "int8_dynamic":
-            return int8_dynamic(network, quantizer.per_channel)
-    raise UserError(f"quantize: no method {quantizer.method!r}")
 
 
 def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, threads: int) -> dict[str, float]:
@@ -65,64 +58,67 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
 
 
 def compress(
-    parent_folder: Path, folder: Path, variant: str, quantizer: Quantizer, images: Path, threads: int
-) -> Description:
-    """Make the artifact `folder` from the one in `parent_folder`, with its checked `model.onnx`.
+    params: Params, variant: str, parent_folder: Path, folder: Path, images: Path, threads: int
+) -> tuple[Quantized, Description]:
+    """Make the artifact `folder` of a variant from the one in `parent_folder`.
 
     Raises:
-        UserError: if the parent is missing, broken, quantized already or made from other images, or if `model.onnx`
-            disagrees with PyTorch.
+        UserError: if the parent is missing, broken, quantized already or made from other images, if it cannot be
+            quantized so, or if `model.onnx` disagrees with PyTorch.
     """
     network, parent = load_artifact(parent_folder)
-    part = open_part(images, "validation")
     parent.require_images(parent_folder, read_info(images).sha256)
     if parent.layers:
         raise UserError(
             f"{parent_folder} is quantized already ({len(parent.layers)} packed layers): quantize its float parent"
         )
-    packed, layers = quantize(network, quantizer)
-    description = Description(
-        name=variant,
+    task = Task(params, variant, network, parent, open_part(images, "train"), open_part(images, "validation"))
+    with checkpoint_folder(paths.SCRATCH / "quantize" / variant, task.identity()) as task.checkpoints:
+        quantized = quantize(task)
+        return quantized, save(task, quantized, parent_of(parent_folder, parent), folder, threads)
+
+
+def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path, threads: int) -> Description:
+    """Write the artifact with its checked `model.onnx`.
+
+    Raises:
+        UserError: if `model.onnx` disagrees with PyTorch.
+    """
+    description = replace(
+        task.parent,
+        name=task.variant,
         stage="quantize",
-        model=parent.model,
-        network=replace(parent.network, pointwise_as_linear=bool(layers) or parent.network.pointwise_as_linear),
-        classes=parent.classes,
-        image_size=parent.image_size,
-        input_size=parent.input_size,
-        mean=parent.mean,
-        std=parent.std,
-        data=parent.data,
-        parameters=quantizer.model_dump(),
-        seed=parent.seed,
-        parent=parent_of(parent_folder, parent),
-        layers=layers,
+        network=replace(
+            task.parent.network,
+            pointwise_as_linear=quantized.pointwise_as_linear or task.parent.network.pointwise_as_linear,
+        ),
+        parameters=task.quantizer.model_dump(),
+        parent=parent,
+        layers=quantized.layers,
+        float_layers=quantized.float_layers,
+        search=quantized.search,
+        metrics={},
     )
-    classifier = Classifier(description.preprocess(), packed).eval()
-    batch_size = 1 if layers else EVALUATION_BATCH  # a dynamic scale spans the batch; a device sees one image
+    classifier = Classifier(description.preprocess(), quantized.network).eval()
+    batch_size = 1 if description.spans_batch() else EVALUATION_BATCH
 
     def add_onnx(unfinished: Path) -> dict[str, Any]:
         written = export_onnx(classifier, description.image_size, unfinished / ONNX)
-        description.metrics = validate(classifier, unfinished / ONNX, part, batch_size, threads)
+        description.metrics = validate(classifier, unfinished / ONNX, task.validation_part, batch_size, threads)
         return written
 
-    save_artifact(folder, packed, description, add_onnx)
+    save_artifact(folder, quantized.network, description, add_onnx)
     return description
 
 
 def main() -> None:
     params = load_params()
     variant = key_argument("variants", params.variants)
-    pruning, quantizer = params.variants[variant].pruning, params.variants[variant].quantizer
     threads = params.base.threads or usable_cores()
     torch.set_num_threads(threads)
-    description = compress(
-        paths.pruned(pruning),
-        paths.compressed(variant),
-        variant,
-        params.quantize[quantizer],
-        paths.IMAGES,
-        threads,
-    )
+    parent_folder = paths.pruned(params.variants[variant].pruning)
+    quantized, description = compress(params, variant, parent_folder, paths.compressed(variant), paths.IMAGES, threads)
+    write_csv(paths.compressed_curve(variant), quantized.curve, CURVE_COLUMNS)
     metrics, onnx = description.metrics, description.onnx
     print(
         f"{variant}: model.onnx {onnx['bytes'] / 1e6:.2f} MB, {onnx['quantized_operators']} int8 operators, validation"

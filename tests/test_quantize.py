@@ -11,10 +11,10 @@ from stages.artifacts.artifact import load_artifact, load_classifier, read_descr
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
-from stages.common.params import Int8Dynamic
+from stages.common.params import load_params
 from stages.datasets.store import open_part
 from stages.export.session import open_session, session_logits
-from stages.networks.dynamic_int8 import packed_layers
+from stages.networks.dynamic_int8 import dynamic_layers
 from stages.networks.predict import top1
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
@@ -52,7 +52,7 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
 
 def test_int8_packs_every_linear_layer_and_pointwise_convolution(project):
     network, description = load_artifact(paths.compressed(INT8))
-    assert packed_layers(network).keys() == description.layers.keys()
+    assert dynamic_layers(network).keys() == description.layers.keys()
     assert len(description.layers) == description.onnx["quantized_operators"] == 9  # 4 blocks of 2, and the head
     assert description.network.pointwise_as_linear
     assert {layer.scheme for layer in description.layers.values()} == {"symmetric_per_channel"}
@@ -94,9 +94,7 @@ def test_a_model_onnx_that_disagrees_with_pytorch_is_refused_and_the_old_artifac
 
 def test_a_quantized_artifact_is_not_quantized_again(project, tmp_path):
     with pytest.raises(UserError, match="is quantized already"):
-        quantize.compress(
-            paths.compressed(INT8), tmp_path / "out", "again", Int8Dynamic(method="int8_dynamic"), paths.IMAGES, 1
-        )
+        quantize.compress(load_params(), INT8, paths.compressed(INT8), tmp_path / "out", paths.IMAGES, 1)
     assert not (tmp_path / "out").exists()
 
 

@@ -84,7 +84,7 @@ def _compressed() -> Path:
     params = load_params(folder / paths.PARAMS)
     for variant, entry in params.variants.items():
         parent, own = folder / paths.pruned(entry.pruning), folder / paths.compressed(variant)
-        compress(parent, own, variant, params.quantize[entry.quantizer], folder / paths.IMAGES, 1)
+        compress(params, variant, parent, own, folder / paths.IMAGES, 1)
     return folder
 
 

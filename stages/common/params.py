@@ -307,11 +307,110 @@ class Int8Dynamic(Section):
     per_channel: bool = True
 
 
+class Calibrated(Section):
+    """What every quantizer that looks at images has. They come from the training part."""
+
+    calibration_images: Count = 256
+    calibration_seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Int8Static(Calibrated):
+    method: Literal["int8_static"]
+    calibration: Literal["minmax", "percentile", "entropy"] = "percentile"
+    """How the range of an activation is chosen from what the calibration images show."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """Of `percentile`: the share, in per cent, of values within the range."""
+
+    @model_validator(mode="after")
+    def percentile_is_asked_for(self) -> "Int8Static":
+        if self.calibration != "percentile":
+            self._refuse_idle(f"calibration: {self.calibration}", "percentile")
+        return self
+
+
+class Bits(Calibrated):
+    """What every quantizer to few bits has: weights are integers, activations stay in float."""
+
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """`gptq` rounds column by column and makes up for each error in the next (arXiv 2210.17323)."""
+    epochs: Annotated[int, Field(ge=0)] = 0
+    """Of quantization-aware recovery, straight through the rounding; 0 only rounds."""
+    learning_rate_factor: Positive = 0.1
+    """Times `finetune`'s learning rates."""
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of recovery's loss that asks for the float parent's softened outputs (arXiv 1503.02531)."""
+    distillation_temperature: Positive = 2.0
+
+    @model_validator(mode="after")
+    def recovery_has_its_settings(self) -> "Bits":
+        if not self.epochs:
+            self._refuse_idle("epochs: 0", "learning_rate_factor", "distillation", "distillation_temperature")
+        elif not self.distillation:
+            self._refuse_idle("distillation: 0", "distillation_temperature")
+        return self
+
+
+class UniformBits(Bits):
+    method: Literal["uniform_bits"]
+    bits: Annotated[int, Field(ge=2, le=8)]
+
+    @model_validator(mode="after")
+    def images_are_looked_at(self) -> "UniformBits":
+        if self.rounding == "nearest":
+            self._refuse_idle("rounding: nearest", "calibration_images", "calibration_seed")
+        return self
+
+
+class AllocatedBits(Bits):
+    """Another number of bits for each layer, within a budget."""
+
+    average_bits: Annotated[float, Field(ge=2, le=8)]
+    """The budget: bits of all weights over their number. It is kept in every step of a search."""
+    choices: Annotated[list[Annotated[int, Field(ge=2, le=8)]], Field(min_length=2)] = [2, 3, 4, 5, 6, 7, 8]
+    """The numbers of bits that a layer may have."""
+    evaluations: Count = 256
+    """How often a search may evaluate the network on the calibration images, to measure sensitivities too."""
+    objective: Literal["loss", "accuracy"] = "loss"
+    """What a search minimises, or maximises, on the calibration images."""
+
+    @model_validator(mode="after")
+    def choices_allow_the_budget(self) -> "AllocatedBits":
+        if sorted(set(self.choices)) != self.choices:
+            raise ValueError("choices must rise, each once")
+        if self.average_bits < self.choices[0]:
+            raise ValueError(
+                f"average_bits = {self.average_bits} is under the {self.choices[0]} bits that every layer needs by"
+                " choices: raise it, or allow fewer bits"
+            )
+        return self
+
+
+class SearchedBits(AllocatedBits):
+    method: Literal["searched_bits"]
+    search: Literal["random", "greedy", "integer_programme"]
+    """`random` tries allocations; the others work on measured sensitivities, step by step or exactly."""
+
+
+class LearnedBits(AllocatedBits):
+    """A controller that learns by policy gradient which layer gets how many bits."""
+
+    method: Literal["learned_bits"]
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Allocations that are tried between two steps of the controller."""
+    learning_rate: Positive = 0.05
+    """The controller's."""
+    hidden_units: Count = 32
+    entropy_weight: Annotated[float, Field(ge=0)] = 0.02
+    """Of the entropy bonus, which falls to 0 over the search."""
+
+
 Pruner = Annotated[
     NonePruner | NoneContinued | Oto | RandomStructured | SmallDense | Depgraph | Unstructured,
     Field(discriminator="method"),
 ]
-Quantizer = Annotated[Fp32 | Int8Dynamic, Field(discriminator="method")]
+Quantizer = Annotated[
+    Fp32 | Int8Dynamic | Int8Static | UniformBits | SearchedBits | LearnedBits, Field(discriminator="method")
+]
 
 
 class Pruning(Section):

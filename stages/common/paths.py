@@ -30,5 +30,9 @@ def pruned_curve(pruning: str) -> Path:
     return REPORTS / "curves/pruned" / f"{pruning}.csv"
 
 
+def compressed_curve(variant: str) -> Path:
+    return REPORTS / "curves/compressed" / f"{variant}.csv"
+
+
 def profile(variant: str) -> Path:
     return REPORTS / "profile" / variant

@@ -5,7 +5,7 @@ import copy
 from torch import nn
 
 from stages.artifacts.artifact import LayerStorage
-from stages.networks.dynamic_int8 import packed_layers, quantize_linears
+from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears
 from stages.networks.pointwise import pointwise_to_linear
 
 
@@ -23,4 +23,4 @@ def int8_dynamic(network: nn.Module, per_channel: bool) -> tuple[nn.Module, dict
     pointwise_to_linear(linear)
     packed = quantize_linears(linear, per_channel)
     scheme = "symmetric_per_channel" if per_channel else "symmetric_per_tensor"
-    return packed, {name: LayerStorage(8, 8, scheme) for name in packed_layers(packed)}
+    return packed, {name: LayerStorage(8, 8, scheme) for name in dynamic_layers(packed)}

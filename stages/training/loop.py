@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from stages.common.errors import UserError
-from stages.common.params import Base, Finetune, Training
+from stages.common.params import Base, Bits, Finetune, Training
 from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
@@ -58,12 +58,12 @@ class Trained:
     """The chosen epoch, counted from 1."""
 
 
-def recipe_for(finetune: Finetune, pruner: Training) -> Finetune:
-    """The recipe of finetune with a pruner's own budget: its epochs, and learning rates times its factor."""
-    factor = pruner.learning_rate_factor
+def recipe_for(finetune: Finetune, budget: Training | Bits) -> Finetune:
+    """The recipe of finetune with a pruner's or quantizer's own budget: epochs, and a factor of learning rates."""
+    factor = budget.learning_rate_factor
     return finetune.model_copy(
         update={
-            "epochs": pruner.epochs,
+            "epochs": budget.epochs,
             "learning_rate": finetune.learning_rate * factor,
             "muon_learning_rate": finetune.muon_learning_rate * factor,
         }

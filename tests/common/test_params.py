@@ -119,7 +119,7 @@ def test_a_structured_pruner_has_exactly_one_target(raw, tmp_path, targets, give
     )
 
 
-def test_a_penalty_above_its_limit_is_refused(raw, tmp_path):
+def test_a_penalty_above_its_limit_is_refusal(raw, tmp_path):
     del raw["prune"]["oto50"]["pruning_periods"]
     raw["prune"]["oto50"] |= {"optimizer": "dhspg", "penalty": 300.0}
     assert "prune.oto50: penalty 300.0 is above penalty_limit 200.0: lower the one or raise" in refusal(raw, tmp_path)
@@ -155,6 +155,42 @@ def test_a_key_that_would_do_nothing_is_refused_also_at_its_default(raw, tmp_pat
     raw["prune"]["mine"] = pruner
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     load_params(tmp_path / "params.yaml")
+
+
+SEARCH = {"method": "learned_bits", "average_bits": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "idle", "beside"),
+    [
+        ({"method": "int8_static", "calibration": "minmax"}, {"percentile": 99.99}, "calibration: minmax"),
+        ({"method": "uniform_bits", "bits": 4}, {"calibration_images": 256}, "rounding: nearest"),
+        ({"method": "uniform_bits", "bits": 4}, {"distillation": 0.5}, "epochs: 0"),
+        (SEARCH, {"learning_rate_factor": 0.1}, "epochs: 0"),
+        (SEARCH | {"epochs": 1, "distillation": 0.0}, {"distillation_temperature": 2.0}, "distillation: 0"),
+    ],
+)
+def test_a_quantizers_key_that_would_do_nothing_is_refused(raw, tmp_path, quantizer, idle, beside):
+    raw["quantize"]["mine"] = quantizer | idle
+    [(key, value)] = idle.items()
+    message = refusal(raw, tmp_path)
+    assert f"quantize.mine.{key} = {value!r}: does nothing with {beside}: leave it out" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"average_bits": 1.5}, "quantize.mine.average_bits = 1.5: must be greater than or equal to 2"),
+        ({"choices": [4, 8], "average_bits": 3.0}, "average_bits = 3.0 is under the 4 bits that every layer needs"),
+        ({"choices": [4, 4]}, "choices must rise, each once"),
+        ({"choices": [4]}, "quantize.mine.choices"),
+        ({"choices": [2, 9]}, "quantize.mine.choices.1"),
+        ({"evaluations": 0}, "quantize.mine.evaluations"),
+    ],
+)
+def test_a_budget_of_bits_that_cannot_be_kept_is_refused(raw, tmp_path, changes, expected):
+    raw["quantize"]["mine"] = SEARCH | changes
+    assert expected in refusal(raw, tmp_path)
 
 
 def test_an_importance_by_name_is_refused_with_the_scores_that_can_be_weighted(raw, tmp_path):
@@ -224,7 +260,7 @@ def test_an_entry_that_names_nothing_or_has_another_key_is_refused(raw, tmp_path
     assert expected in refusal(raw, tmp_path)
 
 
-def test_a_model_without_its_baseline_is_refused(raw, tmp_path):
+def test_a_model_without_its_baseline_is_refusal(raw, tmp_path):
     del raw["variants"]["convnext-none-fp32"]
     assert "models.convnext: its baseline is missing" in refusal(raw, tmp_path)
 
@@ -291,7 +327,7 @@ def test_a_section_left_out_is_refused_since_dvc_knows_no_defaults(raw, tmp_path
     assert str(error.value).endswith("\n  root: is required and missing")
 
 
-def test_arguments_that_the_architecture_does_not_take_are_refused(raw, tmp_path):
+def test_arguments_that_the_architecture_does_not_take_are_refusal(raw, tmp_path):
     raw["models"]["convnext"]["arguments"]["dephts"] = [1, 1, 1, 1]
     message = refusal(raw, tmp_path)
     assert "models.convnext.arguments: timm convnext_atto does not take arguments" in message

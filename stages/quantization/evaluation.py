@@ -1,0 +1,167 @@
+"""The network with other bits in its layers, evaluated on calibration images again and again, as fast as may be."""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.quantization.calibration import BATCH
+from stages.quantization.rounding import Rounded
+
+LARGEST_CACHE = 2**30
+"""Bytes of outputs that are remembered."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one network on the calibration images."""
+
+    loss: float
+    """Mean cross entropy."""
+    top1: float
+
+    def objective(self, name: str) -> float:
+        """`loss` or `accuracy`, turned so that less is better."""
+        return self.loss if name == "loss" else 1 - self.top1
+
+
+class Evaluator:
+    """Sets the bits of layers and scores the network.
+
+    The integers of every layer and number of bits are found once and kept (one byte a weight); only layers whose bits
+    change are set. What lies before the first layer that is not float is the same in every evaluation: the largest
+    modules that end there give their remembered outputs instead of computing them.
+
+    Args:
+        classifier: takes uint8 pixels, float weights; left as it is.
+        layers: names of its layers, as in `classifier.network`, in the order of execution.
+        rounded: for each layer by name, its integers by number of bits.
+        images: uint8 `[n, H, W, 3]`.
+        labels: int64 `[n]`.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        layers: Sequence[str],
+        rounded: Mapping[str, Mapping[int, Rounded]],
+        images: np.ndarray,
+        labels: np.ndarray,
+    ) -> None:
+        self._classifier = copy.deepcopy(classifier).eval()
+        self.layers, self._rounded = list(layers), rounded
+        self._modules = {name: self._classifier.network.get_submodule(name) for name in layers}
+        self._float = {name: module.weight.detach().clone() for name, module in self._modules.items()}
+        self._bits: dict[str, int | None] = dict.fromkeys(layers)
+        self._labels = torch.from_numpy(labels)
+        self.evaluations = 0
+        """How often a network was scored, the float one not counted."""
+        with torch.no_grad():
+            self._inputs = [
+                self._classifier.preprocess(torch.from_numpy(images[start : start + BATCH]))
+                for start in range(0, len(images), BATCH)
+            ]
+            self._prefix = _Prefix(self._classifier.network, self._inputs)
+            self.float_score = self._score(first=None)
+
+    def __call__(self, bits: Mapping[str, int | None]) -> Score:
+        """Score the network with so many bits in each layer; None leaves a layer in float."""
+        self.evaluations += 1
+        for name, wanted in bits.items():
+            if wanted != self._bits[name]:
+                value = self._float[name] if wanted is None else self._rounded[name][wanted].values()
+                self._modules[name].weight.data.copy_(value)
+                self._bits[name] = wanted
+        first = next((name for name in self.layers if self._bits[name] is not None), None)
+        with torch.no_grad():
+            return self._score(first)
+
+    def _score(self, first: str | None) -> Score:
+        loss, right = 0.0, 0
+        with self._prefix.before(self._modules.get(first)) as network:
+            for index, (x, labels) in enumerate(zip(self._inputs, self._labels.split(BATCH), strict=True)):
+                logits = network(index, x).float()
+                loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                right += int((logits.argmax(1) == labels).sum())
+        return Score(loss / len(self._labels), right / len(self._labels))
+
+
+class _Prefix:
+    """Outputs of a float network's modules, to give in place of computing them anew.
+
+    Remembered are modules that run once and give one tensor: those with parts, and the parts of a plain sequence. One
+    that ended before some layer began sees the same input whatever that layer and all later ones do.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+        self._network, self._batch = network, 0
+        self._started: dict[nn.Module, int] = {}
+        self._ended: dict[nn.Module, int] = {}
+        outputs: dict[nn.Module, list[torch.Tensor]] = {}
+        parts = [part for module in network.modules() if isinstance(module, nn.Sequential) for part in module]
+        worth = [module for module in network.modules() if module is not network and list(module.children())]
+        worth = dict.fromkeys([*worth, *network.children(), *parts])
+        again = self._time(inputs[0], outputs)
+        size = sum(out[0].numel() * out[0].element_size() for module, out in outputs.items() if module in worth)
+        self._outputs: dict[nn.Module, list[torch.Tensor]] = {}
+        if size * len(inputs) > LARGEST_CACHE:
+            return
+        handles = [
+            module.register_forward_hook(self._remember)
+            for module in outputs
+            if module in worth and module not in again
+        ]
+        for x in inputs:
+            network(x)
+        for handle in handles:
+            handle.remove()
+
+    def _time(self, x: torch.Tensor, outputs: dict[nn.Module, list[torch.Tensor]]) -> set[nn.Module]:
+        """Note when every module starts and ends, and single-tensor outputs; returns the modules that run twice."""
+        clock, again = itertools.count(), set()
+
+        def start(module: nn.Module, _: tuple) -> None:
+            if module in self._started:
+                again.add(module)
+            else:
+                self._started[module] = next(clock)
+
+        def end(module: nn.Module, _: tuple, output: object) -> None:
+            self._ended[module] = next(clock)
+            if isinstance(output, torch.Tensor):
+                outputs[module] = [output]
+
+        handles = [module.register_forward_pre_hook(start) for module in self._network.modules()]
+        handles += [module.register_forward_hook(end) for module in self._network.modules()]
+        self._network(x)
+        for handle in handles:
+            handle.remove()
+        return again
+
+    def _remember(self, module: nn.Module, _: tuple, output: torch.Tensor) -> None:
+        self._outputs.setdefault(module, []).append(output.detach().clone())  # what follows may work in place
+
+    @contextmanager
+    def before(self, layer: nn.Module | None) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
+        """The network as a function of a batch's index and input, with all that ends before `layer` remembered."""
+        done = [m for m in self._outputs if layer is not None and self._ended[m] < self._started[layer]]
+        inner = {part for module in done for part in module.modules() if part is not module}
+        done = [module for module in done if module not in inner]
+        for module in done:
+            module.forward = lambda *_, module=module, **__: self._outputs[module][self._batch].clone()
+
+        def network(batch: int, x: torch.Tensor) -> torch.Tensor:
+            self._batch = batch
+            return self._network(x)
+
+        try:
+            yield network
+        finally:
+            for module in done:
+                del module.forward

@@ -1,0 +1,50 @@
+"""Static int8: weights and activations on grids that are fixed before the network ships."""
+
+import copy
+
+import numpy as np
+from torch import nn
+
+from stages.artifacts.artifact import LayerStorage
+from stages.common.params import Int8Static
+from stages.networks.integer_weights import KINDS, Grid, with_integers
+from stages.networks.pointwise import pointwise_to_linear, replace_module
+from stages.networks.preprocess import Classifier
+from stages.quantization.calibration import activation_ranges
+from stages.quantization.layers import without_integer_form
+from stages.quantization.rounding import round_nearest
+
+BITS = 8
+
+
+def int8_static(
+    classifier: Classifier, quantizer: Int8Static, images: np.ndarray
+) -> tuple[nn.Module, dict[str, LayerStorage], list[str]]:
+    """Round weights for each channel, and the inputs of layers (of convolutions the outputs too) for each tensor.
+
+    Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing; so do norms and
+    activation functions. 1x1 convolutions are treated as the Linear layers that they are.
+
+    Args:
+        classifier: float; left as it is.
+        images: uint8 `[n, H, W, 3]`, to calibrate on.
+
+    Returns:
+        The network, how each int8 layer is stored, and the names of the layers that stayed in float.
+    """
+    network = copy.deepcopy(classifier.network)
+    pointwise_to_linear(network)
+    layers = {name: module for name, module in network.named_modules() if type(module) in KINDS}
+    grouped = {name for name, module in layers.items() if getattr(module, "groups", 1) > 1}
+    kept = [name for name in layers if name in grouped] + without_integer_form(network)
+    layers = {name: module for name, module in layers.items() if name not in grouped}
+    sides = {
+        name: ("input",) if isinstance(layer, nn.Linear) else ("input", "output") for name, layer in layers.items()
+    }
+    linear = Classifier(classifier.preprocess, network).eval()
+    ranges = activation_ranges(linear, layers, sides, images, quantizer)
+    for name, layer in layers.items():
+        grids = {side: Grid.over(*ends) for side, ends in ranges[name].items()}
+        rounded = round_nearest(layer.weight, BITS)
+        replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, BITS, grids))
+    return network, dict.fromkeys(layers, LayerStorage(BITS, BITS, "symmetric_per_channel", "static")), kept

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.networks.preprocess import Classifier, Preprocess
+from stages.quantization import evaluation
+from stages.quantization.evaluation import Evaluator
+from stages.quantization.rounding import round_nearest
+
+
+class InPlace(nn.Module):
+    """Blocks with residuals and activations in place, as those that reuse memory do it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.SiLU(inplace=True)) for _ in range(3))
+        )
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(self.stem(x), inplace=True)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+NAMES = ["stem", "blocks.0.0", "blocks.1.0", "blocks.2.0", "head"]
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(Preprocess([0.5] * 3, [0.25] * 3, 8), InPlace()).eval()
+
+
+def evaluator_of(classifier: Classifier, count: int = 100) -> Evaluator:
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), generator.integers(0, 4, count)
+    weights = {name: classifier.network.get_submodule(name).weight for name in NAMES}
+    rounded = {name: {bits: round_nearest(weight, bits) for bits in (2, 4)} for name, weight in weights.items()}
+    return Evaluator(classifier, NAMES, rounded, images, labels)
+
+
+@pytest.mark.parametrize("changed", [[], ["head"], ["blocks.1.0"], ["blocks.2.0", "head"], NAMES])
+def test_scores_are_those_of_the_whole_network_run_anew(classifier, changed):
+    evaluator = evaluator_of(classifier)
+    evaluator(dict.fromkeys(NAMES, 2))  # something else before
+    score = evaluator({name: 2 if name in changed else None for name in NAMES})
+
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (100, 8, 8, 3), dtype=np.uint8), generator.integers(0, 4, 100)
+    for name in changed:
+        weight = classifier.network.get_submodule(name).weight
+        weight.data = round_nearest(weight, 2).values()
+    with torch.no_grad():
+        logits = classifier(torch.from_numpy(images))
+    assert score.loss == pytest.approx(F.cross_entropy(logits, torch.from_numpy(labels)).item(), abs=1e-6)
+    assert score.top1 == pytest.approx(float(np.mean(logits.argmax(1).numpy() == labels)))
+    assert evaluator.evaluations == 2
+
+
+def test_what_lies_before_the_first_changed_layer_is_not_computed_again(classifier, monkeypatch):
+    evaluator = evaluator_of(classifier)
+    names, ran, convolve = {module: name for name, module in evaluator._modules.items()}, [], nn.Conv2d._conv_forward
+
+    def counted(layer: nn.Conv2d, *arguments):
+        ran.append(names[layer])
+        return convolve(layer, *arguments)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+    evaluator(dict.fromkeys(NAMES) | {"blocks.2.0": 4})
+    assert set(ran) == {"blocks.2.0"}
+    ran.clear()
+    evaluator(dict.fromkeys(NAMES, 4))
+    assert set(ran) == set(NAMES) - {"head"}
+
+
+def test_a_network_too_large_to_remember_is_computed_whole(classifier, monkeypatch):
+    expected = evaluator_of(classifier)({"head": 2})
+    monkeypatch.setattr(evaluation, "LARGEST_CACHE", 1000)
+    assert evaluator_of(classifier)({"head": 2}) == expected
+
+
+def test_the_classifier_is_left_as_it_is(classifier):
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    evaluator_of(classifier)(dict.fromkeys(NAMES, 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
+
+
+def test_the_objective_is_less_where_the_network_is_better():
+    better, worse = evaluation.Score(loss=0.3, top1=0.9), evaluation.Score(loss=0.5, top1=0.8)
+    assert all(better.objective(name) < worse.objective(name) for name in ("loss", "accuracy"))

@@ -1,0 +1,190 @@
+"""Every quantizer on a dense, a cut and a sparse ConvNeXt: what is stored, counted, exported and kept."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from toy_project import PARAMS, pruned_project
+
+from stages import profile, quantize
+from stages.artifacts.artifact import load_artifact, load_classifier, read_description, save_artifact
+from stages.artifacts.packing import packed_bytes
+from stages.common import paths
+from stages.common.errors import UserError
+from stages.common.params import load_params
+from stages.export.session import open_session, session_logits
+from stages.networks.integer_weights import integer_layers
+from stages.networks.layer_scale import fold_layer_scale
+from stages.profiling.counts import count_layers, totals
+from stages.pruning.groups import cut_channels, zero_channels
+from stages.pruning.only_train_once_adapter import exact_groups
+
+SEARCH = {"average_bits": 4.0, "evaluations": 40, "calibration_images": 4}
+QUANTIZERS = {
+    "fp32": {"method": "fp32"},
+    "int8": {"method": "int8_dynamic"},
+    "static": {"method": "int8_static", "calibration_images": 4},
+    "uniform_2": {"method": "uniform_bits", "bits": 2},
+    "uniform_3": {"method": "uniform_bits", "bits": 3, "rounding": "gptq", "calibration_images": 4},
+    "uniform_8": {"method": "uniform_bits", "bits": 8},
+    "recovered": {"method": "uniform_bits", "bits": 3, "epochs": 1},
+    "random": SEARCH | {"method": "searched_bits", "search": "random"},
+    "greedy": SEARCH | {"method": "searched_bits", "search": "greedy"},
+    "programme": SEARCH | {"method": "searched_bits", "search": "integer_programme"},
+    "learned": SEARCH | {"method": "learned_bits"},
+}
+PRUNERS = ("none", "cut", "sparse")
+
+
+def make_parents() -> None:
+    """Beside the dense network one with a third of its channels cut, and one with half of its weights zero."""
+    dense, description = load_artifact(paths.pruned("toy-none"))
+    fold_layer_scale(dense)
+    description.network = type(description.network)(**vars(description.network) | {"layer_scale_folded": True})
+    description.metrics = {"validation_top1": 0.2}
+    groups, _ = exact_groups(dense, description.network, 32, False)
+    pruned = {group.name: torch.arange(group.channels) % 3 == 0 for group in groups}
+    zero_channels(dense, groups, pruned)
+    network, spec = cut_channels(dense, description.network, groups, pruned)
+    sparse, _ = load_artifact(paths.pruned("toy-none"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in sparse.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= torch.rand(parameter.shape, generator=generator) > 0.5
+    description.name = "toy-cut"
+    description.network = spec
+    save_artifact(paths.pruned("toy-cut"), network, description)
+    description.name = "toy-sparse"
+    description.network = read_description(paths.pruned("toy-none")).network
+    save_artifact(paths.pruned("toy-sparse"), sparse, description)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """All variants, quantized once."""
+    folder = pruned_project(tmp_path_factory.mktemp("bits"))
+    variants = {
+        f"toy-{pruner}-{quantizer}": {"pruning": f"toy-{pruner}", "quantizer": quantizer}
+        for pruner in PRUNERS
+        for quantizer in QUANTIZERS
+    }
+    training = {"epochs": 1, "learning_rate_factor": 0.5}
+    params = PARAMS | {
+        "prune": {
+            "none": {"method": "none"},
+            "cut": training | {"method": "random_structured", "group_sparsity": 0.33},
+            "sparse": training | {"method": "l1_unstructured", "sparsity": 0.5},
+            "none_continued": training | {"method": "none_continued"},
+        },
+        "prunings": {f"toy-{p}": {"model": "toy", "pruner": p} for p in (*PRUNERS, "none_continued")},
+        "quantize": QUANTIZERS,
+        "variants": variants,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / paths.PARAMS).write_text(yaml.safe_dump(params))
+        make_parents()
+        loaded = load_params()
+        for variant, entry in loaded.variants.items():
+            quantize.compress(loaded, variant, paths.pruned(entry.pruning), paths.compressed(variant), paths.IMAGES, 1)
+        yield folder
+
+
+ALL = [f"toy-{pruner}-{quantizer}" for pruner in PRUNERS for quantizer in QUANTIZERS]
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_the_file_agrees_with_pytorch(project, variant):
+    classifier, description = load_classifier(paths.compressed(variant))
+    images = np.random.default_rng(1).integers(0, 256, (40, 24, 24, 3), dtype=np.uint8)
+    session = open_session(paths.compressed(variant) / "model.onnx", 1)
+    batch = 1 if description.spans_batch() else 20
+    logits = session_logits(session, images, batch)
+    with torch.no_grad():
+        expected = torch.cat([classifier(x) for x in torch.from_numpy(images).split(batch)]).numpy()
+    integers = description.onnx["quantized_operators"] > 0
+    assert np.abs(logits - expected).max() < (0.2 if integers else 1e-3) * expected.std()
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_quantization_changes_neither_parameters_nor_macs(project, variant):
+    network, description = load_artifact(paths.compressed(variant))
+    parent, _ = load_artifact(paths.pruned(load_params().variants[variant].pruning))
+    counts, before = totals(count_layers(network, 32, description.layers)), totals(count_layers(parent, 32, {}))
+    assert (counts.params, counts.macs) == (before.params, before.macs)
+    assert counts.params_nonzero <= before.params_nonzero
+    row = profile.profile(paths.compressed(variant), paths.IMAGES, 20, 1)[0]
+    if not description.spans_batch():  # PyTorch's own dynamic layers hide theirs
+        assert row["params_visible"] == counts.params
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_the_artifact_takes_the_bytes_that_its_bits_say(project, variant):
+    network, description = load_artifact(paths.compressed(variant))
+    parent, _ = load_artifact(paths.pruned(load_params().variants[variant].pruning))
+    expected, integers = 0, 0
+    for name, module in parent.named_modules():
+        own = [p.numel() for p in module.parameters(recurse=False)]
+        expected += 4 * sum(own)
+        storage = description.layers.get(name) or description.layers.get(f"{name}.linear")
+        if storage is not None:
+            weight = module.weight.numel()
+            integers += packed_bytes(weight, storage.weight_bits)
+            expected += packed_bytes(weight, storage.weight_bits) - 4 * weight + 4 * len(module.weight)
+    index = len(json.dumps({n: [0] * 8 for n in network.state_dict()})) * 4  # safetensors' own table of contents
+    assert expected <= description.tensors["bytes"] <= 1.05 * expected + index
+    assert bool(integers) == bool(description.layers)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_zeros_stay_zero(project, quantizer):
+    parent, _ = load_artifact(paths.pruned("toy-sparse"))
+    network, description = load_artifact(paths.compressed(f"toy-sparse-{quantizer}"))
+    before = {row.name: row for row in count_layers(parent, 32, {})}
+    for row in count_layers(network, 32, description.layers) if quantizer != "recovered" else ():  # it trains biases
+        name = row.name.removesuffix(".linear")
+        assert row.params_nonzero <= before[name].params_nonzero, row.name
+    for name, layer in integer_layers(network).items():
+        zero = parent.get_submodule(name.removesuffix(".linear")).weight.reshape(layer.weight.shape) == 0
+        assert not layer.weight[zero].any(), name
+
+
+@pytest.mark.parametrize("quantizer", ["random", "greedy", "programme", "learned"])
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_the_budget_is_kept_and_the_search_is_told(project, pruner, quantizer):
+    variant = f"toy-{pruner}-{quantizer}"
+    network, description = load_artifact(paths.compressed(variant))
+    layers = integer_layers(network)
+    used = sum(layer.weight.numel() * layer.bits for layer in layers.values())
+    assert used <= 4 * sum(layer.weight.numel() for layer in layers.values())
+    search = description.search
+    assert search["used_bits"] == used
+    assert search["evaluations"] <= 40
+    assert search["best"] == min(search["tried"])
+    assert {name: layer.bits for name, layer in layers.items()} == {
+        name: storage.weight_bits for name, storage in description.layers.items()
+    }
+
+
+def test_more_bits_are_nearer_to_the_float_network(project):
+    images = np.random.default_rng(1).integers(0, 256, (40, 24, 24, 3), dtype=np.uint8)
+    logits = {
+        quantizer: session_logits(open_session(paths.compressed(f"toy-none-{quantizer}") / "model.onnx", 1), images, 20)
+        for quantizer in ("fp32", "uniform_2", "uniform_3", "uniform_8")
+    }
+    far = [float(np.abs(logits[q] - logits["fp32"]).mean()) for q in ("uniform_2", "uniform_3", "uniform_8")]
+    assert far == sorted(far, reverse=True)
+    assert far[-1] < 0.05 * logits["fp32"].std()
+
+
+def test_a_search_with_too_few_evaluations_is_refused_and_the_old_artifact_stays(project):
+    params = load_params()
+    few = params.quantize["greedy"].model_copy(update={"evaluations": 5})
+    params = params.model_copy(update={"quantize": params.quantize | {"greedy": few}})
+    folder = paths.compressed("toy-none-greedy")
+    before = (folder / "model.json").read_bytes()
+    with pytest.raises(UserError, match=r"evaluations = 5: .* 17 layers take at least 17"):
+        quantize.compress(params, "toy-none-greedy", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
+    assert (folder / "model.json").read_bytes() == before

@@ -1,0 +1,117 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.common.params import Base, Finetune, Params, UniformBits
+from stages.datasets.store import Part
+from stages.networks.preprocess import Preprocess
+from stages.quantization.recovery import RoundingConv2d, RoundingLinear, recover
+from stages.quantization.rounding import round_nearest
+from stages.training.loop import train
+
+
+def rounding_of(layer: nn.Module, bits: int) -> nn.Module:
+    layer = copy.deepcopy(layer)
+    rounded = round_nearest(layer.weight, bits)
+    layer.__class__ = {nn.Linear: RoundingLinear, nn.Conv2d: RoundingConv2d}[type(layer)]
+    layer._start(rounded)
+    return layer
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(12, 6), nn.Conv2d(4, 6, 3, groups=2)])
+def test_it_computes_with_what_its_integers_will_be(layer):
+    rounding = rounding_of(layer, 3)
+    rounded = rounding.rounded()
+    assert torch.equal(rounded.integers, round_nearest(layer.weight, 3).integers)
+    assert torch.allclose(rounding.rounded_weight(), rounded.values())
+
+
+def test_gradients_go_straight_through_within_the_range_and_not_at_all_beyond():
+    layer = rounding_of(nn.Linear(50, 4), 2)
+    layer.rounded_weight().sum().backward()
+    steps = layer.weight.detach() / layer.weight_scale.detach()[:, None]
+    assert torch.equal(layer.weight.grad != 0, (steps > -2) & (steps < 1))
+    assert torch.equal(layer.weight.grad[layer.weight.grad != 0].unique(), torch.ones(1))
+
+
+def test_the_scale_has_the_gradient_of_learned_step_sizes():
+    """Equation 3 of arXiv 1902.08153, times the factor of its section 2.2."""
+    layer = rounding_of(nn.Linear(50, 4), 3)
+    layer.rounded_weight().sum().backward()
+    steps = (layer.weight / layer.weight_scale[:, None]).detach()
+    inside = torch.where(steps <= -4, -4.0, torch.where(steps >= 3, 3.0, steps.round() - steps))
+    assert torch.allclose(layer.weight_scale.grad, inside.sum(1) / (50 * 3) ** 0.5, atol=1e-5)
+
+
+def test_zeros_stay_zero_whatever_the_optimizer_does():
+    layer = nn.Linear(20, 4)
+    layer.weight.data[:, ::2] = 0
+    rounding = rounding_of(layer, 4)
+    rounding.weight.data += 1
+    assert not rounding.rounded_weight()[:, ::2].any()
+    assert not rounding.rounded().integers[:, ::2].any()
+    assert rounding.rounded().integers[:, 1::2].any()
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, stride=2), nn.Conv2d(16, 32, 3, stride=2)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))
+
+
+def part_of(count: int, seed: int) -> Part:
+    """Four classes told apart by the brighter quarter of the image."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 4, count)
+    images = generator.integers(0, 120, (count, 16, 16, 3))
+    for image, label in zip(images, labels, strict=True):
+        image[8 * (label // 2) :][:8, 8 * (label % 2) :][:, :8] += 20
+    return Part(images.astype(np.uint8), labels)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_recovery_mends_what_two_bits_broke_and_the_network_is_left_as_it_is(optimizer):
+    torch.manual_seed(0)
+    network, parts = Small(), (part_of(512, 0), part_of(128, 1))
+    preprocess = Preprocess([0.3] * 3, [0.2] * 3, 16)
+    recipe = Finetune(
+        epochs=6, batch_size=32, optimizer="adamw", learning_rate=0.01, horizontal_flip=False, crop_padding=0,
+        precision="float32",
+    )  # fmt: skip
+    trained = train(network, *parts, preprocess, recipe, base=Base(threads=1), seed=0, title="dense")
+    rounded = {
+        name: round_nearest(module.weight, 2)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    quantizer = UniformBits(method="uniform_bits", bits=2, epochs=4, learning_rate_factor=0.3)
+    params = Params.model_construct(
+        base=Base(threads=1), finetune=recipe.model_copy(update={"optimizer": optimizer}), quantize={}
+    )
+    before = copy.deepcopy(network.state_dict())
+    plain, found, recovered = recover(
+        network, rounded, quantizer, params, parts, preprocess, seed=0, title="quantize", checkpoints=None
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+    def score(network: nn.Module, weights: dict) -> tuple[float, float]:
+        network = copy.deepcopy(network).eval()
+        for name, one in weights.items():
+            network.get_submodule(name).weight.data = one.values()
+        with torch.no_grad():
+            logits = network(preprocess(torch.from_numpy(parts[1].images)))
+        labels = torch.from_numpy(parts[1].labels)
+        return F.cross_entropy(logits, labels).item(), float((logits.argmax(1) == labels).float().mean())
+
+    assert score(plain, found)[1] == pytest.approx(recovered.validation_top1)
+    assert score(plain, found)[0] < 0.9 * score(network, rounded)[0]
+    assert recovered.validation_top1 > trained.validation_top1 - 0.1
+    assert {one.bits for one in found.values()} == {2}

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+
+from stages.quantization.rounding import limits, round_gptq, round_nearest
+
+ALL_BITS = range(2, 9)
+
+
+def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error_of(weight: torch.Tensor, scale: float, bits: int) -> float:
+    low, high = limits(bits)
+    return float(((weight / scale).round().clamp(low, high) * scale - weight).square().sum())
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_integers_fit_their_bits(bits):
+    rounded = round_nearest(weight_of(8, 50), bits)
+    low, high = limits(bits)
+    assert rounded.integers.dtype == torch.int8
+    assert low <= rounded.integers.min()
+    assert rounded.integers.max() <= high
+    assert (rounded.scale > 0).all()
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_the_scale_is_as_good_as_a_fine_search_finds(bits):
+    weight = weight_of(6, 400)
+    rounded = round_nearest(weight, bits)
+    for row, scale in zip(weight, rounded.scale, strict=True):
+        largest = float(row.abs().max()) / limits(bits)[1]
+        fine = min(error_of(row, s, bits) for s in np.linspace(0.15, 1.05, 2000) * largest)
+        assert error_of(row, float(scale), bits) <= 1.05 * fine
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_bits_do_better_than_the_scale_of_the_largest_magnitude(bits):
+    weight = weight_of(16, 200)
+    by_largest = weight.abs().amax(1) / limits(bits)[1]
+    plain = sum(error_of(row, float(scale), bits) for row, scale in zip(weight, by_largest, strict=True))
+    assert float((round_nearest(weight, bits).values() - weight).square().sum()) < 0.9 * plain
+
+
+def test_more_bits_lose_less():
+    weight = weight_of(4, 3, 5, 5)
+    errors = [float((round_nearest(weight, bits).values() - weight).square().sum()) for bits in ALL_BITS]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_zeros_stay_zero_and_an_empty_channel_is_all_zeros(bits):
+    weight = weight_of(4, 30) * (weight_of(4, 30, seed=1) > 0)
+    weight[2] = 0
+    rounded = round_nearest(weight, bits)
+    assert not rounded.integers[weight == 0].any()
+    assert torch.equal(rounded.values()[2], torch.zeros(30))
+    assert torch.isfinite(rounded.scale).all()
+
+
+def test_gptq_with_unrelated_inputs_is_plain_rounding():
+    weight = weight_of(5, 12)
+    assert torch.equal(round_gptq(weight, 3, torch.eye(12)[None]).integers, round_nearest(weight, 3).integers)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gptq_changes_outputs_less_than_plain_rounding(groups):
+    shares = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(groups, 20, 20, generator=generator) @ torch.randn(groups, 20, 400, generator=generator)
+        weight = weight_of(groups * 6, 20, seed=seed)
+        found, plain = (
+            float(((rounded.values() - weight).reshape(groups, 6, 20) @ x).square().mean())
+            for rounded in (round_gptq(weight, 4, x @ x.transpose(1, 2)), round_nearest(weight, 4))
+        )
+        shares.append(found / plain)
+    assert max(shares) < 1
+    assert np.mean(shares) < 0.75
+
+
+def test_gptq_of_one_output_is_near_the_best_of_all_roundings():
+    """Brute force over both neighbours of each of six weights."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 6, generator=generator) @ torch.randn(6, 100, generator=generator)
+    weight = weight_of(1, 6, seed=5)
+    rounded = round_gptq(weight, 4, (x @ x.T)[None])
+    scale = rounded.scale
+    low = torch.floor(weight / scale)
+    everything = torch.cartesian_prod(*[torch.stack([v, v + 1]) for v in low[0]]).clamp(*limits(4))
+    errors = ((everything * scale - weight) @ x).square().sum(1)
+    found = float(((rounded.values() - weight) @ x).square().sum())
+    plain = float(((round_nearest(weight, 4).values() - weight) @ x).square().sum())
+    assert errors.min() - 1e-3 <= found <= plain
+    assert found <= errors.quantile(0.1)
+
+
+def test_gptq_keeps_zeros_and_the_shape():
+    weight = weight_of(4, 2, 3, 3)
+    weight[0, :, 1] = 0
+    x = torch.randn(1, 18, 100)
+    rounded = round_gptq(weight, 2, x @ x.transpose(1, 2))
+    assert rounded.integers.shape == weight.shape
+    assert not rounded.integers[0, :, 1].any()
+
+
+def test_dead_inputs_do_no_harm():
+    x = torch.randn(1, 8, 50)
+    x[:, 3] = 0
+    rounded = round_gptq(weight_of(3, 8), 4, x @ x.transpose(1, 2))
+    assert torch.isfinite(rounded.values()).all()

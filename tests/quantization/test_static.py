@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stages.common.params import Int8Static
+from stages.networks.build import NetworkSpec, build_network
+from stages.networks.integer_weights import integer_layers
+from stages.networks.predict import predict_logits
+from stages.networks.preprocess import Classifier, Preprocess
+from stages.quantization.static import int8_static
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": True, "ls_init_value": 0.5}
+    network = build_network(NetworkSpec("timm", "convnext_atto", arguments, 10)).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return Classifier(Preprocess([0.5] * 3, [0.25] * 3, 32), network).eval()
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
+def test_static_int8_stays_near_the_float_network(classifier, calibration):
+    quantizer = Int8Static(method="int8_static", calibration=calibration)
+    network, _, _ = int8_static(classifier, quantizer, IMAGES)
+    expected = predict_logits(classifier, IMAGES, 32)
+    logits = predict_logits(Classifier(classifier.preprocess, network).eval(), IMAGES, 32)
+    assert np.abs(logits - expected).mean() < 0.1 * expected.std()
+    assert not np.array_equal(logits, expected)
+
+
+def test_linear_layers_have_input_grids_convolutions_both_and_depthwise_ones_stay_float(classifier):
+    network, layers, kept = int8_static(classifier, Int8Static(method="int8_static"), IMAGES)
+    found = integer_layers(network)
+    assert found.keys() == layers.keys()
+    assert len(found) == 13  # the stem, 3 downsampling convolutions, 8 of MLPs and the head
+    assert {(s.weight_bits, s.activation_bits, s.activations) for s in layers.values()} == {(8, 8, "static")}
+    assert sorted(kept) == [f"stages.{i}.blocks.0.conv_dw" for i in range(4)]
+    for layer in found.values():
+        assert layer.input_scale is not None
+        assert (layer.output_scale is None) == isinstance(layer, nn.Linear)
+
+
+def test_the_float_classifier_is_left_as_it_is(classifier):
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    int8_static(classifier, Int8Static(method="int8_static"), IMAGES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
