@@ -209,7 +209,7 @@ def _read_edge(path: Path) -> dict:
 
 def _read_description(path: Path, variant: str) -> dict:
     description = _mapping(path, variant)
-    for key in ("name", "parent", "seed", "classes", "versions", "tensors"):
+    for key in ("name", "parent", "seed", "classes", "versions", "tensors", "layers", "search"):
         if key not in description:
             raise UserError(f"{variant}: {path} lacks {key}: delete it and run `dvc repro`")
     return description
@@ -218,6 +218,7 @@ def _read_description(path: Path, variant: str) -> dict:
 def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
     files = {model: paths.dense_curve(model) for model in params.models}
     files |= {pruning: paths.pruned_curve(pruning) for pruning in params.prunings}
+    files |= {variant: paths.compressed_curve(variant) for variant in params.variants}
     curves = {}
     for name, path in files.items():
         rows = read_csv(path)

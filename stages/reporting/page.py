@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.common.params import Training
+from stages.reporting.bits import allocations_of, duels_of
 from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
 from stages.reporting.inputs import Run
 from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
-from stages.reporting.rows import Choices, Group, control_of, is_control, small_dense
+from stages.reporting.rows import Choices, Group, control_of, extra_epochs, is_control, small_dense
 from stages.reporting.statistics import PairedDifference
 from stages.reporting.tables import confusion_rows
 from stages.reporting.text import (
@@ -80,6 +80,7 @@ def render_page(
         several_threads=(run.edge.get("protocol") or {}).get("threads", 1) > 1,
         groups=_seed_rows(run, rows, groups),
         **_levels(run, rows, groups),
+        **_bits(run, rows, groups),
         eager=[(model, ms_text(row["latency_ms_p50"])) for model, row in run.eager.items()],
         pictures=pictures,
         networks=list(dict.fromkeys(model.architecture for model in run.params.models.values())),
@@ -162,7 +163,7 @@ def _change(run: Run, group: Group, variant: str) -> str:
         )
     if is_control(run.params, variant):
         return f"{change} It is not compressed: it only trained longer."
-    if isinstance(run.params.prune[run.params.pruner_of(variant)], Training):
+    if extra_epochs(run.params, variant):
         return f"{change} It trained longer than dense; the control that tells how much that does is not in the run."
     return change
 
@@ -302,6 +303,48 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
             for cut in cuts_of(run, found)
         ],
     }
+
+
+def _bits(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, list]:
+    """Lines of the tables about searches for bits, in words: what each did, and the learned ones against the rest."""
+    allocations = allocations_of(run, groups)
+    by_name = {row["variant"]: row for row in rows}
+
+    def spread(mean: float | None, deviation: float | None, decimals: int) -> str:
+        if mean is None:
+            return "\N{EN DASH}"
+        return f"{mean:.{decimals}f}" + ("" if deviation is None else f" \N{PLUS-MINUS SIGN} {deviation:.{decimals}f}")
+
+    lines = []
+    for one in allocations:
+        group = one.group
+        dense = sum(by_name[run.params.baseline_of(v)]["artifact_bytes"] for v in group.variants) / len(group.variants)
+        deviation = None if group.top1_deviation is None else 100 * group.top1_deviation
+        lines.append(
+            (
+                group.name,
+                one.search,
+                f"{one.average_bits:.3f}",
+                str(one.evaluations),
+                spread(one.objective, one.objective_deviation, 4),
+                spread(100 * group.top1, deviation, 2),
+                points_text(group.difference.delta, 2),
+                f"{points_text(group.difference.low, 2)} to {points_text(group.difference.high, 2)}",
+                bytes_text(one.artifact_bytes),
+                percent_text(1 - one.artifact_bytes / dense),
+            )
+        )
+    duels = [
+        (
+            duel.learned,
+            duel.other,
+            points_text(duel.difference.delta, 2),
+            f"{points_text(duel.difference.low, 2)} to {points_text(duel.difference.high, 2)}",
+            p_text(duel.p_value),
+        )
+        for duel in duels_of(run, allocations)
+    ]
+    return {"allocations": lines, "duels": duels}
 
 
 def _benchmarks(run: Run) -> list[tuple[str, list[tuple[str, ...]], str]]:

@@ -12,6 +12,7 @@ from html import escape
 from itertools import pairwise, product
 from math import cos, dist, pi, sin
 
+from stages.reporting.bits import LEARNED, Allocation, allocations_of, bits_by_layer, objectives_of
 from stages.reporting.inputs import Run
 from stages.reporting.levels import Level, levels_of
 from stages.reporting.rows import Choices, Group, mark_front, model_family
@@ -64,7 +65,7 @@ class Picture:
 
 def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choices) -> dict[str, Picture]:
     """All pictures by file name; those with nothing to show are left out."""
-    found = levels_of(run, rows, groups)
+    found, allocations = levels_of(run, rows, groups), allocations_of(run, groups)
     with _style():
         pictures = [
             pareto(run, rows, choices, "size_bytes", "pareto_size"),
@@ -73,6 +74,8 @@ def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choi
             size_bars(run, rows),
             params_bars(run, rows),
             *(levels(run, rows, found, cost, f"levels_{short}") for short, cost in LEVEL_COSTS.items()),
+            bits(run, allocations),
+            searches(run, allocations),
             training(run),
             confusion(run, choices.headline),
         ]
@@ -195,6 +198,61 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
         f"Line plot of test top-1 accuracy against {words} as a share of the dense network's, for {', '.join(methods)}."
     )
     return _finish(figure, name, f"Levels: accuracy against {words}", alt, titles)
+
+
+def bits(run: Run, allocations: list[Allocation]) -> Picture | None:
+    """The bits of each layer as every search of the first contest chose them, for its first seed."""
+    shown = [one for one in allocations if one.contest == allocations[0].contest]
+    if not shown:
+        return None
+    chosen = [bits_by_layer(run, one.group.variants[0]) for one in shown]
+    names = list(chosen[0])
+    figure, axes = _figure(1.4 + 0.32 * len(shown))
+    values = [[of_layer[name] for name in names] for of_layer in chosen]
+    axes.imshow(values, cmap="cividis", vmin=2, vmax=8, aspect="auto")
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(shown)), [one.search for one in shown])
+    axes.set_xlabel("layer, in the network's order")
+    _whole_numbers(axes)
+    if len(names) <= 40:
+        for row, column in product(range(len(shown)), range(len(names))):
+            value = values[row][column]
+            color = "white" if value < 6 else "black"
+            axes.text(column, row, value, ha="center", va="center", color=color, fontsize=6)
+    first = shown[0].group.variants[0]
+    alt = "Bits of each layer. " + "; ".join(
+        f"{one.search}: " + ", ".join(map(str, row)) for one, row in zip(shown, values, strict=True)
+    )
+    return _finish(figure, "bits", f"Bits by layer ({first} and its competitors)", alt + ".", {})
+
+
+def searches(run: Run, allocations: list[Allocation]) -> Picture | None:
+    """The objective of what the learned and the random search of the first contest tried, a band over seeds."""
+    curves = [
+        (one.search, found)
+        for one in allocations
+        if one.contest == allocations[0].contest and (found := objectives_of(run, one)) is not None
+    ]
+    if not any(search == LEARNED for search, _ in curves):
+        return None
+    figure, axes = _figure(3.4)
+    titles = {}
+    for index, (search, found) in enumerate(curves):
+        smooth = max(1, found.shape[1] // 40)
+        count = found.shape[1] // smooth
+        means = found[:, : count * smooth].reshape(len(found), count, smooth).mean(2)
+        xs, look = [(place + 0.5) * smooth for place in range(count)], {"color": COLORS[index], "ls": LINES[index]}
+        (line,) = axes.plot(xs, means.mean(0), label=search, lw=1.3, **look)
+        axes.fill_between(xs, means.min(0), means.max(0), color=COLORS[index], alpha=0.2, lw=0)
+        line.set_gid(f"searches-line-{index}")
+        titles[f"searches-line-{index}"] = (
+            f"{search}: from {means[:, 0].mean():.4f} to {means[:, -1].mean():.4f}, best {found.min():.4f}"
+        )
+    axes.set_xlabel("allocations tried")
+    axes.set_ylabel("objective on calibration images")
+    _legend_below(figure, *axes.get_legend_handles_labels())
+    alt = "Line plot of the objective (less is better) of the allocations that each search tried, in order. "
+    return _finish(figure, "searches", "What the searches tried", alt + "; ".join(titles.values()) + ".", titles)
 
 
 def training(run: Run) -> Picture | None:

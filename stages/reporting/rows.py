@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.params import NoneContinued, Params, Training
+from stages.common.params import Bits, NoneContinued, Params, Training
 from stages.reporting.inputs import Run
 from stages.reporting.statistics import (
     PairedDifference,
@@ -91,13 +91,20 @@ def is_control(params: Params, variant: str) -> bool:
     return isinstance(pruner, NoneContinued) and params.quantize[variant_quantizer].method == "fp32"
 
 
+def extra_epochs(params: Params, variant: str) -> int:
+    """Epochs that a variant trained for beyond its dense network."""
+    pruner, quantizer = params.prune[params.pruner_of(variant)], params.quantize[params.variants[variant].quantizer]
+    in_pruning = pruner.epochs if isinstance(pruner, Training) else 0
+    return in_pruning + (quantizer.epochs if isinstance(quantizer, Bits) else 0)
+
+
 def control_of(params: Params, variant: str) -> str | None:
-    """The control of the same model that trained for as many extra epochs.
+    """The control of the same model that trained for as many extra epochs, in pruning and in a quantizer's recovery.
 
     None where it is not among the variants, and for a variant that had no extra training or is itself a control.
     """
-    pruner = params.prune[params.pruner_of(variant)]
-    if not isinstance(pruner, Training) or is_control(params, variant):
+    extra = extra_epochs(params, variant)
+    if not extra or is_control(params, variant):
         return None
     return next(
         (
@@ -105,7 +112,7 @@ def control_of(params: Params, variant: str) -> str | None:
             for name in params.variants
             if is_control(params, name)
             and params.model_of(name) == params.model_of(variant)
-            and params.prune[params.pruner_of(name)].epochs == pruner.epochs
+            and extra_epochs(params, name) == extra
         ),
         None,
     )

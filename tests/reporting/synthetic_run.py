@@ -125,6 +125,8 @@ def write_run(
             "versions": {"torch": "2.11.0", "timm": "1.0.31"},
             "tensors": {"sha256": "b" * 64, "bytes": size - 30_000},
             "onnx": {"sha256": onnx, "bytes": size},
+            "layers": {},
+            "search": {},
         }
         (target / "model.json").write_text(json.dumps(description))
         rows.append(_timed(variant, "onnxruntime", 1.2 * share * (0.8 if int8 else 1) + 0.01 * number, onnx))
@@ -139,9 +141,14 @@ def write_run(
     }
     (folder / "reports/edge").mkdir(parents=True, exist_ok=True)
     (folder / "reports/edge/edge.json").write_text(json.dumps(edge))
-    for kind, names in (("dense", params["models"]), ("pruned", params["prunings"])):
+    for kind, names in (
+        ("dense", params["models"]),
+        ("pruned", params["prunings"]),
+        ("compressed", params["variants"]),
+    ):
         for number, name in enumerate(names):
-            _write_curve(folder / f"reports/curves/{kind}/{name}.csv", 0 if name.endswith("-none") else 6, number)
+            epochs = 0 if kind == "compressed" or name.endswith("-none") else 6
+            _write_curve(folder / f"reports/curves/{kind}/{name}.csv", epochs, number)
 
 
 def _cut_metrics(method: str, top1: float) -> dict[str, float]:

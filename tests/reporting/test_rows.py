@@ -113,6 +113,23 @@ def test_the_control_is_float_of_the_same_model_and_trained_as_long():
     assert control_of(params, "atto-none-int8") is None
 
 
+def test_the_recovery_of_a_quantizer_counts_as_training_too():
+    training = {"learning_rate_factor": 0.5}
+    pruners = {
+        "none": {"method": "none"},
+        "more4": training | {"method": "none_continued", "epochs": 4},
+        "oto3": training | {"method": "oto", "epochs": 3, "group_sparsity": 0.5},
+        "more3": training | {"method": "none_continued", "epochs": 3},
+    }
+    raw = params_of(pruners=pruners, variants=[(p, q) for p in pruners for q in ("fp32", "q1", "q4")])
+    raw["quantize"] |= {f"q{e}": {"method": "uniform_bits", "bits": 3, "epochs": e} for e in (1, 4)}
+    params = Params.model_validate(raw)
+    assert control_of(params, "atto-none-q4") == "atto-more4-fp32"
+    assert control_of(params, "atto-oto3-q1") == "atto-more4-fp32"
+    assert control_of(params, "atto-oto3-q4") is None
+    assert control_of(params, "atto-oto3-fp32") == "atto-more3-fp32"
+
+
 def test_the_difference_to_the_control_is_paired_and_corrected(run: Run):
     groups = assemble_groups(run)
     with_control = {name: group for name, group in groups.items() if group.control is not None}
