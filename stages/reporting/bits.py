@@ -55,7 +55,7 @@ def allocations_of(run: Run, groups: dict[str, Group]) -> list[Allocation]:
         quantizer = run.params.quantize[run.params.variants[first].quantizer]
         if not isinstance(quantizer, Bits):
             continue
-        searches = [run.variants[name].description["search"] for name in group.variants]
+        searches = [run.variants[name].description.get("search", {}) for name in group.variants]
         tried = [search["best"] for search in searches if search]
         mean, deviation = mean_and_deviation(tried) if tried else (None, None)
         uniform = isinstance(quantizer, UniformBits)
@@ -94,7 +94,7 @@ def duels_of(run: Run, allocations: list[Allocation]) -> list[Duel]:
 
 def average_bits(run: Run, variant: str) -> float:
     """Bits of all weights with integers over their number."""
-    search = run.variants[variant].description["search"]
+    search = run.variants[variant].description.get("search", {})
     if search:
         return search["used_bits"] / search["weights"]
     return float(run.params.quantize[run.params.variants[variant].quantizer].bits)
@@ -107,7 +107,7 @@ def bits_by_layer(run: Run, variant: str) -> dict[str, int]:
 
 def objectives_of(run: Run, allocation: Allocation) -> np.ndarray | None:
     """The objective of each allocation tried, in order: `[seeds, tried]`, cut to the shortest; None for one or none."""
-    tried = [run.variants[name].description["search"].get("tried", []) for name in allocation.group.variants]
+    tried = [run.variants[name].description.get("search", {}).get("tried", []) for name in allocation.group.variants]
     shortest = min((len(one) for one in tried), default=0)
     return np.array([one[:shortest] for one in tried]) if shortest > 1 else None
 

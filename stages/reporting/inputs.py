@@ -9,7 +9,7 @@ import numpy as np
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import read_csv, read_json
-from stages.common.params import Params
+from stages.common.params import Bits, Params
 
 COUNTS = ("params", "params_nonzero", "params_visible", "macs", "macs_visible", "bops")
 BYTES = ("artifact_bytes", "size_bytes", "size_gzip_bytes")
@@ -209,7 +209,7 @@ def _read_edge(path: Path) -> dict:
 
 def _read_description(path: Path, variant: str) -> dict:
     description = _mapping(path, variant)
-    for key in ("name", "parent", "seed", "classes", "versions", "tensors", "layers", "search"):
+    for key in ("name", "parent", "seed", "classes", "versions", "tensors"):
         if key not in description:
             raise UserError(f"{variant}: {path} lacks {key}: delete it and run `dvc repro`")
     return description
@@ -218,7 +218,7 @@ def _read_description(path: Path, variant: str) -> dict:
 def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
     files = {model: paths.dense_curve(model) for model in params.models}
     files |= {pruning: paths.pruned_curve(pruning) for pruning in params.prunings}
-    files |= {variant: paths.compressed_curve(variant) for variant in params.variants}
+    files |= {variant: paths.compressed_curve(variant) for variant in params.variants if _recovers(params, variant)}
     curves = {}
     for name, path in files.items():
         rows = read_csv(path)
@@ -229,6 +229,11 @@ def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
                 f"{name}: {path} has a broken line or column ({error}): delete it and run `dvc repro`"
             ) from None
     return {name: rows for name, rows in curves.items() if rows}
+
+
+def _recovers(params: Params, variant: str) -> bool:
+    quantizer = params.quantize[params.variants[variant].quantizer]
+    return isinstance(quantizer, Bits) and quantizer.epochs > 0
 
 
 def _read_benchmarks(params: Params) -> list[dict]:
