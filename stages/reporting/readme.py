@@ -12,7 +12,8 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json, write_text
 from stages.common.params import Params, load_params
 from stages.reporting.claims import read_claims
-from stages.reporting.rows import control_of
+from stages.reporting.rows import control_of, model_family
+from stages.reporting.statistics import mean_and_deviation
 from stages.reporting.text import (
     allowance_text,
     bytes_text,
@@ -110,6 +111,42 @@ def variants_block(reports: Path) -> str:
     return "\n".join(lines)
 
 
+def groups_block(reports: Path) -> str:
+    """One line for each setting of the first model: means over seeds, costs as shares of the dense float network's."""
+    rows, run = read_json(reports / "variants.json"), read_json(reports / "run.json")
+    params = load_params(reports.parent / "params.yaml")
+    by_name = {row["variant"]: row for row in rows}
+    groups: dict[str, list[dict]] = {}
+    first = model_family(params, rows[0]["model"])
+    for row in rows:
+        if model_family(params, row["model"]) == first:
+            groups.setdefault(row["group"], []).append(row)
+    lines = [
+        "| pruner | MACs | model.onnx | latency | top-1, % | Δ dense, points | Δ control, points |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, members in groups.items():
+        pairs = [(row, by_name[params.baseline_of(row["variant"])]) for row in members]
+        costs = [
+            percent_text(sum(row[cost] / dense[cost] for row, dense in pairs) / len(pairs))
+            for cost in ("macs", "size_bytes", "latency_ms_p50")
+        ]
+        controls = [control_of(params, row["variant"]) for row in members]
+        over = [row["top1"] - by_name[c]["top1"] for row, c in zip(members, controls, strict=True) if c in by_name]
+        deltas = [row["top1"] - dense["top1"] for row, dense in pairs if row is not dense]
+        top1 = _spread([row["top1"] for row in members], lambda value: f"{100 * value:.2f}")
+        short = name.removeprefix(f"{first}-").removesuffix("-fp32")
+        cells = [short, *costs, top1, _spread(deltas, _points), _spread(over, _points)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Means \N{PLUS-MINUS SIGN} standard deviation over {_seeds(rows)}; costs are shares of the same seed's dense"
+        f" float network in ONNX Runtime. {run['data_name']}, n = {run['n_test']:,} test images; run"
+        f" `{run['run_id']}`. {_machine(run)}",
+    ]
+    return "\n".join(lines)
+
+
 def claims_block(reports: Path) -> str:
     """One line for each sentence of the study."""
     units = {claim.id: claim.unit for claim in read_claims()}
@@ -125,6 +162,7 @@ def claims_block(reports: Path) -> str:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline_block,
     "variants": variants_block,
+    "groups": groups_block,
     "claims": claims_block,
 }
 
@@ -143,6 +181,18 @@ def _over_control(params: Params, rows: list[dict], row: dict) -> str:
     control = control_of(params, row["variant"]) if row["variant"] in params.variants else None
     top1 = {other["variant"]: other["top1"] for other in rows}
     return points_text(row["top1"] - top1[control], 2) if control in top1 else ""
+
+
+def _spread(values: list[float], write: Callable[[float], str]) -> str:
+    """Mean and deviation; empty without values."""
+    if not values:
+        return ""
+    mean, deviation = mean_and_deviation(values)
+    return write(mean) + ("" if deviation is None else f" \N{PLUS-MINUS SIGN} {100 * deviation:.2f}")
+
+
+def _points(value: float) -> str:
+    return points_text(value, 2)
 
 
 def _seeds(rows: list[dict]) -> str:

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_run import params_of, write_run
 
@@ -64,6 +65,28 @@ def test_the_table_has_the_change_against_the_control_of_those_that_have_one(top
     assert found["atto-none-int8"] == found["atto-none-fp32"] == found["atto-continued-fp32"] == ""
 
 
+def test_the_groups_are_means_over_seeds_with_their_spread(tmp_path, monkeypatch):
+    top = reported(tmp_path, monkeypatch, params_of(seeds=3))
+    rows = json.loads((top / "profiles/tiny-one/reports/variants.json").read_text())
+    text = filled(block("groups"), top)
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()[4:]
+        if line.startswith("|")
+    }
+    assert list(cells) == ["none", "continued", "oto50", "l1", "none-int8", "oto50-int8"]
+    top1 = {row["variant"]: row["top1"] for row in rows}
+    ours = [top1[f"atto{seed}-oto50-fp32"] for seed in ("", "-s1", "-s2")]
+    dense = [top1[f"atto{seed}-none-fp32"] for seed in ("", "-s1", "-s2")]
+    assert cells["oto50"][0] == "25.0 %"
+    assert cells["oto50"][3] == f"{100 * np.mean(ours):.2f} \N{PLUS-MINUS SIGN} {100 * np.std(ours, ddof=1):.2f}"
+    changes = np.subtract(ours, dense)
+    assert (
+        cells["oto50"][4] == f"{points_text(changes.mean(), 2)} \N{PLUS-MINUS SIGN} {100 * np.std(changes, ddof=1):.2f}"
+    )
+    assert cells["none"][4:] == ["", ""]
+
+
 def test_the_words_follow_the_params(tmp_path, monkeypatch):
     params = params_of() | {"report": {"confidence": 0.9, "headline_max_drop": 0.025}}
     top = reported(tmp_path, monkeypatch, params)
@@ -79,7 +102,7 @@ def test_a_dense_headline_has_a_sentence_of_its_own(tmp_path, monkeypatch):
 
 
 def test_an_unknown_block_or_a_missing_report_is_named(top):
-    with pytest.raises(UserError, match="no block 'nothing'; known: headline, variants, claims"):
+    with pytest.raises(UserError, match="no block 'nothing'; known: headline, variants, groups, claims"):
         filled(block("nothing"), top)
     (top / "profiles/tiny-one/reports/run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json is missing"):
