@@ -32,6 +32,8 @@ LABEL_LETTERS, LEGEND_LETTERS = 22, 50
 """So many letters stand in a line of a label and of the legend before it is wrapped."""
 LINE_HEIGHT = 0.19
 """Inches of a line of text."""
+MOST_CURVES = 40
+"""Training curves in one picture."""
 CONFUSION_NUMBERS = 12
 """Up to so many classes the cells of the confusion matrix hold numbers."""
 CONFUSION_CLASSES = 50
@@ -261,7 +263,7 @@ def training(run: Run) -> Picture | None:
         return None
     figure, (upper, lower) = _figure(4.8, rows=2)
     titles = {}
-    for index, (name, curve) in enumerate(run.curves.items()):
+    for index, (name, curve) in enumerate(_shown_curves(run).items()):
         look = {
             "color": COLORS[index % len(COLORS)],
             "ls": LINES[(index // len(COLORS)) % len(LINES)],
@@ -283,6 +285,17 @@ def training(run: Run) -> Picture | None:
     _legend_below(figure, *upper.get_legend_handles_labels())
     alt = "Line plots of validation top-1 accuracy and training loss by epoch. " + "; ".join(titles.values()) + "."
     return _finish(figure, "training", "Training curves", alt, titles)
+
+
+def _shown_curves(run: Run) -> dict[str, list[dict[str, float]]]:
+    """All of them; beyond `MOST_CURVES`, those of the first model."""
+    if len(run.curves) <= MOST_CURVES:
+        return run.curves
+    params, first = run.params, next(iter(run.params.models))
+    model_of = {name: name for name in params.models}
+    model_of |= {name: pruning.model for name, pruning in params.prunings.items()}
+    model_of |= {name: params.model_of(name) for name in params.variants}
+    return {name: curve for name, curve in run.curves.items() if model_of[name] == first}
 
 
 def confusion(run: Run, variant: str) -> Picture:
@@ -420,17 +433,17 @@ def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sid="[A-Za-z.0-9]+_\d+"', "", svg)  # numbered ids repeat from picture to picture
     svg = re.sub(r'(id="|url\(#|href="#)(?!' + name + "-)", rf"\g<1>{name}-", svg)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL).replace("xlink:href", "href").replace(" \n", "\n")
+    svg = re.sub(r'style="[^"]*"', lambda style: style[0].replace(": ", ":").replace("; ", ";"), svg)
     svg = svg.replace(INK, "currentColor").replace(FAINT, "var(--line)")
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = svg.replace("<svg", f'<svg role="group" aria-label="{escape(alt)}"', 1)
     for gid, words in titles.items():
         words = escape(words)
-        named = f'<g id="{gid}" class="mark" tabindex="0" role="img" aria-label="{words}"><title>{words}</title>'
+        named = f'<g id="{gid}" class="mark" tabindex="0" role="img" aria-label="{words}">'
         svg = svg.replace(f'<g id="{gid}">', named, 1)
-    svg = re.sub(
-        r"(?<!scale\(0)(\.\d\d)\d+", r"\1", svg
-    )  # hundredths of a point are finer than any screen, at half the bytes
+    svg = re.sub(r"(?<!scale\(0)(\.\d)\d+", r"\1", svg)  # tenths of a point are as fine as a screen, at half the bytes
     return re.sub(r"\n\s*", "\n", svg)
 
 
