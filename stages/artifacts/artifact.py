@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -42,9 +42,17 @@ SECTIONS: dict[str, dict[str, type]] = {
 """What the free-form sections of `model.json` hold at least."""
 OPTIONAL = ("parent", "onnx")
 """Those that may be empty: a dense network has no parent, a float artifact no `model.onnx`."""
-ACTIVATIONS = ("float", "dynamic", "static")
-GRIDS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-LAYER_TENSORS = ("weight", "weight_scale", "bias", *GRIDS)
+FLOAT_BITS = 32
+"""Of what is not packed."""
+LAYER_TENSORS = (
+    "weight",
+    "weight_scale",
+    "bias",
+    "input_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+)
 """What a packed layer may hold."""
 
 
@@ -56,9 +64,9 @@ class LayerStorage:
     activation_bits: int
     scheme: str
     """`symmetric_per_channel` or `symmetric_per_tensor`."""
-    activations: str = "dynamic"
-    """One of `ACTIVATIONS`: left in float, or rounded to a grid found in every call (by PyTorch's own dynamic layers),
-    or found once on calibration images."""
+    activations: Literal["float", "dynamic", "static"] = "dynamic"
+    """Left in float, or rounded to a grid found in every call (by PyTorch's own dynamic layers), or found once on
+    calibration images."""
 
 
 @dataclass

@@ -12,6 +12,11 @@ CHUNK = 16384
 """Bytes of each plane that are unpacked at a time: what fits into a core's cache."""
 
 
+def limits(bits: int) -> tuple[int, int]:
+    """Smallest and largest integer of so many bits."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
 def packed_bytes(values: int, bits: int) -> int:
     """Bytes that `values` integers of `bits` bits take."""
     return -(-values // 8) * bits
@@ -26,7 +31,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     flat = np.ascontiguousarray(values, np.int8).reshape(-1)
     if not SMALLEST <= bits <= LARGEST:
         raise ValueError(f"{bits} bits: a value is packed in {SMALLEST} to {LARGEST}")
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = limits(bits)
     if flat.size and not (low <= flat.min() and flat.max() <= high):
         raise ValueError(f"values from {flat.min()} to {flat.max()} do not fit into {bits} bits")
     if bits == LARGEST:

@@ -234,7 +234,6 @@ def _insert(model: onnx.ModelProto, around: dict[str, Around]) -> None:
 
 def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
     """The graph's nodes, and no initializer that none of them reads."""
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}

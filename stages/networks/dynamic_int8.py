@@ -3,7 +3,6 @@
 torch deprecates these modules; everything that touches them is in this file.
 """
 
-import copy
 import warnings
 
 import torch
@@ -12,7 +11,7 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.ao.quantization import PlaceholderObserver, QConfig, quantize_dynamic
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
-from stages.networks.pointwise import replace_module
+from stages.networks.pointwise import with_twins
 
 
 def quantize_linears(network: nn.Module, per_channel: bool) -> nn.Module:
@@ -65,14 +64,7 @@ def pack_layer(tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 def without_dynamic(network: nn.Module) -> nn.Module:
     """A float copy: each packed layer becomes a Linear layer with the values that its integers stand for."""
-    twin = copy.deepcopy(network)
-    linears: dict[nn.Module, nn.Linear] = {}
-    for name, layer in list(twin.named_modules(remove_duplicate=False)):  # a layer that is used twice has two names
-        if isinstance(layer, DynamicLinear):
-            if layer not in linears:
-                linears[layer] = _float_linear(unpack_layer(layer))
-            replace_module(twin, name, linears[layer])
-    return twin
+    return with_twins(network, DynamicLinear, lambda layer: _float_linear(unpack_layer(layer)))
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stages.networks.pointwise import replace_module
+from stages.networks.pointwise import with_twins
+from stages.networks.tensors import along_outputs
 
 ACTIVATION_LEVELS = 255
 """Largest uint8 value of a rounded activation."""
@@ -55,7 +56,7 @@ class _IntegerWeight:
 
     def float_weight(self) -> torch.Tensor:
         """float32, of the weight's shape."""
-        return self.weight * self.weight_scale.view(-1, *[1] * (self.weight.dim() - 1))
+        return self.weight * along_outputs(self.weight_scale, self.weight)
 
     def _on_grid(self, x: torch.Tensor, name: str) -> torch.Tensor:
         scale = getattr(self, f"{name}_scale")
@@ -121,11 +122,4 @@ def floating(layer: nn.Module) -> nn.Module:
 
 def without_integers(network: nn.Module) -> nn.Module:
     """A copy with every integer layer as a float one: what tools that know only torch's layers can look into."""
-    twin = copy.deepcopy(network)
-    known: dict[nn.Module, nn.Module] = {}
-    for name, layer in list(twin.named_modules(remove_duplicate=False)):  # a layer that is used twice has two names
-        if isinstance(layer, _IntegerWeight):
-            if layer not in known:
-                known[layer] = floating(layer)
-            replace_module(twin, name, known[layer])
-    return twin
+    return with_twins(network, _IntegerWeight, floating)

@@ -5,6 +5,8 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 from torchvision.models.convnext import CNBlock
 
+from stages.networks.tensors import along_outputs
+
 
 @torch.no_grad()
 def fold_layer_scale(network: nn.Module) -> None:
@@ -23,6 +25,6 @@ def fold_layer_scale(network: nn.Module) -> None:
 
 
 def _scale(layer: nn.Linear | nn.Conv2d, gamma: torch.Tensor) -> None:
-    layer.weight.mul_(gamma.view(-1, *[1] * (layer.weight.dim() - 1)))
+    layer.weight.mul_(along_outputs(gamma, layer.weight))
     if layer.bias is not None:
         layer.bias.mul_(gamma)

@@ -1,5 +1,8 @@
 """1x1 convolutions as the Linear layers that they are, so that what acts on Linear acts on them too."""
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -35,6 +38,18 @@ def pointwise_to_linear(network: nn.Module) -> None:
             if module.bias is not None:
                 linear.bias.copy_(module.bias)
             replace_module(network, name, PointwiseLinear(linear))
+
+
+def with_twins(network: nn.Module, kind: type, twin_of: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy in which every module of a kind is replaced by what `twin_of` makes of it."""
+    copied = copy.deepcopy(network)
+    twins: dict[nn.Module, nn.Module] = {}
+    for name, module in list(copied.named_modules(remove_duplicate=False)):  # one that is used twice has two names
+        if isinstance(module, kind):
+            if module not in twins:
+                twins[module] = twin_of(module)
+            replace_module(copied, name, twins[module])
+    return copied
 
 
 def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Tensors by name, as files and checkpoints hold them, into a network."""
+"""Tensors beside their modules: loading them by name, and one value for each output channel."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,3 +16,8 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor], strict
     state = OrderedDict(tensors)
     state._metadata = network.state_dict()._metadata
     network.load_state_dict(state, strict)
+
+
+def along_outputs(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`values` `[out]` in a shape that broadcasts over a weight `[out, ...]`."""
+    return values.view(-1, *[1] * (weight.dim() - 1))

@@ -19,12 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlock
 
-from stages.artifacts.artifact import LayerStorage
+from stages.artifacts.artifact import FLOAT_BITS, LayerStorage
 from stages.common.errors import UserError
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.networks.packed import dequantized, packed_layers
 
-FLOAT_BITS = 32
 MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 # They own parameters, but multiply nothing that the convention counts.
 ELEMENTWISE = (

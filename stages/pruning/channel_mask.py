@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from stages.networks.tensors import along_outputs
 from stages.pruning.groups import ChannelGroup
 
 
@@ -38,7 +39,7 @@ class ChannelMask:
             for part in group.makes:
                 parameter = parameters[part.name]
                 by_channel = _by_channel(parameter, part.repeat)
-                mask = of_group.to(parameter).view(-1, *[1] * (by_channel.dim() - 1))
+                mask = along_outputs(of_group.to(parameter), by_channel)
                 if parameter.device.type != "cpu" if full is None else full:
                     mask = torch.empty_like(by_channel).copy_(mask)
                 self._parts.append((parameter, part.repeat))

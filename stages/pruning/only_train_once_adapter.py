@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec
-from stages.pruning.costs import output_positions
+from stages.networks.positions import output_positions
 from stages.pruning.groups import PARTIAL_REMEDY, ChannelGroup, Slice, check_exact, inexact_groups
 
 NOT_ITS_OWN = ("graph", "operation", "transform")

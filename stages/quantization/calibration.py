@@ -1,9 +1,8 @@
 """Calibration images, and what they tell: the ranges of activations, and the second moments of layers' inputs."""
 
-import contextlib
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import numpy as np
 import torch
@@ -49,14 +48,15 @@ def activation_ranges(
         sides: of each layer, from `input` and `output`.
     """
     wanted = {f"{name} {side}" for name in layers for side in sides[name]}
-    found = (_extremes if quantizer.calibration == "minmax" else _by_histograms)(
-        classifier, layers, wanted, images, quantizer
-    )
+    if quantizer.calibration == "minmax":
+        found = _extremes(classifier, layers, wanted, images)
+    else:
+        found = _by_histograms(classifier, layers, wanted, images, quantizer)
     return {name: {side: found[f"{name} {side}"] for side in sides[name]} for name in layers}
 
 
 def _extremes(
-    classifier: nn.Module, layers: dict[str, nn.Module], wanted: set[str], images: np.ndarray, _: Int8Static
+    classifier: nn.Module, layers: dict[str, nn.Module], wanted: set[str], images: np.ndarray
 ) -> dict[str, tuple[float, float]]:
     found = dict.fromkeys(wanted, (np.inf, -np.inf))
 
@@ -86,7 +86,7 @@ def _by_histograms(
     def note(tensors: dict[str, torch.Tensor]) -> None:
         collector.collect({name: [tensors[name].cpu().numpy()] for name in sorted(wanted)})
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its settings aloud
+    with redirect_stdout(io.StringIO()):  # it tells its settings aloud
         _watch(classifier, layers, images, note)
         ranges = collector.compute_collection_result()
     return {name: (float(low), float(high)) for name, (low, high, *_) in ranges.items()}

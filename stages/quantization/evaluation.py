@@ -82,6 +82,10 @@ class Evaluator:
         with torch.no_grad():
             return self._score(first)
 
+    def float_weight(self, name: str) -> torch.Tensor:
+        """A layer's weight before any rounding."""
+        return self._float[name]
+
     def _score(self, first: str | None) -> Score:
         loss, right = 0.0, 0
         with self._prefix.before(self._modules.get(first)) as network:

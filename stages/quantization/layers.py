@@ -8,6 +8,7 @@ from torch import nn
 from stages.common.errors import UserError
 from stages.networks.integer_weights import KINDS
 from stages.networks.pointwise import is_pointwise
+from stages.networks.positions import output_positions
 
 LAYER_KINDS = ("linear", "pointwise", "depthwise", "convolution")
 HAS_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
@@ -32,30 +33,15 @@ class Layer:
     """Places of a kernel: 1 for linear layers."""
 
 
-@torch.no_grad()
 def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer], list[str]]:
     """The layers that can have integer weights, in the order of execution, and the names of those that stay in float.
 
     Raises:
         UserError: if there is none, or a weight is NaN or infinite.
     """
-    macs: dict[str, int] = {}
-    hooks = []
-    for name, module in network.named_modules():
-        if type(module) in KINDS:
-            hooks.append(
-                module.register_forward_hook(
-                    lambda module, _, output, name=name: macs.__setitem__(
-                        name, macs.get(name, 0) + output[0].numel() * module.weight[0].numel()
-                    )
-                )
-            )
-    device = next(network.parameters()).device
-    network(torch.zeros(1, 3, input_size, input_size, device=device))
-    for hook in hooks:
-        hook.remove()
     modules = dict(network.named_modules())
-    found = [_describe(name, modules[name], count) for name, count in macs.items()]
+    positions = {name.removesuffix(".weight"): times for name, times in output_positions(network, input_size).items()}
+    found = [_describe(name, modules[name], times) for name, times in positions.items() if type(modules[name]) in KINDS]
     if not found:
         raise UserError(f"{type(network).__name__} has no Linear or Conv2d layer whose weights could be integers")
     for layer in found:
@@ -73,7 +59,8 @@ def without_integer_form(network: nn.Module) -> list[str]:
     ]
 
 
-def _describe(name: str, module: nn.Module, macs: int) -> Layer:
+def _describe(name: str, module: nn.Module, positions: int) -> Layer:
+    macs = positions * module.weight.numel()
     if isinstance(module, nn.Linear):
         return Layer(name, "linear", module.weight.numel(), macs, module.in_features, module.out_features, 1)
     depthwise = module.groups > 1 and module.groups == module.in_channels

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.artifacts.artifact import Description, LayerStorage
+from stages.artifacts.artifact import FLOAT_BITS, Description, LayerStorage
 from stages.common.params import (
     AllocatedBits,
     Bits,
@@ -42,8 +43,6 @@ from stages.quantization.searches import (
 )
 from stages.quantization.static import int8_static
 
-FLOAT_BITS = 32
-
 
 @dataclass
 class Task:
@@ -71,7 +70,9 @@ class Task:
     def classifier(self) -> Classifier:
         return Classifier(self.parent.preprocess(), self.network).eval()
 
-    def calibration_images(self) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def calibration(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels."""
         return calibration_images(self.train_part, self.quantizer, self.param)
 
     def identity(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def quantize(task: Task) -> Quantized:
             network, layers = int8_dynamic(task.network, per_channel)
             return Quantized(network, layers, pointwise_as_linear=True)
         case Int8Static() as quantizer:
-            network, layers, kept = int8_static(task.classifier, quantizer, task.calibration_images()[0])
+            network, layers, kept = int8_static(task.classifier, quantizer, task.calibration[0])
             return Quantized(network, layers, pointwise_as_linear=True, float_layers=kept)
         case Bits():
             return quantize_to_bits(task)
@@ -154,7 +155,7 @@ def quantize_to_bits(task: Task) -> Quantized:
     storage = {
         name: LayerStorage(found.bits, FLOAT_BITS, "symmetric_per_channel", "float") for name, found in rounded.items()
     }
-    return Quantized(network, storage, False, kept, search, curve)
+    return Quantized(network, storage, float_layers=kept, search=search, curve=curve)
 
 
 def round_all(task: Task, layers: list[Layer], choices: list[int]) -> dict[str, dict[int, Rounded]]:
@@ -162,9 +163,7 @@ def round_all(task: Task, layers: list[Layer], choices: list[int]) -> dict[str, 
     modules = {layer.name: task.network.get_submodule(layer.name) for layer in layers}
     if task.quantizer.rounding == "nearest":
         return {n: {bits: round_nearest(m.weight, bits) for bits in choices} for n, m in modules.items()}
-    classifier = copy.deepcopy(task.classifier)
-    watched = {name: classifier.network.get_submodule(name) for name in modules}
-    moments = hessians(classifier, watched, task.calibration_images()[0])
+    moments = hessians(task.classifier, modules, task.calibration[0])
     return {n: {bits: round_gptq(m.weight, bits, moments[n]) for bits in choices} for n, m in modules.items()}
 
 
@@ -177,23 +176,8 @@ def allocate(
         The bits by layer name, and what `model.json` tells of the search.
     """
     quantizer: AllocatedBits = task.quantizer
-    evaluator = Evaluator(task.classifier, [layer.name for layer in layers], by_bits, *task.calibration_images())
-    modules = {layer.name: task.network.get_submodule(layer.name) for layer in layers}
-    problem = Problem(
-        layers=layers,
-        budget=Budget.of(layers, quantizer),
-        errors=np.array(
-            [
-                [float((found.values() - modules[name].weight).detach().square().sum()) for found in of_layer.values()]
-                for name, of_layer in by_bits.items()
-            ]
-        ),
-        statistics=np.array([_statistics(module.weight.detach()) for module in modules.values()]),
-        evaluate=lambda bits: evaluator(bits).objective(quantizer.objective),
-        unquantized=evaluator.float_score.objective(quantizer.objective),
-        evaluations=quantizer.evaluations,
-        seed=task.parent.seed,
-    )
+    evaluator = Evaluator(task.classifier, [layer.name for layer in layers], by_bits, *task.calibration)
+    problem = problem_of(layers, by_bits, evaluator, quantizer, task.parent.seed)
     sensitivities = _search(problem, quantizer)
     bits = problem.budget.choices[problem.best]
     told = {
@@ -214,6 +198,32 @@ def allocate(
         f" {told['evaluations']} evaluations, {told['used_bits'] / told['weights']:.2f} bits on average"
     )
     return {layer.name: int(b) for layer, b in zip(layers, bits, strict=True)}, told
+
+
+def problem_of(
+    layers: list[Layer],
+    by_bits: Mapping[str, Mapping[int, Rounded]],
+    evaluator: Evaluator,
+    quantizer: AllocatedBits,
+    seed: int,
+) -> Problem:
+    """What a search is given of the evaluator's network, whose layers' integers are `by_bits`."""
+    weights = {name: evaluator.float_weight(name) for name in by_bits}
+    return Problem(
+        layers=layers,
+        budget=Budget.of(layers, quantizer),
+        errors=np.array(
+            [
+                [float((found.values() - weights[name]).square().sum()) for found in of_layer.values()]
+                for name, of_layer in by_bits.items()
+            ]
+        ),
+        statistics=np.array([_statistics(weight) for weight in weights.values()]),
+        evaluate=lambda bits: evaluator(bits).objective(quantizer.objective),
+        unquantized=evaluator.float_score.objective(quantizer.objective),
+        evaluations=quantizer.evaluations,
+        seed=seed,
+    )
 
 
 def _shown(objective: float, quantizer: AllocatedBits) -> str:

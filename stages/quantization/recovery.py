@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stages.artifacts.packing import limits
 from stages.common.params import Bits, Params
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
-from stages.networks.tensors import load_tensors
-from stages.quantization.rounding import Rounded, limits
+from stages.networks.tensors import along_outputs, load_tensors
+from stages.quantization.rounding import Rounded
 from stages.training.distillation import Distillation
 from stages.training.loop import Trained, recipe_for, train
 
@@ -29,19 +30,23 @@ class _RoundingWeight:
         self.weight_scale = nn.Parameter(rounded.scale.clone())
         self.register_buffer("kept", self.weight.detach() != 0, persistent=False)
 
+    def _scale(self) -> torch.Tensor:
+        """Above zero, wherever training takes it."""
+        return self.weight_scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
+
     def rounded_weight(self) -> torch.Tensor:
         """The weight as its integers will give it; zeros that were there before stay."""
         low, high = limits(self.bits)
         share = (self.weight[0].numel() * high) ** -0.5  # the scale's gradient is as large as the weights'
-        scale = self.weight_scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
-        scale = (scale * share + (scale * (1 - share)).detach()).view(-1, *[1] * (self.weight.dim() - 1))
+        scale = self._scale()
+        scale = along_outputs(scale * share + (scale * (1 - share)).detach(), self.weight)
         within = (self.weight * self.kept / scale).clamp(low, high)
         return (within + (within.round() - within).detach()) * scale
 
     @torch.no_grad()
     def rounded(self) -> Rounded:
-        scale = self.weight_scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
-        steps = self.weight * self.kept / scale.view(-1, *[1] * (self.weight.dim() - 1))
+        scale = self._scale()
+        steps = self.weight * self.kept / along_outputs(scale, self.weight)
         return Rounded(steps.clamp(*limits(self.bits)).round().to(torch.int8), scale, self.bits)
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from stages.artifacts.packing import limits
 from stages.networks.integer_weights import with_integers
+from stages.networks.tensors import along_outputs
 
 LEAST_SHARE = {2: 0.2, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}
 """By bits: where the search for the best scale begins, as a share of the one that reaches the largest magnitude."""
@@ -31,16 +33,11 @@ class Rounded:
 
     def values(self) -> torch.Tensor:
         """float32: what the integers stand for."""
-        return self.integers * self.scale.view(-1, *[1] * (self.integers.dim() - 1))
+        return self.integers * along_outputs(self.scale, self.integers)
 
     def layer(self, layer: nn.Module) -> nn.Module:
         """The integer form of the float layer whose weight this is."""
         return with_integers(layer, self.integers, self.scale, self.bits)
-
-
-def limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer."""
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 @torch.no_grad()

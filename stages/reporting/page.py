@@ -277,22 +277,27 @@ def _seed_rows(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[tup
     return lines
 
 
+def _interval(difference: PairedDifference) -> tuple[str, str]:
+    """A difference and its interval, in points."""
+    return (
+        points_text(difference.delta, 2),
+        f"{points_text(difference.low, 2)} to {points_text(difference.high, 2)}",
+    )
+
+
 def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, list]:
     """Lines of the tables about pruning, in words: at equal MACs, between libraries, and at the cut."""
     found = levels_of(run, rows, groups)
 
-    def interval(difference: PairedDifference, p_value: float) -> tuple[str, ...]:
-        ends = f"{points_text(difference.low, 2)} to {points_text(difference.high, 2)}"
-        return points_text(difference.delta, 2), ends, p_text(p_value)
-
     return {
         "benchmarks": _benchmarks(run) if any(run.params.prune[one.pruner].method == "oto" for one in found) else [],
         "equal_macs": [
-            (one.ours, one.theirs, f"{one.macs_ratio:.3f}", *interval(one.difference, one.p_value))
+            (one.ours, one.theirs, f"{one.macs_ratio:.3f}", *_interval(one.difference), p_text(one.p_value))
             for one in at_equal_macs(run, found)
         ],
         "libraries": [
-            (one.one, one.other, *interval(one.difference, one.p_value)) for one in between_libraries(run, rows, groups)
+            (one.one, one.other, *_interval(one.difference), p_text(one.p_value))
+            for one in between_libraries(run, rows, groups)
         ],
         "cuts": [
             (
@@ -328,20 +333,13 @@ def _bits(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, lis
                 str(one.evaluations),
                 spread(one.objective, one.objective_deviation, 4),
                 spread(100 * group.top1, deviation, 2),
-                points_text(group.difference.delta, 2),
-                f"{points_text(group.difference.low, 2)} to {points_text(group.difference.high, 2)}",
+                *_interval(group.difference),
                 bytes_text(one.artifact_bytes),
                 percent_text(1 - one.artifact_bytes / dense),
             )
         )
     duels = [
-        (
-            duel.learned,
-            duel.other,
-            points_text(duel.difference.delta, 2),
-            f"{points_text(duel.difference.low, 2)} to {points_text(duel.difference.high, 2)}",
-            p_text(duel.p_value),
-        )
+        (duel.learned, duel.other, *_interval(duel.difference), p_text(duel.p_value))
         for duel in duels_of(run, allocations)
     ]
     return {"allocations": lines, "duels": duels}

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.params import Bits, NoneContinued, Params, Training
-from stages.reporting.inputs import Run
+from stages.common.params import NoneContinued, Params, Training
+from stages.reporting.inputs import Run, recovery_epochs
 from stages.reporting.statistics import (
     PairedDifference,
     front,
@@ -93,9 +93,8 @@ def is_control(params: Params, variant: str) -> bool:
 
 def extra_epochs(params: Params, variant: str) -> int:
     """Epochs that a variant trained for beyond its dense network."""
-    pruner, quantizer = params.prune[params.pruner_of(variant)], params.quantize[params.variants[variant].quantizer]
-    in_pruning = pruner.epochs if isinstance(pruner, Training) else 0
-    return in_pruning + (quantizer.epochs if isinstance(quantizer, Bits) else 0)
+    pruner = params.prune[params.pruner_of(variant)]
+    return (pruner.epochs if isinstance(pruner, Training) else 0) + recovery_epochs(params, variant)
 
 
 def control_of(params: Params, variant: str) -> str | None:

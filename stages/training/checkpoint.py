@@ -17,7 +17,10 @@ import stages
 from stages.common.errors import UserError
 from stages.common.files import atomic_file, clear_disk_errors
 
-CODE = ("common", "datasets", "networks", "pruning", "training", "finetune.py", "prune.py")
+CODE = (
+    *("common", "datasets", "networks", "pruning", "quantization", "training"),
+    *("finetune.py", "prune.py", "quantize.py"),
+)
 """What makes a checkpoint stale when it changes."""
 LIBRARIES = ("torch", "torchvision", "timm", "only-train-once", "torch-pruning")
 FINISHED = "finished"

@@ -21,12 +21,11 @@ from stages.common.params import LearnedBits
 from stages.edge.machine import describe_machine
 from stages.export.session import usable_cores
 from stages.networks.preprocess import Classifier, Preprocess
-from stages.quantization.budget import Budget
 from stages.quantization.controller import learn_bits
 from stages.quantization.evaluation import Evaluator
 from stages.quantization.layers import integer_candidates
+from stages.quantization.methods import problem_of
 from stages.quantization.rounding import round_nearest
-from stages.quantization.searches import Problem
 
 VALUES = 8_000_000
 ROUNDS = 7
@@ -65,25 +64,12 @@ def search() -> dict[str, float]:
     labels = generator.integers(0, 10, len(images))
     started = time.perf_counter()
     layers, _ = integer_candidates(network, 32)
-    weights = {layer.name: network.get_submodule(layer.name).weight.detach() for layer in layers}
+    weights = {layer.name: network.get_submodule(layer.name).weight for layer in layers}
     rounded = {name: {bits: round_nearest(w, bits) for bits in SETTINGS.choices} for name, w in weights.items()}
     rounding = time.perf_counter()
     classifier = Classifier(Preprocess([0.5] * 3, [0.25] * 3, 32), network)
     evaluator = Evaluator(classifier, [layer.name for layer in layers], rounded, images, labels)
-    errors = [
-        [float((one.values() - weights[name]).square().sum()) for one in by_bits.values()]
-        for name, by_bits in rounded.items()
-    ]
-    problem = Problem(
-        layers=layers,
-        budget=Budget.of(layers, SETTINGS),
-        errors=np.array(errors),
-        statistics=np.array([(float(w.std().log()), 3.0) for w in weights.values()]),
-        evaluate=lambda bits: evaluator(bits).loss,
-        unquantized=evaluator.float_score.loss,
-        evaluations=SETTINGS.evaluations,
-        seed=0,
-    )
+    problem = problem_of(layers, rounded, evaluator, SETTINGS, seed=0)
     learn_bits(problem, SETTINGS)
     ended = time.perf_counter()
     return {

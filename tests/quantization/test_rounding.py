@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.quantization.rounding import limits, round_gptq, round_nearest
+from stages.artifacts.packing import limits
+from stages.quantization.rounding import round_gptq, round_nearest
 
 ALL_BITS = range(2, 9)
 
