@@ -347,6 +347,11 @@ class Bits(Calibrated):
             self._refuse_idle("epochs: 0", "learning_rate_factor", "distillation", "distillation_temperature")
         elif not self.distillation:
             self._refuse_idle("distillation: 0", "distillation_temperature")
+        if self.epochs and self.rounding == "gptq":
+            raise ValueError(
+                f"rounding: gptq with epochs: {self.epochs}: recovery rounds to nearest in every step, so what gptq found"
+                " would be lost: leave out one of the two"
+            )
         return self
 
 
@@ -382,13 +387,18 @@ class AllocatedBits(Bits):
                 f"average_bits = {self.average_bits} is under the {self.choices[0]} bits that every layer needs by"
                 " choices: raise it, or allow fewer bits"
             )
+        if self.average_bits >= self.choices[-1]:
+            raise ValueError(
+                f"average_bits = {self.average_bits} leaves nothing to choose, since every layer may have the"
+                f" {self.choices[-1]} bits that are the most of choices: lower it, or use uniform_bits"
+            )
         return self
 
 
 class SearchedBits(AllocatedBits):
     method: Literal["searched_bits"]
     search: Literal["random", "greedy", "integer_programme"]
-    """`random` tries allocations; the others work on measured sensitivities, step by step or exactly."""
+    """`random` draws around the budget; the others work on measured sensitivities, step by step or exactly."""
 
 
 class LearnedBits(AllocatedBits):
@@ -397,8 +407,8 @@ class LearnedBits(AllocatedBits):
     method: Literal["learned_bits"]
     samples: Annotated[int, Field(ge=2)] = 8
     """Allocations that are tried between two steps of the controller."""
-    learning_rate: Positive = 0.05
-    """The controller's."""
+    learning_rate: Annotated[float, Field(ge=0)] = 0.02
+    """The controller's; 0 leaves the policy as it begins: the control that tells what learning adds."""
     hidden_units: Count = 32
     entropy_weight: Annotated[float, Field(ge=0)] = 0.02
     """Of the entropy bonus, which falls to 0 over the search."""

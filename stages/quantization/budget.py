@@ -35,7 +35,8 @@ class Budget:
 
         Args:
             allocation: int64 `[L]`, indices of `choices`.
-            values: float64 `[L, B]`: how much each choice of each layer is wanted (log-probabilities, or less loss).
+            values: float64 `[L, B]`: how much each choice of each layer is wanted (log-probabilities, or less loss);
+                a layer is not moved to one of -inf.
 
         Returns:
             int64 `[L]`, indices of `choices`.
@@ -51,9 +52,9 @@ class Budget:
             higher = np.minimum(allocation + 1, len(self.choices) - 1)
             taken = self.weights * (self.choices[higher] - self.choices[allocation])
             fits = (taken > 0) & (used + taken <= self.bits)
-            if not fits.any():
-                return allocation
             gain = np.where(fits, values[rows, higher] - values[rows, allocation], -np.inf) / np.maximum(taken, 1)
             best = int(np.argmax(gain))
+            if gain[best] == -np.inf:
+                return allocation
             allocation[best] += 1
             used += int(taken[best])

@@ -12,14 +12,23 @@ from torch import nn
 
 from stages.common.params import LearnedBits
 from stages.quantization.layers import LAYER_KINDS
-from stages.quantization.searches import Problem, Sensitivities, measure_sensitivities
+from stages.quantization.searches import (
+    Problem,
+    Sensitivities,
+    around,
+    average_bits,
+    measure_sensitivities,
+    solve,
+)
 
 BASELINE_DECAY = 0.8
 GRADIENT_NORM = 1.0
 FLOOR = 1e-12
 """What a logarithm of a size or an error does not go under."""
-PRIOR_SPREAD = 1 / 3
-"""Of the first policy around the budget's average: a share of the range of choices."""
+INFORMED_SPREAD = 0.5
+"""Standard deviation, in steps from choice to choice, of the first policy around what measured sensitivities ask for."""
+LEAST_SPREAD = 0.1
+"""What rewards are divided by at least: a share of their usual spread, so that a tie is not blown up to a signal."""
 
 
 class Controller(nn.Module):
@@ -27,24 +36,24 @@ class Controller(nn.Module):
 
     Args:
         features: float32 `[L, F]`.
-        prior: float32 `[B]`: logits of the first policy, the same for all layers.
+        prior: float32 `[L, B]`: logits of the first policy.
     """
 
     def __init__(self, features: torch.Tensor, prior: torch.Tensor, hidden_units: int) -> None:
         super().__init__()
         self.register_buffer("features", features)
         self.register_buffer("prior", prior)
-        self.embedding = nn.Embedding(len(prior) + 1, hidden_units)
+        self.embedding = nn.Embedding(prior.shape[1] + 1, hidden_units)
         self.encode = nn.Linear(features.shape[1], hidden_units)
         self.cell = nn.LSTMCell(hidden_units, hidden_units)
-        self.head = nn.Linear(hidden_units, len(prior))
+        self.head = nn.Linear(hidden_units, prior.shape[1])
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(
-        self, samples: int, generator: torch.Generator
+        self, samples: int, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw allocations layer by layer.
+        """Draw allocations layer by layer; without a generator, the policy's likeliest choice in each.
 
         Returns:
             int64 `[S, L]`: indices of the choices; float32 `[S]`: log-probability of each allocation; float32 `[S]`:
@@ -52,13 +61,15 @@ class Controller(nn.Module):
             Gumbel noise whose largest sum is the choice drawn (arXiv 1611.01144, equation 1).
         """
         hidden = cell = torch.zeros(samples, self.cell.hidden_size)
-        before = torch.full((samples,), len(self.prior))  # nothing yet
+        before = torch.full((samples,), self.prior.shape[1])  # nothing yet
         actions, policies, noisy = [], [], []
-        for encoded in self.encode(self.features):
+        for encoded, prior in zip(self.encode(self.features), self.prior, strict=True):
             hidden, cell = self.cell(torch.relu(encoded + self.embedding(before)), (hidden, cell))
-            policy = F.log_softmax(self.head(hidden) + self.prior, 1)
-            uniform = torch.rand(policy.shape, generator=generator).clamp(FLOOR, 1 - 1e-7)
-            values = policy.detach() - torch.log(-torch.log(uniform))
+            policy = F.log_softmax(self.head(hidden) + prior, 1)
+            values = policy.detach()
+            if generator is not None:
+                uniform = torch.rand(policy.shape, generator=generator).clamp(FLOOR, 1 - 1e-7)
+                values = values - torch.log(-torch.log(uniform))
             before = values.argmax(1)
             actions.append(before)
             policies.append(policy)
@@ -72,41 +83,66 @@ class Controller(nn.Module):
 def learn_bits(problem: Problem, quantizer: LearnedBits) -> Sensitivities | None:
     """Train a controller within the problem's evaluations; the best allocation that it tried is the problem's.
 
-    A drawn allocation is projected onto the budget, each move where the policy, with the very noise of the draw, loses
-    least for the bits: so nearby draws stay different. The reward is the projected allocation's: the projection is part
-    of the environment, and the gradient that of what is measured.
-    Where evaluations suffice, one choice of every layer is measured first: the sensitivity among the features.
+    Even bits are tried first, then the policy's likeliest allocation before and, at the end, after training. A drawn
+    allocation is projected onto the budget, each move where the policy, with the very noise of the draw, loses least for the bits: so
+    nearby draws stay different. The reward is that of the projected allocation; the gradient credits the drawn one,
+    which is a small bias where the two differ.
+    Where evaluations suffice, one choice of every layer is measured first. The policy then begins around what the
+    integer programme makes of these sensitivities (`solve`), which are among the features too; else around the budget's
+    average. With `learning_rate` 0 it stays there: the control that tells what learning adds.
     """
     layers = len(problem.layers)
-    sensitivities = measure_sensitivities(problem, layers) if problem.evaluations >= 2 * layers else None
-    left = problem.evaluations - (layers if sensitivities else 0)
+    problem.try_evenly()
+    sensitivities = measure_sensitivities(problem, layers) if problem.evaluations >= 2 * layers + 3 else None
+    left = problem.evaluations - 3 - (layers if sensitivities else 0)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(problem.seed)
-        controller = Controller(_features(problem, sensitivities), _prior(problem), quantizer.hidden_units)
+        prior = torch.tensor(_prior(problem, sensitivities), dtype=torch.float32)
+        controller = Controller(_features(problem, sensitivities), prior, quantizer.hidden_units)
     generator = torch.Generator().manual_seed(problem.seed)
     optimizer = torch.optim.Adam(controller.parameters(), quantizer.learning_rate)
-    baseline = None
+    baseline = usual_spread = None
+    if problem.evaluations > 2:
+        _try_likeliest(problem, controller)
     for start in range(0, left, quantizer.samples):
         samples = min(quantizer.samples, left - start)
         allocations, log_probability, entropy, values = controller(samples, generator)
-        rewards = torch.tensor(
-            [
-                -problem.try_out(problem.budget.project(allocation, wanted))
-                for allocation, wanted in zip(allocations.numpy(), values.double().numpy(), strict=True)
-            ]
-        )
-        mean = rewards.mean().item()
-        baseline = mean if baseline is None else BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
-        spread = rewards.std(correction=0).clamp_min(FLOOR)
-        advantage = ((rewards - baseline) / spread).clamp(-3, 3)  # a loss may be anything: one bad draw is not all
+        rewards = -torch.tensor(_objectives(problem, allocations, values))
+        mean, spread = rewards.mean().item(), rewards.std(correction=0).item()
+        baseline = mean if baseline is None else _moved(baseline, mean)
+        usual_spread = spread if usual_spread is None else _moved(usual_spread, spread)
+        if usual_spread == 0:  # nothing that was tried made a difference yet
+            continue
+        advantage = (rewards - baseline) / max(spread, LEAST_SPREAD * usual_spread)
+        advantage = advantage.clamp(-3, 3)  # a loss may be anything: one bad draw is not all
         bonus = quantizer.entropy_weight * (1 - start / left)
         loss = -(advantage * log_probability / layers).mean() - bonus * entropy.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(controller.parameters(), GRADIENT_NORM)
         optimizer.step()
+    if problem.evaluations > 1:
+        _try_likeliest(problem, controller)
     return sensitivities
+
+
+def _try_likeliest(problem: Problem, controller: Controller) -> None:
+    with torch.no_grad():
+        allocation, _, _, values = controller(1, None)
+    _objectives(problem, allocation, values)
+
+
+def _objectives(problem: Problem, allocations: torch.Tensor, values: torch.Tensor) -> list[float]:
+    """Of each drawn allocation, `[S, L]`, as projected onto the budget by its values, `[S, L, B]`."""
+    return [
+        problem.try_out(problem.budget.project(allocation, wanted))
+        for allocation, wanted in zip(allocations.numpy(), values.double().numpy(), strict=True)
+    ]
+
+
+def _moved(average: float, value: float) -> float:
+    return BASELINE_DECAY * average + (1 - BASELINE_DECAY) * value
 
 
 def _features(problem: Problem, sensitivities: Sensitivities | None) -> torch.Tensor:
@@ -125,9 +161,9 @@ def _features(problem: Problem, sensitivities: Sensitivities | None) -> torch.Te
     return torch.tensor(np.concatenate([kinds, standard], 1), dtype=torch.float32)
 
 
-def _prior(problem: Problem) -> torch.Tensor:
-    """Logits of a first policy around the budget's average bits."""
-    average = problem.budget.bits / problem.budget.weights.sum()
-    choices = problem.budget.choices
-    distance = torch.tensor((choices - average) / (PRIOR_SPREAD * np.ptp(choices)), dtype=torch.float32)
-    return -distance.square() / 2
+def _prior(problem: Problem, sensitivities: Sensitivities | None) -> np.ndarray:
+    """Logits of the first policy, `[L, B]`: around the bits that the sensitivities ask for, or the budget's average."""
+    budget = problem.budget
+    if sensitivities is None:
+        return around(budget, np.full(len(problem.layers), average_bits(budget)))
+    return around(budget, budget.choices[solve(sensitivities.rises, budget)].astype(float), INFORMED_SPREAD)
