@@ -11,7 +11,6 @@ next run goes on from the last finished epoch.
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from stages.artifacts.artifact import Description, load_artifact, parent_of, save_artifact
@@ -26,13 +25,11 @@ from stages.training.checkpoint import checkpoint_folder
 from stages.training.loop import CURVE_COLUMNS
 
 
-def refuse_unfit(folder: Path, dense: nn.Module, parent: Description, images: Info) -> None:
-    """Raise a `UserError` for a parent that is quantized, pruned, broken or made from other images."""
+def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:
+    """Raise a `UserError` for a parent that is quantized, pruned or made from other images."""
     if parent.layers or parent.network.widths:
         state = "quantized" if parent.layers else "pruned"
         raise UserError(f"{folder}: is {state} already; pruning starts from a dense float artifact")
-    if broken := [name for name, tensor in dense.state_dict().items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: make it again with `dvc repro`")
     parent.require_images(folder, images.sha256)
     parent.require_metrics(folder, "validation_top1")
 
@@ -46,7 +43,7 @@ def main() -> None:
     key = key_argument("prunings", params.prunings)
     folder = paths.dense(params.prunings[key].model)
     dense, parent = load_artifact(folder)
-    refuse_unfit(folder, dense, parent, read_info(paths.IMAGES))
+    refuse_unfit(folder, parent, read_info(paths.IMAGES))
     train_part, validation_part = open_part(paths.IMAGES, "train"), open_part(paths.IMAGES, "validation")
     session = Session(params, key, dense, parent, train_part, validation_part)
     before = _count(dense)

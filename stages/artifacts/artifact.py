@@ -142,11 +142,9 @@ def save_artifact(
         UserError: if a weight is NaN or infinite, or what was written does not load to the same network.
     """
     state = _stored_tensors(network, description.layers)
-    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(
-            f"{folder}: {broken[0]} holds NaN or infinite values: not saved; lower finetune.learning_rate, or the"
-            " pruner's learning_rate_factor"
-        )
+    _refuse_not_finite(
+        folder, state, "not saved; lower finetune.learning_rate, or the pruner's or quantizer's learning_rate_factor"
+    )
     with atomic_folder(folder) as unfinished:
         _save_tensors(state, unfinished / TENSORS, folder)
         description.tensors = _hash_and_size(unfinished / TENSORS)
@@ -161,7 +159,8 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
     """The network, in evaluation mode on the CPU, and its description.
 
     Raises:
-        UserError: if a file is missing, of another version, changed since it was written, or does not fit.
+        UserError: if a file is missing, of another version, changed since it was written, does not fit, or holds NaN or
+            infinite values.
     """
     description = read_description(folder)
     path = folder / TENSORS
@@ -176,6 +175,7 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
         state = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None
+    _refuse_not_finite(folder, state, "make it again with `dvc repro`")
     try:
         network = build_network(description.network)
     except UserError as error:
@@ -247,6 +247,11 @@ def read_description(folder: Path) -> Description:
                     " `dvc repro`"
                 )
     return Description(**raw)
+
+
+def _refuse_not_finite(folder: Path, tensors: dict[str, torch.Tensor], remedy: str) -> None:
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(f"{folder}: {broken[0]} holds NaN or infinite values: {remedy}")
 
 
 @functools.cache

@@ -28,12 +28,12 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     Raises:
         ValueError: if a value does not fit into `bits` bits.
     """
-    flat = np.ascontiguousarray(values, np.int8).reshape(-1)
     if not SMALLEST <= bits <= LARGEST:
         raise ValueError(f"{bits} bits: a value is packed in {SMALLEST} to {LARGEST}")
     low, high = limits(bits)
-    if flat.size and not (low <= flat.min() and flat.max() <= high):
-        raise ValueError(f"values from {flat.min()} to {flat.max()} do not fit into {bits} bits")
+    if values.size and not (low <= values.min() and values.max() <= high):
+        raise ValueError(f"values from {values.min()} to {values.max()} do not fit into {bits} bits")
+    flat = np.ascontiguousarray(values, np.int8).reshape(-1)
     if bits == LARGEST:
         whole = np.zeros(packed_bytes(flat.size, bits), np.uint8)
         whole[: flat.size] = flat.view(np.uint8)

@@ -179,6 +179,18 @@ def test_changed_tensors_are_refused(tmp_path):
         load_artifact(tmp_path / "toy")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_refused_even_where_the_hash_is_theirs(tmp_path, value):
+    folder = tmp_path / "toy"
+    save_artifact(folder, network(), describe())
+    state = load_file(folder / "model.safetensors")
+    state["head.norm.bias"][0] = value
+    save_file(state, folder / "model.safetensors")
+    rewrite(folder, lambda raw: raw["tensors"].update(sha256=sha256_of(folder / "model.safetensors")))
+    with pytest.raises(UserError, match=r"toy: head\.norm\.bias holds NaN or infinite values: make it again"):
+        load_artifact(folder)
+
+
 def rewrite(folder, change):
     raw = json.loads((folder / "model.json").read_text())
     change(raw)

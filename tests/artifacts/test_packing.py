@@ -35,10 +35,10 @@ def test_the_layout_is_planes_of_bits_the_lowest_first():
     assert [f"{byte:08b}" for byte in packed] == ["11010000", "01010001", "01100000"]
 
 
-@pytest.mark.parametrize(("bits", "value"), [(2, 2), (3, -5), (7, 64)])
+@pytest.mark.parametrize(("bits", "value"), [(2, 2), (3, -5), (7, 64), (3, 259), (8, 300)])  # 259: 3 in 8 bits
 def test_a_value_that_does_not_fit_is_refused(bits, value):
     with pytest.raises(ValueError, match=f"do not fit into {bits} bits"):
-        pack(np.array([0, value], np.int8), bits)
+        pack(np.array([0, value]), bits)
 
 
 @pytest.mark.parametrize("bits", [1, 9])

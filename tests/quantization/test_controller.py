@@ -49,7 +49,8 @@ def test_without_noise_the_likeliest_choice_of_each_layer_comes():
 
 def test_the_entropy_bonus_keeps_the_policy_wide():
     narrow, wide = (
-        record_entropies(many_layers(0), SETTINGS.model_copy(update={"entropy_weight": weight})) for weight in (0.0, 1.0)
+        record_entropies(many_layers(0), SETTINGS.model_copy(update={"entropy_weight": weight}))
+        for weight in (0.0, 1.0)
     )
     assert narrow[0] == wide[0]
     assert wide[-1] > narrow[-1] + 0.1
