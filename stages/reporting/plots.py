@@ -443,7 +443,8 @@ def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
         words = escape(words)
         named = f'<g id="{gid}" class="mark" tabindex="0" role="img" aria-label="{words}">'
         svg = svg.replace(f'<g id="{gid}">', named, 1)
-    svg = re.sub(r"(?<!scale\(0)(\.\d)\d+", r"\1", svg)  # tenths of a point are as fine as a screen, at half the bytes
+    # tenths of a point are as fine as a screen, at half the bytes; a glyph's scale of 0.09 would become 0
+    svg = re.sub(r"scale\([^)]*\)|(\.\d)\d+", lambda number: number[1] or number[0], svg)
     return re.sub(r"\n\s*", "\n", svg)
 
 
