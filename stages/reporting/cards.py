@@ -2,6 +2,7 @@
 
 import yaml
 
+from stages.reporting.bits import float_layers
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, control_of, group_of
 from stages.reporting.statistics import PairedDifference
@@ -77,7 +78,7 @@ def _metadata(run: Run, row: dict) -> dict:
 
 
 def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
-    machine = machine_text(run)
+    machine, kept = machine_text(run), float_layers(run, row["variant"])
     lines = [
         "| | |",
         "|---|---|",
@@ -104,6 +105,7 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
     lines += [
         f"| model.onnx | {bytes_text(row['size_bytes'])}, gzip {bytes_text(row['size_gzip_bytes'])} |",
         f"| parameters | {count_text(row['params'])}, of which not zero {count_text(row['params_nonzero'])} |",
+        *([f"| layers left in float | {len(kept)}: {', '.join(kept)} |"] if kept else []),
         f"| multiply-accumulates | {count_text(row['macs'])} for one image |",
         f"| latency, batch 1 | median {ms_text(row['latency_ms_p50'])}, p95 {ms_text(row['latency_ms_p95'])},"
         f" {ratio_text(row['latency_ratio'])} as fast as the dense network in PyTorch eager |",

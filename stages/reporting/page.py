@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.reporting.bits import allocations_of, duels_of
+from stages.reporting.bits import UNTRAINED, Allocation, contests_of, duels_of, float_layers, unpaired_of
 from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
 from stages.reporting.inputs import Run
@@ -261,17 +261,16 @@ def _seed_rows(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[tup
     by_name = {row["variant"]: row for row in rows}
     lines = []
     for group in groups.values():
-        deviation = "" if group.top1_deviation is None else f" \N{PLUS-MINUS SIGN} {100 * group.top1_deviation:.2f}"
         if group.difference is None:
             change, interval, p = "baseline", "", ""
         else:
-            spread = "" if group.delta_deviation is None else f" \N{PLUS-MINUS SIGN} {100 * group.delta_deviation:.2f}"
-            change = f"{points_text(group.difference.delta)}{spread}"
+            change = points_text(group.difference.delta) + _spread(group.delta_deviation, scale=100)
             interval = f"{points_text(group.difference.low)} to {points_text(group.difference.high)}"
             p = p_text(group.p_value)
         control = "" if group.control is None else points_text(group.control.delta, 2)
         mean = {key: sum(by_name[v][key] for v in group.variants) / len(group.variants) for key in SEED_COSTS}
-        figures = (str(len(group.variants)), f"{100 * group.top1:.2f}{deviation}", change, interval, p, control)
+        top1 = f"{100 * group.top1:.2f}{_spread(group.top1_deviation, scale=100)}"
+        figures = (str(len(group.variants)), top1, change, interval, p, control)
         figures += tuple(write(mean[key]) for key, write in SEED_COSTS.items())
         lines.append((group.name, figures))
     return lines
@@ -310,39 +309,68 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
     }
 
 
-def _bits(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, list]:
-    """Lines of the tables about searches for bits, in words: what each did, and the learned ones against the rest."""
-    allocations = allocations_of(run, groups)
-    by_name = {row["variant"]: row for row in rows}
+def _bits(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict:
+    """What the section about bits says: a table for each contest, the duels, and the layers left in float."""
+    contests = contests_of(run, groups)
+    artifact_bytes = {row["variant"]: row["artifact_bytes"] for row in rows}
 
-    def spread(mean: float | None, deviation: float | None, decimals: int) -> str:
-        if mean is None:
-            return "\N{EN DASH}"
-        return f"{mean:.{decimals}f}" + ("" if deviation is None else f" \N{PLUS-MINUS SIGN} {deviation:.{decimals}f}")
-
-    lines = []
-    for one in allocations:
+    def line(one: Allocation) -> tuple[str, ...]:
         group = one.group
-        dense = sum(by_name[run.params.baseline_of(v)]["artifact_bytes"] for v in group.variants) / len(group.variants)
-        deviation = None if group.top1_deviation is None else 100 * group.top1_deviation
-        lines.append(
-            (
-                group.name,
-                one.search,
-                f"{one.average_bits:.3f}",
-                str(one.evaluations),
-                spread(one.objective, one.objective_deviation, 4),
-                spread(100 * group.top1, deviation, 2),
-                *_interval(group.difference),
-                bytes_text(one.artifact_bytes),
-                percent_text(1 - one.artifact_bytes / dense),
-            )
+        dense = sum(artifact_bytes[run.params.baseline_of(v)] for v in group.variants) / len(group.variants)
+        objective = "\N{EN DASH}"
+        if one.objective is not None:
+            objective = f"{one.objective:.4f}{_spread(one.objective_deviation, 4)}"
+        return (
+            group.name,
+            one.search,
+            f"{one.average_bits:.3f}",
+            str(one.evaluations),
+            objective,
+            f"{100 * group.top1:.2f}{_spread(group.top1_deviation, scale=100)}",
+            *_interval(group.difference),
+            bytes_text(one.artifact_bytes),
+            percent_text(1 - one.artifact_bytes / dense),
         )
-    duels = [
-        (duel.learned, duel.other, *_interval(duel.difference), p_text(duel.p_value))
-        for duel in duels_of(run, allocations)
-    ]
-    return {"allocations": lines, "duels": duels}
+
+    duels = duels_of(run, contests)
+    return {
+        "contests": [
+            (contest.number, contest.title, [line(one) for one in contest.allocations]) for contest in contests
+        ],
+        "duels": [
+            (
+                duel.learned,
+                duel.other,
+                duel.search,
+                points_text(duel.difference.delta, 2) + _spread(duel.deviation, scale=100),
+                str(duel.seeds),
+                _interval(duel.difference)[1],
+                p_text(duel.p_value),
+            )
+            for duel in duels
+        ],
+        "unpaired": [
+            f"{one.learned} (on {', '.join(one.learned_models)}) against {one.other} (on {', '.join(one.other_models)})"
+            for one in unpaired_of(run, contests)
+        ],
+        "untrained": any(duel.search == UNTRAINED for duel in duels),
+        "float_layers": _float_layers(run, groups),
+    }
+
+
+def _spread(deviation: float | None, decimals: int = 2, scale: float = 1) -> str:
+    """A standard deviation to stand behind its mean; nothing where it is not known."""
+    return "" if deviation is None else f" \N{PLUS-MINUS SIGN} {scale * deviation:.{decimals}f}"
+
+
+def _float_layers(run: Run, groups: dict[str, Group]) -> list[str]:
+    """`2 (stem, head) in atto-none-uniform_4`: an entry for each set of layers that quantizers left in float."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for group in groups.values():
+        for layers in dict.fromkeys(tuple(float_layers(run, variant)) for variant in group.variants):
+            if layers:
+                found.setdefault(layers, []).append(group.name)
+    return [f"{len(layers)} ({', '.join(layers)}) in {', '.join(names)}" for layers, names in found.items()]
 
 
 def _benchmarks(run: Run) -> list[tuple[str, list[tuple[str, ...]], str]]:

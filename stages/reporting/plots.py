@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise, product
 from math import cos, dist, pi, sin
 
-from stages.reporting.bits import LEARNED, Allocation, allocations_of, bits_by_layer, objectives_of
+from stages.reporting.bits import Contest, bits_by_layer, contests_of, objectives_of
 from stages.reporting.inputs import Run
 from stages.reporting.levels import Level, levels_of
 from stages.reporting.rows import Choices, Group, mark_front, model_family
@@ -67,7 +67,7 @@ class Picture:
 
 def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choices) -> dict[str, Picture]:
     """All pictures by file name; those with nothing to show are left out."""
-    found, allocations = levels_of(run, rows, groups), allocations_of(run, groups)
+    found, contests = levels_of(run, rows, groups), contests_of(run, groups)
     with _style():
         pictures = [
             pareto(run, rows, choices, "size_bytes", "pareto_size"),
@@ -76,8 +76,7 @@ def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choi
             size_bars(run, rows),
             params_bars(run, rows),
             *(levels(run, rows, found, cost, f"levels_{short}") for short, cost in LEVEL_COSTS.items()),
-            bits(run, allocations),
-            searches(run, allocations),
+            *(draw(run, contest) for contest in contests for draw in (bits, searches)),
             training(run),
             confusion(run, choices.headline),
         ]
@@ -202,18 +201,16 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
     return _finish(figure, name, f"Levels: accuracy against {words}", alt, titles)
 
 
-def bits(run: Run, allocations: list[Allocation]) -> Picture | None:
-    """The bits of each layer as every search of the first contest chose them, for its first seed."""
-    shown = [one for one in allocations if one.contest == allocations[0].contest]
-    if not shown:
-        return None
+def bits(run: Run, contest: Contest) -> Picture:
+    """The bits of each layer as every search of a contest chose them, for its first seed."""
+    shown, labels = contest.allocations, _search_labels(contest)
     chosen = [bits_by_layer(run, one.group.variants[0]) for one in shown]
     names = list(chosen[0])
     figure, axes = _figure(1.4 + 0.32 * len(shown))
     values = [[of_layer[name] for name in names] for of_layer in chosen]
     axes.imshow(values, cmap="cividis", vmin=2, vmax=8, aspect="auto")
     axes.grid(visible=False)
-    axes.set_yticks(range(len(shown)), [one.search for one in shown])
+    axes.set_yticks(range(len(shown)), [wrapped(label, LABEL_LETTERS) for label in labels])
     axes.set_xlabel("layer, in the network's order")
     _whole_numbers(axes)
     if len(names) <= 40:
@@ -221,40 +218,51 @@ def bits(run: Run, allocations: list[Allocation]) -> Picture | None:
             value = values[row][column]
             color = "white" if value < 6 else "black"
             axes.text(column, row, value, ha="center", va="center", color=color, fontsize=6)
-    first = shown[0].group.variants[0]
-    alt = "Bits of each layer. " + "; ".join(
-        f"{one.search}: " + ", ".join(map(str, row)) for one, row in zip(shown, values, strict=True)
+    alt = f"Bits of each layer at {contest.title}. " + "; ".join(
+        f"{label}: " + ", ".join(map(str, row)) for label, row in zip(labels, values, strict=True)
     )
-    return _finish(figure, "bits", f"Bits by layer ({first} and its competitors)", alt + ".", {})
+    return _finish(figure, f"bits_{contest.number}", f"Bits by layer: {contest.title} (first seed)", alt + ".", {})
 
 
-def searches(run: Run, allocations: list[Allocation]) -> Picture | None:
-    """The objective of what the learned and the random search of the first contest tried, a band over seeds."""
-    curves = [
-        (one.search, found)
-        for one in allocations
-        if one.contest == allocations[0].contest and (found := objectives_of(run, one)) is not None
-    ]
-    if not any(search == LEARNED for search, _ in curves):
+def searches(run: Run, contest: Contest) -> Picture | None:
+    """The objective of what each search of a contest tried, a band over seeds; None where none tried several."""
+    named = zip(_search_labels(contest), contest.allocations, strict=True)
+    curves = [(label, found) for label, one in named if (found := objectives_of(run, one)) is not None]
+    if not curves:
         return None
+    name = f"searches_{contest.number}"
     figure, axes = _figure(3.4)
     titles = {}
-    for index, (search, found) in enumerate(curves):
+    for index, (label, found) in enumerate(curves):
         smooth = max(1, found.shape[1] // 40)
         count = found.shape[1] // smooth
         means = found[:, : count * smooth].reshape(len(found), count, smooth).mean(2)
-        xs, look = [(place + 0.5) * smooth for place in range(count)], {"color": COLORS[index], "ls": LINES[index]}
-        (line,) = axes.plot(xs, means.mean(0), label=search, lw=1.3, **look)
-        axes.fill_between(xs, means.min(0), means.max(0), color=COLORS[index], alpha=0.2, lw=0)
-        line.set_gid(f"searches-line-{index}")
-        titles[f"searches-line-{index}"] = (
-            f"{search}: from {means[:, 0].mean():.4f} to {means[:, -1].mean():.4f}, best {found.min():.4f}"
+        look = {"color": COLORS[index % len(COLORS)], "ls": LINES[index % len(LINES)]}
+        xs = [(place + 0.5) * smooth for place in range(count)]
+        (line,) = axes.plot(xs, means.mean(0), label=label, lw=1.3, **look)
+        axes.fill_between(xs, means.min(0), means.max(0), color=look["color"], alpha=0.2, lw=0)
+        line.set_gid(f"{name}-line-{index}")
+        titles[f"{name}-line-{index}"] = (
+            f"{label}: from {means[:, 0].mean():.4f} to {means[:, -1].mean():.4f}, best {found.min():.4f}"
         )
     axes.set_xlabel("allocations tried")
     axes.set_ylabel("objective on calibration images")
     _legend_below(figure, *axes.get_legend_handles_labels())
-    alt = "Line plot of the objective (less is better) of the allocations that each search tried, in order. "
-    return _finish(figure, "searches", "What the searches tried", alt + "; ".join(titles.values()) + ".", titles)
+    alt = (
+        f"Line plot of the objective (less is better) of the allocations that each search tried at {contest.title}, in"
+        " order. "
+    )
+    alt += "; ".join(titles.values()) + "."
+    return _finish(figure, name, f"What the searches tried: {contest.title}", alt, titles)
+
+
+def _search_labels(contest: Contest) -> list[str]:
+    """How each allocation was found, with its name where two were found the same way."""
+    ways = [one.search for one in contest.allocations]
+    return [
+        way if ways.count(way) == 1 else f"{way} ({one.group.name})"
+        for way, one in zip(ways, contest.allocations, strict=True)
+    ]
 
 
 def training(run: Run) -> Picture | None:
@@ -443,7 +451,8 @@ def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
         words = escape(words)
         named = f'<g id="{gid}" class="mark" tabindex="0" role="img" aria-label="{words}">'
         svg = svg.replace(f'<g id="{gid}">', named, 1)
-    svg = re.sub(r"(?<!scale\(0)(\.\d)\d+", r"\1", svg)  # tenths of a point are as fine as a screen, at half the bytes
+    # tenths of a point are as fine as a screen, at half the bytes; a glyph's scale of 0.09 would become 0
+    svg = re.sub(r"scale\([^)]*\)|(\.\d)\d+", lambda number: number[1] or number[0], svg)
     return re.sub(r"\n\s*", "\n", svg)
 
 

@@ -178,6 +178,13 @@ def test_ids_of_one_picture_do_not_meet_those_of_another(pictures: dict[str, Pic
         assert used <= set(re.findall(r'\sid="([^"]+)"', picture.svg))
 
 
+def test_letters_of_every_size_keep_their_height(pictures: dict[str, Picture]):
+    for picture in pictures.values():
+        scales = [scale.split() for scale in re.findall(r"scale\(([^)]*)\)", picture.svg)]
+        assert any(0 < float(scale[0]) < 0.1 for scale in scales), picture.name
+        assert all(float(number) for scale in scales for number in scale), picture.name
+
+
 def test_nothing_trained_means_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path, params_of())
     for path in (tmp_path / "reports/curves").rglob("*.csv"):
