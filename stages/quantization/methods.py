@@ -33,7 +33,7 @@ from stages.quantization.dynamic import int8_dynamic
 from stages.quantization.evaluation import Evaluator
 from stages.quantization.layers import Layer, integer_candidates
 from stages.quantization.recovery import recover
-from stages.quantization.rounding import Rounded, round_gptq, round_nearest
+from stages.quantization.rounding import Rounded, inverse_factor, round_gptq, round_nearest
 from stages.quantization.searches import (
     Problem,
     Sensitivities,
@@ -164,7 +164,11 @@ def round_all(task: Task, layers: list[Layer], choices: list[int]) -> dict[str, 
     if task.quantizer.rounding == "nearest":
         return {n: {bits: round_nearest(m.weight, bits) for bits in choices} for n, m in modules.items()}
     moments = hessians(task.classifier, modules, task.calibration[0])
-    return {n: {bits: round_gptq(m.weight, bits, moments[n]) for bits in choices} for n, m in modules.items()}
+    rounded = {}
+    for name, module in modules.items():
+        factor = inverse_factor(moments.pop(name))
+        rounded[name] = {bits: round_gptq(module.weight, bits, factor) for bits in choices}
+    return rounded
 
 
 def allocate(
