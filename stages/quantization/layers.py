@@ -36,6 +36,8 @@ class Layer:
 def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer], list[str]]:
     """The layers that can have integer weights, in the order of execution, and the names of those that stay in float.
 
+    The latter have no integer form, or the network never runs them.
+
     Raises:
         UserError: if there is none, or a weight is NaN or infinite.
     """
@@ -47,7 +49,8 @@ def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer]
     for layer in found:
         if not torch.isfinite(modules[layer.name].weight).all():
             raise UserError(f"{layer.name}.weight holds NaN or infinite values: it cannot be rounded")
-    return found, without_integer_form(network)
+    unused = [name for name, module in modules.items() if type(module) in KINDS and name not in positions]
+    return found, without_integer_form(network) + unused
 
 
 def without_integer_form(network: nn.Module) -> list[str]:

@@ -95,7 +95,7 @@ class Quantized:
     layers: dict[str, LayerStorage] = field(default_factory=dict)
     pointwise_as_linear: bool = False
     float_layers: list[str] = field(default_factory=list)
-    """Layers with weights that have no integer form, or are better off without."""
+    """Layers with weights that have no integer form, are better off without, or never run."""
     search: dict[str, Any] = field(default_factory=dict)
     """Of a search for bits: what it was given, what it tried and what it found."""
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -126,7 +126,7 @@ def quantize_to_bits(task: Task) -> Quantized:
     quantizer, network = task.quantizer, task.network
     layers, kept = integer_candidates(network, task.parent.input_size)
     if kept:
-        print(f"{task.variant}: in float, since they have no integer form: {', '.join(kept)}")
+        print(f"{task.variant}: in float, since they have no integer form or are never run: {', '.join(kept)}")
     search: dict[str, Any] = {}
     if isinstance(quantizer, UniformBits):
         rounded = {name: by_bits[quantizer.bits] for name, by_bits in round_all(task, layers, [quantizer.bits]).items()}

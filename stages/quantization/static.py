@@ -22,8 +22,9 @@ def int8_static(
 ) -> tuple[nn.Module, dict[str, LayerStorage], list[str]]:
     """Round weights for each channel, and the inputs of layers (of convolutions the outputs too) for each tensor.
 
-    Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing; so do norms and
-    activation functions. 1x1 convolutions are treated as the Linear layers that they are.
+    Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing; so do norms,
+    activation functions and layers that the network never runs, whose inputs have no range. 1x1 convolutions are
+    treated as the Linear layers that they are.
 
     Args:
         classifier: float; left as it is.
@@ -43,8 +44,10 @@ def int8_static(
     }
     linear = Classifier(classifier.preprocess, network).eval()
     ranges = activation_ranges(linear, layers, sides, images, quantizer)
-    for name, layer in layers.items():
-        grids = {side: Grid.over(*ends) for side, ends in ranges[name].items()}
+    kept += [name for name in layers if name not in ranges]
+    for name, ends_by_side in ranges.items():
+        layer = layers[name]
+        grids = {side: Grid.over(*ends) for side, ends in ends_by_side.items()}
         rounded = round_nearest(layer.weight, BITS)
         replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, BITS, grids))
-    return network, dict.fromkeys(layers, LayerStorage(BITS, BITS, "symmetric_per_channel", "static")), kept
+    return network, dict.fromkeys(ranges, LayerStorage(BITS, BITS, "symmetric_per_channel", "static")), kept
