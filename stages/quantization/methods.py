@@ -31,7 +31,7 @@ from stages.quantization.calibration import calibration_images, hessians
 from stages.quantization.controller import learn_bits
 from stages.quantization.dynamic import int8_dynamic
 from stages.quantization.evaluation import Evaluator
-from stages.quantization.layers import Layer, integer_candidates
+from stages.quantization.layers import Layer, integer_candidates, refuse_shared_weights
 from stages.quantization.recovery import recover
 from stages.quantization.rounding import Rounded, inverse_factor, round_gptq, round_nearest
 from stages.quantization.searches import (
@@ -112,6 +112,7 @@ def quantize(task: Task) -> Quantized:
         case Fp32():
             return Quantized(task.network)
         case Int8Dynamic(per_channel=per_channel):
+            refuse_shared_weights(task.network)
             network, layers = int8_dynamic(task.network, per_channel)
             return Quantized(network, layers, pointwise_as_linear=True)
         case Int8Static() as quantizer:

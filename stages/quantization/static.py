@@ -11,7 +11,7 @@ from stages.networks.integer_weights import KINDS, Grid, with_integers
 from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.preprocess import Classifier
 from stages.quantization.calibration import activation_ranges
-from stages.quantization.layers import without_integer_form
+from stages.quantization.layers import refuse_shared_weights, without_integer_form
 from stages.quantization.rounding import round_nearest
 
 BITS = 8
@@ -32,7 +32,11 @@ def int8_static(
 
     Returns:
         The network, how each int8 layer is stored, and the names of the layers that stayed in float.
+
+    Raises:
+        UserError: if two layers share a weight.
     """
+    refuse_shared_weights(classifier.network)
     network = copy.deepcopy(classifier.network)
     pointwise_to_linear(network)
     layers = {name: module for name, module in network.named_modules() if type(module) in KINDS}
