@@ -1,8 +1,8 @@
 """Calibration images, and what they tell: the ranges of activations, and the second moments of layers' inputs."""
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from stages.datasets.store import Part
 BATCH = 64
 BINS, QUANTIZED_BINS = 1024, 256
 """Of the histograms from which percentiles and entropies are read, and the levels that entropy compares with."""
+LARGEST_WINDOWS = 2**28
+"""Bytes of a convolution's windows that are laid out at once: each place of its input stands in many of them."""
 
 
 def calibration_images(part: Part, quantizer: Calibrated, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -42,36 +44,47 @@ def activation_ranges(
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """For each layer by name the `(low, high)` of its wanted sides over the images.
 
-    The smallest and largest value, or what ONNX Runtime's histogram calibrators choose between them.
+    The smallest and largest value, or what ONNX Runtime's histogram calibrators choose between them. Layers that the
+    network never runs are missing.
 
     Args:
         sides: of each layer, from `input` and `output`.
     """
-    wanted = {f"{name} {side}" for name in layers for side in sides[name]}
     if quantizer.calibration == "minmax":
-        found = _extremes(classifier, layers, wanted, images)
+        found = _extremes(classifier, layers, sides, images)
     else:
-        found = _by_histograms(classifier, layers, wanted, images, quantizer)
-    return {name: {side: found[f"{name} {side}"] for side in sides[name]} for name in layers}
+        found = _by_histograms(classifier, layers, sides, images, quantizer)
+    return {
+        name: {side: found[f"{name} {side}"] for side in sides[name]}
+        for name in layers
+        if f"{name} {sides[name][0]}" in found
+    }
 
 
 def _extremes(
-    classifier: nn.Module, layers: dict[str, nn.Module], wanted: set[str], images: np.ndarray
+    classifier: nn.Module, layers: dict[str, nn.Module], sides: dict[str, tuple[str, ...]], images: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    found = dict.fromkeys(wanted, (np.inf, -np.inf))
+    """By `<name> <side>`."""
+    found: dict[str, tuple[float, float]] = {}
 
-    def note(tensors: dict[str, torch.Tensor]) -> None:
-        for name in wanted:
-            low, high = found[name]
-            found[name] = min(low, tensors[name].min().item()), max(high, tensors[name].max().item())
+    def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        for side in sides[name]:
+            low, high = found.get(f"{name} {side}", (np.inf, -np.inf))
+            least, most = (end.item() for end in tensors[side].aminmax())
+            found[f"{name} {side}"] = min(low, least), max(high, most)
 
     _watch(classifier, layers, images, note)
     return found
 
 
 def _by_histograms(
-    classifier: nn.Module, layers: dict[str, nn.Module], wanted: set[str], images: np.ndarray, quantizer: Int8Static
+    classifier: nn.Module,
+    layers: dict[str, nn.Module],
+    sides: dict[str, tuple[str, ...]],
+    images: np.ndarray,
+    quantizer: Int8Static,
 ) -> dict[str, tuple[float, float]]:
+    """By `<name> <side>`."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     collector = HistogramCollector(
@@ -83,8 +96,8 @@ def _by_histograms(
         scenario="same",
     )
 
-    def note(tensors: dict[str, torch.Tensor]) -> None:
-        collector.collect({name: [tensors[name].cpu().numpy()] for name in sorted(wanted)})
+    def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        collector.collect({f"{name} {side}": [tensors[side].cpu().numpy()] for side in sides[name]})
 
     with redirect_stdout(io.StringIO()):  # it tells its settings aloud
         _watch(classifier, layers, images, note)
@@ -97,14 +110,23 @@ def hessians(classifier: nn.Module, layers: dict[str, nn.Module], images: np.nda
     """For each layer by name the sum of x x^T over all inputs of one output value: float32 `[groups, n, n]`."""
     found: dict[str, torch.Tensor] = {}
 
-    def note(tensors: dict[str, torch.Tensor]) -> None:
-        for name, layer in layers.items():
-            x = _columns(layer, tensors[f"{name} input"])
-            product = x @ x.transpose(1, 2)
-            found[name] = found[name] + product if name in found else product
+    def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        layer, x, output = layers[name], tensors["input"], tensors["output"]
+        for some in x.split(_at_once(layer, output)):
+            columns = _columns(layer, some)
+            product = columns @ columns.transpose(1, 2)
+            found[name] = found[name].add_(product) if name in found else product
 
     _watch(classifier, layers, images, note)
     return found
+
+
+def _at_once(layer: nn.Module, output: torch.Tensor) -> int:
+    """How many images' windows may be laid out at once; one in any case."""
+    if isinstance(layer, nn.Linear):
+        return len(output)  # its input is laid out as it must be
+    windows = layer.groups * layer.weight[0].numel() * output[0, 0].numel() * output.element_size()
+    return max(1, LARGEST_WINDOWS // (2 * windows))  # as unfold gives them, and in the order of groups
 
 
 def _columns(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -122,27 +144,20 @@ def _watch(
     classifier: nn.Module,
     layers: dict[str, nn.Module],
     images: np.ndarray,
-    note: Callable[[dict[str, torch.Tensor]], None],
+    note: Callable[[str, dict[str, torch.Tensor]], None],
 ) -> None:
-    """Call `note` after every batch with all layers' inputs and outputs, under `<name> input` and `<name> output`."""
-    for start in range(0, len(images), BATCH):
-        seen: dict[str, torch.Tensor] = {}
-        with _hooks(layers, seen):
-            classifier(torch.from_numpy(images[start : start + BATCH]))
-        note(seen)
+    """Call `note` with a layer's name, `input` and `output` whenever it has run.
 
+    At once, since what follows may work in place, and all layers' activations together may not fit into memory.
+    """
 
-@contextmanager
-def _hooks(layers: dict[str, nn.Module], seen: dict[str, torch.Tensor]) -> Iterator[None]:
     def hook(name: str) -> Callable:
-        def keep(_: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            seen[f"{name} input"], seen[f"{name} output"] = inputs[0], output
-
-        return keep
+        return lambda _, inputs, output: note(name, {"input": inputs[0], "output": output})
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
-        yield
+        for start in range(0, len(images), BATCH):
+            classifier(torch.from_numpy(images[start : start + BATCH]))
     finally:
         for handle in handles:
             handle.remove()

@@ -36,9 +36,12 @@ class Layer:
 def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer], list[str]]:
     """The layers that can have integer weights, in the order of execution, and the names of those that stay in float.
 
+    The latter have no integer form, or the network never runs them.
+
     Raises:
-        UserError: if there is none, or a weight is NaN or infinite.
+        UserError: if there is none, a weight is NaN or infinite, or two layers share a weight.
     """
+    refuse_shared_weights(network)
     modules = dict(network.named_modules())
     positions = {name.removesuffix(".weight"): times for name, times in output_positions(network, input_size).items()}
     found = [_describe(name, modules[name], times) for name, times in positions.items() if type(modules[name]) in KINDS]
@@ -47,7 +50,24 @@ def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer]
     for layer in found:
         if not torch.isfinite(modules[layer.name].weight).all():
             raise UserError(f"{layer.name}.weight holds NaN or infinite values: it cannot be rounded")
-    return found, without_integer_form(network)
+    unused = [name for name, module in modules.items() if type(module) in KINDS and name not in positions]
+    return found, without_integer_form(network) + unused
+
+
+def refuse_shared_weights(network: nn.Module) -> None:
+    """Raise a `UserError` where a layer that would get integers shares a parameter, or stands in two places itself.
+
+    Only one of the places would get them, and the network would be another with more parameters.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        first = names.setdefault(parameter, name)
+        if first != name and any(type(modules[one.rpartition(".")[0]]) in KINDS for one in (first, name)):
+            raise UserError(
+                f"{first} and {name} are one and the same parameter: a layer's integers need a weight of their own;"
+                " give each layer its own in the network's code, or take the fp32 quantizer"
+            )
 
 
 def without_integer_form(network: nn.Module) -> list[str]:

@@ -31,9 +31,9 @@ from stages.quantization.calibration import calibration_images, hessians
 from stages.quantization.controller import learn_bits
 from stages.quantization.dynamic import int8_dynamic
 from stages.quantization.evaluation import Evaluator
-from stages.quantization.layers import Layer, integer_candidates
+from stages.quantization.layers import Layer, integer_candidates, refuse_shared_weights
 from stages.quantization.recovery import recover
-from stages.quantization.rounding import Rounded, round_gptq, round_nearest
+from stages.quantization.rounding import Rounded, inverse_factor, round_gptq, round_nearest
 from stages.quantization.searches import (
     Problem,
     Sensitivities,
@@ -95,7 +95,7 @@ class Quantized:
     layers: dict[str, LayerStorage] = field(default_factory=dict)
     pointwise_as_linear: bool = False
     float_layers: list[str] = field(default_factory=list)
-    """Layers with weights that have no integer form, or are better off without."""
+    """Layers with weights that have no integer form, are better off without, or never run."""
     search: dict[str, Any] = field(default_factory=dict)
     """Of a search for bits: what it was given, what it tried and what it found."""
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -112,6 +112,7 @@ def quantize(task: Task) -> Quantized:
         case Fp32():
             return Quantized(task.network)
         case Int8Dynamic(per_channel=per_channel):
+            refuse_shared_weights(task.network)
             network, layers = int8_dynamic(task.network, per_channel)
             return Quantized(network, layers, pointwise_as_linear=True)
         case Int8Static() as quantizer:
@@ -126,7 +127,7 @@ def quantize_to_bits(task: Task) -> Quantized:
     quantizer, network = task.quantizer, task.network
     layers, kept = integer_candidates(network, task.parent.input_size)
     if kept:
-        print(f"{task.variant}: in float, since they have no integer form: {', '.join(kept)}")
+        print(f"{task.variant}: in float, since they have no integer form or are never run: {', '.join(kept)}")
     search: dict[str, Any] = {}
     if isinstance(quantizer, UniformBits):
         rounded = {name: by_bits[quantizer.bits] for name, by_bits in round_all(task, layers, [quantizer.bits]).items()}
@@ -164,7 +165,11 @@ def round_all(task: Task, layers: list[Layer], choices: list[int]) -> dict[str, 
     if task.quantizer.rounding == "nearest":
         return {n: {bits: round_nearest(m.weight, bits) for bits in choices} for n, m in modules.items()}
     moments = hessians(task.classifier, modules, task.calibration[0])
-    return {n: {bits: round_gptq(m.weight, bits, moments[n]) for bits in choices} for n, m in modules.items()}
+    rounded = {}
+    for name, module in modules.items():
+        factor = inverse_factor(moments.pop(name))
+        rounded[name] = {bits: round_gptq(module.weight, bits, factor) for bits in choices}
+    return rounded
 
 
 def allocate(

@@ -19,6 +19,8 @@ CHUNK = 2**16
 """Weights that are searched at once: what is between two steps of the search stays in a core's cache."""
 DAMPING = 0.01
 """Share of its mean diagonal that is added to GPTQ's Hessian, as in the paper."""
+BLOCK = 128
+"""Columns of a block of GPTQ, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -76,33 +78,52 @@ def _best_scale(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def round_gptq(weight: torch.Tensor, bits: int, hessian: torch.Tensor) -> Rounded:
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper triangular F with `F^T F` the inverse of the damped Hessian: float64 `[groups, n, n]`.
+
+    What `round_gptq` needs of a layer, whatever the bits. With the order of inputs turned round, the Hessian's own
+    Cholesky factor is an upper triangular U with `U U^T` the Hessian, and F is its inverse.
+
+    Args:
+        hessian: float32 `[groups, n, n]`, the sum of x x^T over a group's inputs (`calibration.hessians`).
+    """
+    damped = hessian.double()
+    mean = damped.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    eye = torch.eye(hessian.shape[1], dtype=torch.float64, device=hessian.device)
+    damped = damped + DAMPING * mean[:, None, None] * eye
+    upper = torch.linalg.cholesky(damped.flip(1, 2)).flip(1, 2)
+    return torch.linalg.solve_triangular(upper, eye, upper=True)
+
+
+@torch.no_grad()
+def round_gptq(weight: torch.Tensor, bits: int, factor: torch.Tensor) -> Rounded:
     """Round column by column, each column's error made up for by those that are still to come (GPTQ, arXiv 2210.17323).
 
-    The scales are `round_nearest`'s. Weights that are zero stay zero.
+    As in algorithm 1 there, columns beyond a block of `BLOCK` learn of the whole block's errors at once. The scales are
+    `round_nearest`'s. Weights that are zero stay zero.
 
     Args:
         weight: `[out, ...]`, float.
-        hessian: float32 `[groups, n, n]`, the sum of x x^T over a group's inputs (`calibration.hessians`).
+        factor: `inverse_factor` of the layer's Hessian.
     """
     nearest = round_nearest(weight, bits)
-    groups, n = hessian.shape[:2]
+    groups, n = factor.shape[:2]
     low, high = limits(bits)
     rows = weight.detach().double().reshape(groups, -1, n).clone()
     zero = rows == 0
     scale = nearest.scale.double().reshape(groups, -1)
-    hessian = hessian.double()
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    eye = torch.eye(n, dtype=torch.float64, device=hessian.device)
-    inverse = torch.linalg.inv(hessian + DAMPING * mean[:, None, None] * eye)
-    factor = torch.linalg.cholesky(inverse, upper=True)
     integers = torch.zeros_like(rows)
-    for column in range(n):
-        wanted = rows[:, :, column]
-        integer = torch.clamp(torch.round(wanted / scale), low, high).masked_fill_(zero[:, :, column], 0)
-        integers[:, :, column] = integer
-        error = (wanted - integer * scale) / factor[:, column, column, None]
-        rows[:, :, column + 1 :] -= error[:, :, None] * factor[:, None, column, column + 1 :]
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        errors = torch.empty_like(rows[:, :, start:end])
+        for column in range(start, end):
+            wanted = rows[:, :, column]
+            integer = torch.clamp(torch.round(wanted / scale), low, high).masked_fill_(zero[:, :, column], 0)
+            integers[:, :, column] = integer
+            error = (wanted - integer * scale) / factor[:, column, column, None]
+            rows[:, :, column + 1 : end] -= error[:, :, None] * factor[:, None, column, column + 1 : end]
+            errors[:, :, column - start] = error
+        rows[:, :, end:] -= errors @ factor[:, start:end, end:]
     return Rounded(integers.to(torch.int8).reshape(weight.shape), nearest.scale, bits)
 
 

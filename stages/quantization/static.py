@@ -11,7 +11,7 @@ from stages.networks.integer_weights import KINDS, Grid, with_integers
 from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.preprocess import Classifier
 from stages.quantization.calibration import activation_ranges
-from stages.quantization.layers import without_integer_form
+from stages.quantization.layers import refuse_shared_weights, without_integer_form
 from stages.quantization.rounding import round_nearest
 
 BITS = 8
@@ -22,8 +22,9 @@ def int8_static(
 ) -> tuple[nn.Module, dict[str, LayerStorage], list[str]]:
     """Round weights for each channel, and the inputs of layers (of convolutions the outputs too) for each tensor.
 
-    Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing; so do norms and
-    activation functions. 1x1 convolutions are treated as the Linear layers that they are.
+    Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing; so do norms,
+    activation functions and layers that the network never runs, whose inputs have no range. 1x1 convolutions are
+    treated as the Linear layers that they are.
 
     Args:
         classifier: float; left as it is.
@@ -31,7 +32,11 @@ def int8_static(
 
     Returns:
         The network, how each int8 layer is stored, and the names of the layers that stayed in float.
+
+    Raises:
+        UserError: if two layers share a weight.
     """
+    refuse_shared_weights(classifier.network)
     network = copy.deepcopy(classifier.network)
     pointwise_to_linear(network)
     layers = {name: module for name, module in network.named_modules() if type(module) in KINDS}
@@ -43,8 +48,10 @@ def int8_static(
     }
     linear = Classifier(classifier.preprocess, network).eval()
     ranges = activation_ranges(linear, layers, sides, images, quantizer)
-    for name, layer in layers.items():
-        grids = {side: Grid.over(*ends) for side, ends in ranges[name].items()}
+    kept += [name for name in layers if name not in ranges]
+    for name, ends_by_side in ranges.items():
+        layer = layers[name]
+        grids = {side: Grid.over(*ends) for side, ends in ends_by_side.items()}
         rounded = round_nearest(layer.weight, BITS)
         replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, BITS, grids))
-    return network, dict.fromkeys(layers, LayerStorage(BITS, BITS, "symmetric_per_channel", "static")), kept
+    return network, dict.fromkeys(ranges, LayerStorage(BITS, BITS, "symmetric_per_channel", "static")), kept

@@ -7,6 +7,7 @@ from torch import nn
 from stages.common.errors import UserError
 from stages.common.params import Int8Static
 from stages.datasets.store import Part
+from stages.quantization import calibration
 from stages.quantization.calibration import activation_ranges, calibration_images, hessians
 
 
@@ -25,10 +26,10 @@ class Pixels(nn.Module):
 IMAGES = np.random.default_rng(0).integers(0, 256, (150, 6, 6, 3), dtype=np.uint8)
 
 
-def ranges_by(calibration: str, **settings) -> dict:
+def ranges_by(method: str, **settings) -> dict:
     network = Pixels().eval()
     layers = {"first": network.first, "second": network.second}
-    quantizer = Int8Static(method="int8_static", calibration=calibration, **settings)
+    quantizer = Int8Static(method="int8_static", calibration=method, **settings)
     return activation_ranges(network, layers, dict.fromkeys(layers, ("input", "output")), IMAGES, quantizer)
 
 
@@ -62,6 +63,18 @@ def test_entropy_stays_within_the_extremes():
         assert whole[name]["input"][0] - 1e-3 <= low < high <= whole[name]["input"][1] + 1e-3
 
 
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_what_works_in_place_after_a_layer_is_not_taken_for_its_output(method):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
+    x = torch.randn(10, 3, 6, 6)
+    with torch.no_grad():
+        low = network[0](x).min().item()
+    quantizer = Int8Static(method="int8_static", calibration=method)
+    found = activation_ranges(network, {"0": network[0]}, {"0": ("output",)}, x.numpy(), quantizer)
+    assert low < -0.5
+    assert found["0"]["output"][0] == pytest.approx(low, rel=0.1)
+
+
 def test_hessians_are_sums_over_all_inputs_of_an_output():
     network = Pixels().eval()
     found = hessians(network, {"first": network.first, "second": network.second}, IMAGES)
@@ -80,6 +93,33 @@ def test_grouped_convolutions_have_a_hessian_for_each_group():
     padded = F.pad(torch.from_numpy(x)[:, 2:4], (1, 1, 1, 1), "reflect")
     columns = F.unfold(padded, 3).permute(1, 0, 2).flatten(1)
     assert torch.allclose(found[1], columns @ columns.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 10])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=6)])
+def test_few_windows_at_once_give_the_same_hessian(layer, at_once, monkeypatch):
+    x = torch.randn(70, layer.in_channels, 8, 8).numpy()
+    whole = hessians(nn.Sequential(layer), {"0": layer}, x)["0"]
+    windows = 9 * layer.in_channels * (4 * 4 if layer.stride == (2, 2) else 8 * 8) * 4  # bytes of one image's
+    sizes, unfold = [], F.unfold
+
+    def noted(*arguments):
+        found = unfold(*arguments)
+        sizes.append(2 * found.nbytes)  # it is laid out once more, by groups
+        return found
+
+    monkeypatch.setattr(calibration, "LARGEST_WINDOWS", 2 * at_once * windows + 1)
+    monkeypatch.setattr(F, "unfold", noted)
+    parts = hessians(nn.Sequential(layer), {"0": layer}, x)["0"]
+    assert torch.allclose(parts, whole, rtol=1e-4, atol=1e-3)
+    assert max(sizes) == 2 * at_once * windows
+
+
+def test_the_windows_of_one_image_are_looked_at_however_large_they_are(monkeypatch):
+    network = Pixels().eval()
+    whole = hessians(network, {"first": network.first}, IMAGES)["first"]
+    monkeypatch.setattr(calibration, "LARGEST_WINDOWS", 1)
+    assert torch.allclose(hessians(network, {"first": network.first}, IMAGES)["first"], whole, rtol=1e-4)
 
 
 def test_calibration_images_are_drawn_by_their_seed_and_keep_their_labels():

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from stages.artifacts.packing import limits
-from stages.quantization.rounding import round_gptq, round_nearest
+from stages.quantization import rounding
+from stages.quantization.rounding import BLOCK, DAMPING, Rounded, inverse_factor, round_nearest
 
 ALL_BITS = range(2, 9)
 
@@ -15,6 +16,10 @@ def weight_of(*shape: int, seed: int = 0) -> torch.Tensor:
 def error_of(weight: torch.Tensor, scale: float, bits: int) -> float:
     low, high = limits(bits)
     return float(((weight / scale).round().clamp(low, high) * scale - weight).square().sum())
+
+
+def round_gptq(weight: torch.Tensor, bits: int, hessian: torch.Tensor) -> Rounded:
+    return rounding.round_gptq(weight, bits, inverse_factor(hessian))
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -65,6 +70,38 @@ def test_zeros_stay_zero_and_an_empty_channel_is_all_zeros(bits):
 def test_gptq_with_unrelated_inputs_is_plain_rounding():
     weight = weight_of(5, 12)
     assert torch.equal(round_gptq(weight, 3, torch.eye(12)[None]).integers, round_nearest(weight, 3).integers)
+
+
+def column_by_column(weight: torch.Tensor, bits: int, hessian: torch.Tensor) -> torch.Tensor:
+    """GPTQ of one group as the paper's equations 2 and 3 say it: without blocks or a Cholesky factor.
+
+    After each column its row and column leave the inverse Hessian by a step of Gaussian elimination.
+    """
+    low, high = limits(bits)
+    scale, rows, hessian = round_nearest(weight, bits).scale.double(), weight.double().clone(), hessian.double()
+    inverse = torch.linalg.inv(hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)))
+    integers = torch.zeros_like(rows)
+    for column in range(len(hessian)):
+        integers[:, column] = (rows[:, column] / scale).round().clamp(low, high) * (weight[:, column] != 0)
+        error = (rows[:, column] - integers[:, column] * scale) / inverse[column, column]
+        rows[:, column + 1 :] -= error[:, None] * inverse[column, column + 1 :]
+        inverse = inverse - inverse[:, column, None] * inverse[column] / inverse[column, column]
+    return integers.to(torch.int8)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("groups", "inputs"), [(1, 2 * BLOCK + 17), (1, BLOCK), (3, 9)])
+def test_gptq_in_blocks_gives_the_integers_of_column_by_column(groups, inputs, bits):
+    generator = torch.Generator().manual_seed(groups + bits)
+    mixed = torch.randn(groups, inputs, inputs, generator=generator)
+    x = mixed @ torch.randn(groups, inputs, 3 * inputs, generator=generator)
+    hessian = x @ x.transpose(1, 2)
+    weight = weight_of(groups * 6, inputs) * (weight_of(groups * 6, inputs, seed=1) > -1)
+    found = round_gptq(weight, bits, hessian).integers
+    expected = torch.cat([column_by_column(w, bits, h) for w, h in zip(weight.split(6), hessian, strict=True)])
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, round_nearest(weight, bits).integers)
+    assert (weight == 0).any()
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -46,6 +46,27 @@ def test_linear_layers_have_input_grids_convolutions_both_and_depthwise_ones_sta
         assert (layer.output_scale is None) == isinstance(layer, nn.Linear)
 
 
+class WithUnused(nn.Module):
+    """An auxiliary layer that only training would run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.auxiliary, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 2), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.first(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
+def test_a_layer_that_never_runs_stays_in_float_and_is_named(calibration):
+    classifier = Classifier(Preprocess([0.5] * 3, [0.25] * 3, 32), WithUnused()).eval()
+    quantizer = Int8Static(method="int8_static", calibration=calibration)
+    network, layers, kept = int8_static(classifier, quantizer, IMAGES)
+    assert kept == ["auxiliary"]
+    assert layers.keys() == integer_layers(network).keys() == {"first", "head"}
+    assert type(network.auxiliary) is nn.Linear
+
+
 def test_the_float_classifier_is_left_as_it_is(classifier):
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     int8_static(classifier, Int8Static(method="int8_static"), IMAGES)
