@@ -51,8 +51,8 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
     if difference > LARGEST_DIFFERENCE and round(difference * len(part)) > ALLOWED_IMAGES:
         raise UserError(
             f"model.onnx has top-1 {100 * exported:.2f} % on the {len(part)} validation images, PyTorch"
-            f" {100 * original:.2f} %: more than {100 * LARGEST_DIFFERENCE:.1f} points apart, not saved; fp32 is the"
-            " quantizer that always agrees"
+            f" {100 * original:.2f} %: more than {100 * LARGEST_DIFFERENCE:.1f} points apart, not saved; try another"
+            " quantizer for this network, or take the variant out of params.yaml so that the others go on"
         )
     return metrics
 

@@ -349,8 +349,8 @@ class Bits(Calibrated):
             self._refuse_idle("distillation: 0", "distillation_temperature")
         if self.epochs and self.rounding == "gptq":
             raise ValueError(
-                f"rounding: gptq with epochs: {self.epochs}: recovery rounds to nearest in every step, so what gptq found"
-                " would be lost: leave out one of the two"
+                f"rounding: gptq with epochs: {self.epochs}: recovery rounds to nearest in every step, so what gptq"
+                " found would be lost: leave out one of the two"
             )
         return self
 

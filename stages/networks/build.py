@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchvision
 from safetensors.torch import load_file
+from timm.layers import Linear as TimmLinear
 from torch import nn
 
 from stages.common.architectures import construct, timm_model
@@ -52,6 +53,9 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         UserError: if the library has no such classifier, or refuses the constructor's arguments.
     """
     network = construct(spec.library, spec.architecture, spec.arguments, spec.classes)
+    for module in network.modules():
+        if type(module) is TimmLinear:  # torch's but for TorchScript; whoever looks for Linear layers should find it
+            module.__class__ = nn.Linear
     if spec.layer_scale_folded:
         fold_layer_scale(network)
     if spec.widths or spec.layer_norm_widths:

@@ -26,7 +26,7 @@ GRADIENT_NORM = 1.0
 FLOOR = 1e-12
 """What a logarithm of a size or an error does not go under."""
 INFORMED_SPREAD = 0.5
-"""Standard deviation, in steps from choice to choice, of the first policy around what measured sensitivities ask for."""
+"""Standard deviation of the first policy around what sensitivities ask for, in steps from choice to choice."""
 LEAST_SPREAD = 0.1
 """What rewards are divided by at least: a share of their usual spread, so that a tie is not blown up to a signal."""
 
@@ -84,9 +84,9 @@ def learn_bits(problem: Problem, quantizer: LearnedBits) -> Sensitivities | None
     """Train a controller within the problem's evaluations; the best allocation that it tried is the problem's.
 
     Even bits are tried first, then the policy's likeliest allocation before and, at the end, after training. A drawn
-    allocation is projected onto the budget, each move where the policy, with the very noise of the draw, loses least for the bits: so
-    nearby draws stay different. The reward is that of the projected allocation; the gradient credits the drawn one,
-    which is a small bias where the two differ.
+    allocation is projected onto the budget, each move where the policy, with the very noise of the draw, loses least
+    for the bits: so nearby draws stay different. The reward is that of the projected allocation; the gradient credits
+    the drawn one, which is a small bias where the two differ.
     Where evaluations suffice, one choice of every layer is measured first. The policy then begins around what the
     integer programme makes of these sensitivities (`solve`), which are among the features too; else around the budget's
     average. With `learning_rate` 0 it stays there: the control that tells what learning adds.

@@ -72,10 +72,15 @@ def refuse_shared_weights(network: nn.Module) -> None:
 
 def without_integer_form(network: nn.Module) -> list[str]:
     """Names of the layers whose weights stay in float, being of a kind that has no integer form."""
+    return [name for name in layers_with_weights(network) if type(network.get_submodule(name)) not in KINDS]
+
+
+def layers_with_weights(network: nn.Module) -> list[str]:
+    """Names of the layers that multiply float weights of their own."""
     return [
         name
         for name, module in network.named_modules()
-        if isinstance(module, HAS_WEIGHTS) and type(module) not in KINDS and list(module.parameters(recurse=False))
+        if isinstance(module, HAS_WEIGHTS) and list(module.parameters(recurse=False))
     ]
 
 

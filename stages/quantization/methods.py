@@ -31,7 +31,7 @@ from stages.quantization.calibration import calibration_images, hessians
 from stages.quantization.controller import learn_bits
 from stages.quantization.dynamic import int8_dynamic
 from stages.quantization.evaluation import Evaluator
-from stages.quantization.layers import Layer, integer_candidates, refuse_shared_weights
+from stages.quantization.layers import Layer, integer_candidates, layers_with_weights, refuse_shared_weights
 from stages.quantization.recovery import recover
 from stages.quantization.rounding import Rounded, inverse_factor, round_gptq, round_nearest
 from stages.quantization.searches import (
@@ -114,7 +114,7 @@ def quantize(task: Task) -> Quantized:
         case Int8Dynamic(per_channel=per_channel):
             refuse_shared_weights(task.network)
             network, layers = int8_dynamic(task.network, per_channel)
-            return Quantized(network, layers, pointwise_as_linear=True)
+            return Quantized(network, layers, pointwise_as_linear=True, float_layers=layers_with_weights(network))
         case Int8Static() as quantizer:
             network, layers, kept = int8_static(task.classifier, quantizer, task.calibration[0])
             return Quantized(network, layers, pointwise_as_linear=True, float_layers=kept)
@@ -147,6 +147,7 @@ def quantize_to_bits(task: Task) -> Quantized:
             task.parent.preprocess(),
             seed=task.parent.seed,
             title=f"quantize {task.variant}",
+            rate_key=f"{task.param}.learning_rate_factor",
             checkpoints=task.checkpoints,
         )
         curve = trained.curve
@@ -182,7 +183,7 @@ def allocate(
     """
     quantizer: AllocatedBits = task.quantizer
     evaluator = Evaluator(task.classifier, [layer.name for layer in layers], by_bits, *task.calibration)
-    problem = problem_of(layers, by_bits, evaluator, quantizer, task.parent.seed)
+    problem = problem_of(layers, by_bits, evaluator, quantizer, task.parent.seed, f"{task.param}.evaluations")
     sensitivities = _search(problem, quantizer)
     bits = problem.budget.choices[problem.best]
     told = {
@@ -211,8 +212,13 @@ def problem_of(
     evaluator: Evaluator,
     quantizer: AllocatedBits,
     seed: int,
+    param: str = "evaluations",
 ) -> Problem:
-    """What a search is given of the evaluator's network, whose layers' integers are `by_bits`."""
+    """What a search is given of the evaluator's network, whose layers' integers are `by_bits`.
+
+    Args:
+        param: where `evaluations` stands in params.yaml, for messages.
+    """
     weights = {name: evaluator.float_weight(name) for name in by_bits}
     return Problem(
         layers=layers,
@@ -228,6 +234,7 @@ def problem_of(
         unquantized=evaluator.float_score.objective(quantizer.objective),
         evaluations=quantizer.evaluations,
         seed=seed,
+        param=param,
     )
 
 

@@ -73,6 +73,7 @@ def recover(
     *,
     seed: int,
     title: str,
+    rate_key: str,
     checkpoints: Path | None,
 ) -> tuple[nn.Module, dict[str, Rounded], Trained]:
     """Train the network with rounded weights, the float network teaching.
@@ -103,6 +104,7 @@ def recover(
         title=title,
         distillation=distillation,
         checkpoints=checkpoints,
+        rate_key=rate_key,
     )
     found = {name: trained.network.get_submodule(name).rounded() for name in rounded}
     plain = copy.deepcopy(network)

@@ -1,7 +1,7 @@
 """Searches for the bits of each layer within a budget: at random, and on measured sensitivities.
 
-The controller that learns its choice (`controller`) works on the same `Problem`. All have the same evaluations, try even
-bits first and end with the best allocation that they tried.
+The controller that learns its choice (`controller`) works on the same `Problem`. All have the same evaluations, try
+even bits first and end with the best allocation that they tried.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ class Problem:
     """int64 `[L]`, indices of the budget's choices: the best allocation tried."""
 
     def try_evenly(self) -> None:
-        """Try the allocation that is nearest to as many bits everywhere as the budget allows: the first of each search."""
+        """Try the allocation that is nearest to equal bits within the budget: the first of each search."""
         budget = self.budget
         lowest = np.flatnonzero(budget.choices * budget.weights.sum() <= budget.bits)[-1]
         self.try_out(budget.project(np.full(len(self.layers), lowest), -self.errors))
