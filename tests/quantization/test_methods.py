@@ -1,25 +1,34 @@
 """Every quantizer on a dense, a cut and a sparse ConvNeXt: what is stored, counted, exported and kept."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
 from toy_project import PARAMS, pruned_project
+from toy_task import task_of
 
 from stages import profile, quantize
-from stages.artifacts.artifact import load_artifact, load_classifier, read_description, save_artifact
-from stages.artifacts.packing import packed_bytes
+from stages.artifacts.artifact import (
+    LayerStorage,
+    load_artifact,
+    load_classifier,
+    read_description,
+    save_artifact,
+)
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import load_params
+from stages.common.params import Int8Dynamic, Int8Static, UniformBits, load_params
 from stages.export.session import open_session, session_logits
+from stages.networks.build import NetworkSpec, build_network
 from stages.networks.integer_weights import integer_layers
 from stages.networks.layer_scale import fold_layer_scale
 from stages.profiling.counts import count_layers, totals
 from stages.pruning.groups import cut_channels, zero_channels
 from stages.pruning.only_train_once_adapter import exact_groups
+from stages.quantization import methods as quantizers
 
 SEARCH = {"average_bits": 4.0, "evaluations": 40, "calibration_images": 4}
 QUANTIZERS = {
@@ -120,22 +129,64 @@ def test_quantization_changes_neither_parameters_nor_macs(project, variant):
         assert row["params_visible"] == counts.params
 
 
+def bytes_said(network: nn.Module, layers: dict[str, LayerStorage]) -> int:
+    """What a float network's tensors take once these layers are integers with one scale a channel, and have grids."""
+    total = sum(tensor.nbytes for tensor in network.state_dict().values())
+    for name, storage in layers.items():
+        layer = network.get_submodule(name.removesuffix(".linear"))
+        weights, bits = layer.weight.numel(), storage.weight_bits
+        integers = weights if bits == 8 else -(-weights // 8) * bits
+        sides = 1 if name.endswith(".linear") or isinstance(layer, nn.Linear) else 2
+        grids = sides * (4 + 1) if storage.activations == "static" else 0  # float32 scale, uint8 zero point
+        total += integers + 4 * len(layer.weight) + grids - 4 * weights
+    return total
+
+
 @pytest.mark.parametrize("variant", ALL)
 def test_the_artifact_takes_the_bytes_that_its_bits_say(project, variant):
-    network, description = load_artifact(paths.compressed(variant))
-    parent, _ = load_artifact(paths.pruned(load_params().variants[variant].pruning))
-    expected, integers = 0, 0
-    for name, module in parent.named_modules():
-        own = [p.numel() for p in module.parameters(recurse=False)]
-        expected += 4 * sum(own)
-        storage = description.layers.get(name) or description.layers.get(f"{name}.linear")
-        if storage is not None:
-            weight = module.weight.numel()
-            integers += packed_bytes(weight, storage.weight_bits)
-            expected += packed_bytes(weight, storage.weight_bits) - 4 * weight + 4 * len(module.weight)
-    index = len(json.dumps({n: [0] * 8 for n in network.state_dict()})) * 4  # safetensors' own table of contents
-    assert expected <= description.tensors["bytes"] <= 1.05 * expected + index
-    assert bool(integers) == bool(description.layers)
+    description = read_description(paths.compressed(variant))
+    entry = load_params().variants[variant]
+    parent, _ = load_artifact(paths.pruned(entry.pruning))
+    raw = (paths.compressed(variant) / "model.safetensors").read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    assert len(raw) - 8 - header == bytes_said(parent, description.layers)
+    assert len(raw) == description.tensors["bytes"]
+    bits = {"int8": 8, "static": 8, "recovered": 3, "uniform_2": 2, "uniform_3": 3, "uniform_8": 8}
+    if entry.quantizer in bits:
+        assert {storage.weight_bits for storage in description.layers.values()} == {bits[entry.quantizer]}
+    assert bool(description.layers) == (entry.quantizer != "fp32")
+
+
+@pytest.fixture(scope="module")
+def million() -> tuple[nn.Module, NetworkSpec]:
+    """A ConvNeXt of 1.04 million random weights."""
+    torch.manual_seed(0)
+    arguments = {"depths": [1, 1, 2, 1], "dims": [32, 64, 128, 256], "conv_mlp": True, "ls_init_value": None}
+    spec = NetworkSpec("timm", "convnext_atto", arguments, 2)
+    return build_network(spec).eval(), spec
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [
+        *((UniformBits(method="uniform_bits", bits=bits), bits) for bits in (2, 3, 4, 8)),
+        (Int8Static(method="int8_static", calibration_images=4), 8),
+        (Int8Dynamic(method="int8_dynamic"), 8),
+    ],
+)
+def test_a_real_networks_file_is_little_more_than_its_bits(million, quantizer, bits, tmp_path):
+    network, spec = million
+    task = task_of(network, quantizer, spec=spec, input_size=32)
+    quantized = quantizers.quantize(task)
+    stored = replace(spec, pointwise_as_linear=quantized.pointwise_as_linear)
+    save_artifact(
+        tmp_path / "artifact", quantized.network, replace(task.parent, network=stored, layers=quantized.layers)
+    )
+    said = bytes_said(network, quantized.layers)
+    assert said <= (tmp_path / "artifact" / "model.safetensors").stat().st_size <= 1.05 * said
+    assert {storage.weight_bits for storage in quantized.layers.values()} == {bits}
+    packed = sum(network.get_submodule(name.removesuffix(".linear")).weight.numel() for name in quantized.layers)
+    assert packed > (0.75 if quantizer.method == "int8_dynamic" else 0.95) * 1_037_634  # dynamic: no convolutions
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
