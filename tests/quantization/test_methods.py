@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import nn
 from toy_project import PARAMS, pruned_project
-from toy_task import task_of
+from toy_task import part_of, task_of
 
 from stages import profile, quantize
 from stages.artifacts.artifact import (
@@ -20,15 +20,18 @@ from stages.artifacts.artifact import (
 )
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import Int8Dynamic, Int8Static, UniformBits, load_params
+from stages.common.params import Int8Dynamic, Int8Static, SearchedBits, UniformBits, load_params
+from stages.datasets.store import Part
 from stages.export.session import open_session, session_logits
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.integer_weights import integer_layers
+from stages.networks.integer_weights import Grid, integer_layers
 from stages.networks.layer_scale import fold_layer_scale
 from stages.profiling.counts import count_layers, totals
 from stages.pruning.groups import cut_channels, zero_channels
 from stages.pruning.only_train_once_adapter import exact_groups
 from stages.quantization import methods as quantizers
+from stages.quantization.calibration import hessians
+from stages.quantization.rounding import inverse_factor, round_gptq
 
 SEARCH = {"average_bits": 4.0, "evaluations": 40, "calibration_images": 4}
 QUANTIZERS = {
@@ -239,3 +242,56 @@ def test_a_search_with_too_few_evaluations_is_refused_and_the_old_artifact_stays
     with pytest.raises(UserError, match=r"evaluations = 5: .* 17 layers take at least 17"):
         quantize.compress(params, "toy-none-greedy", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
     assert (folder / "model.json").read_bytes() == before
+
+
+def test_calibration_images_come_from_the_training_part():
+    parts = part_of(20, pixel=0, label=0), part_of(30, pixel=255, label=1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    nn.init.zeros_(network[1].weight)
+    network[1].bias.data = torch.tensor([9.0, 0.0])  # right about each image of the one, wrong about all of the other
+
+    static = Int8Static(method="int8_static", calibration_images=10)
+    assert (task_of(network, static, parts).calibration[0] == 0).all()
+    found = quantizers.quantize(task_of(network, static, parts))
+    grid = Grid.of(found.network[1], "input")
+    assert (grid.scale, grid.zero_point) == (pytest.approx(2 / 255), 255)  # of [-2, 0]
+
+    searched = SearchedBits(method="searched_bits", **SEARCH, search="random")
+    assert quantizers.quantize(task_of(network, searched, parts)).search["float"] < 0.01
+
+
+def test_gptq_compensates_on_the_training_part():
+    generator = np.random.default_rng(0)
+    parts = [Part(generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), np.zeros(8, np.int64)) for _ in range(2)]
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2)).eval()
+    quantizer = UniformBits(method="uniform_bits", bits=3, rounding="gptq", calibration_images=8)
+    task = task_of(network, quantizer, tuple(parts))
+    found = quantizers.quantize(task).network[0].weight
+    by_part = []
+    for part in parts:
+        hessian = hessians(task.classifier, {"0": network[0]}, part.images)["0"]
+        by_part.append(round_gptq(network[0].weight, 3, inverse_factor(hessian)).integers)
+    assert torch.equal(found, by_part[0])
+    assert not torch.equal(found, by_part[1])
+
+
+@pytest.mark.parametrize(
+    "quantizer", [SEARCH | {"method": "learned_bits", "epochs": 1}, QUANTIZERS["static"]], ids=["learned", "static"]
+)
+def test_calibration_search_and_recovery_never_read_the_test_part(tmp_path, monkeypatch, quantizer):
+    monkeypatch.chdir(pruned_project(tmp_path))
+    continued = {"method": "none_continued", "epochs": 1, "learning_rate_factor": 0.5}  # recovery asks for its twin
+    params = PARAMS | {
+        "prune": PARAMS["prune"] | {"none_continued": continued},
+        "prunings": PARAMS["prunings"] | {"toy-none_continued": {"model": "toy", "pruner": "none_continued"}},
+        "quantize": PARAMS["quantize"] | {"one": quantizer},
+        "variants": PARAMS["variants"] | {"toy-none-one": {"pruning": "toy-none", "quantizer": "one"}},
+    }
+    (tmp_path / paths.PARAMS).write_text(yaml.safe_dump(params))
+    for path in paths.IMAGES.glob("test_*"):
+        path.unlink()
+    folder = paths.compressed("toy-none-one")
+    quantized, _ = quantize.compress(load_params(), "toy-none-one", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
+    assert len(quantized.curve) == quantizer.get("epochs", 0)
+    assert load_artifact(folder)[1].layers
