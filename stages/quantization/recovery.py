@@ -1,6 +1,8 @@
 """Quantization-aware recovery: train on while the forward pass rounds the weights, gradients going straight through.
 
-Scales are trained with the weights, as learned step sizes (LSQ, arXiv 1902.08153, equations 1 to 3 and section 2.2).
+Scales are trained with the weights, as learned step sizes (LSQ, arXiv 1902.08153, equations 1 to 3). Their gradients
+are made smaller by the factor of section 2.2 there, which tells with SGD alone: AdamW, which moves scales under the
+recipes of AdamW and of Muon, divides a gradient by its own size, so that the factor cancels.
 """
 
 import copy
@@ -37,7 +39,7 @@ class _RoundingWeight:
     def rounded_weight(self) -> torch.Tensor:
         """The weight as its integers will give it; zeros that were there before stay."""
         low, high = limits(self.bits)
-        share = (self.weight[0].numel() * high) ** -0.5  # the scale's gradient is as large as the weights'
+        share = (self.weight[0].numel() * high) ** -0.5  # of the scale's gradient
         scale = self._scale()
         scale = along_outputs(scale * share + (scale * (1 - share)).detach(), self.weight)
         within = (self.weight * self.kept / scale).clamp(low, high)
@@ -80,7 +82,7 @@ def recover(
 
     Args:
         network: float; left as it is.
-        rounded: where each layer by name begins.
+        rounded: for each layer by name its bits and the scale that it begins with; its weight begins as the float one.
         parts: to train on and to validate on.
 
     Returns:

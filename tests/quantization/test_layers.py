@@ -2,40 +2,21 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_task import task_of
 
 from stages.common.errors import UserError
-from stages.common.params import Int8Dynamic, Int8Static, Params, UniformBits, Variant
-from stages.datasets.store import Part
-from stages.networks.preprocess import Preprocess
+from stages.common.params import Int8Dynamic, Int8Static, UniformBits
 from stages.quantization.layers import integer_candidates
-from stages.quantization.methods import Task, quantize
+from stages.quantization.methods import quantize
 
 QUANTIZERS = {
     "dynamic": Int8Dynamic(method="int8_dynamic"),
     "static": Int8Static(method="int8_static", calibration_images=4),
     "bits": UniformBits(method="uniform_bits", bits=4),
 }
-PART = Part(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int64))
-
-
-class Parent:
-    """What a task asks of its parent's description."""
-
-    input_size = 8
-
-    def preprocess(self) -> Preprocess:
-        return Preprocess([0.5] * 3, [0.25] * 3, 8)
-
-
-def task_of(network: nn.Module, quantizer: str) -> Task:
-    params = Params.model_construct(
-        quantize=QUANTIZERS, variants={"toy": Variant(pruning="toy-none", quantizer=quantizer)}
-    )
-    return Task(params, "toy", network, Parent(), PART, PART)
 
 
 def test_candidates_stand_in_the_order_of_execution_and_the_others_are_named():
@@ -80,7 +61,7 @@ def one_weight_of_two_modules() -> nn.Module:
 )
 def test_shared_weights_are_refused_with_both_names(build: Callable[[], nn.Module], first, second, quantizer):
     with pytest.raises(UserError, match=f"^{first} and {second} are one and the same parameter: .* fp32 quantizer$"):
-        quantize(task_of(build(), quantizer))
+        quantize(task_of(build(), QUANTIZERS[quantizer]))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -88,6 +69,6 @@ def test_shared_modules_that_get_no_integers_are_no_reason_to_refuse(quantizer):
     norm, activation = nn.LayerNorm(8), nn.ReLU()
     body = nn.Sequential(nn.Linear(192, 8), norm, activation, nn.Linear(8, 8), norm, activation, nn.Linear(8, 2))
     network = nn.Sequential(nn.Flatten(), body)
-    quantized = quantize(task_of(network, quantizer))
+    quantized = quantize(task_of(network, QUANTIZERS[quantizer]))
     assert quantized.layers.keys() == {"1.0", "1.3", "1.6"}
     assert quantized.network[1][1] is quantized.network[1][4]

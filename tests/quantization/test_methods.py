@@ -1,25 +1,37 @@
 """Every quantizer on a dense, a cut and a sparse ConvNeXt: what is stored, counted, exported and kept."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
 from toy_project import PARAMS, pruned_project
+from toy_task import part_of, task_of
 
 from stages import profile, quantize
-from stages.artifacts.artifact import load_artifact, load_classifier, read_description, save_artifact
-from stages.artifacts.packing import packed_bytes
+from stages.artifacts.artifact import (
+    LayerStorage,
+    load_artifact,
+    load_classifier,
+    read_description,
+    save_artifact,
+)
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import load_params
+from stages.common.params import Int8Dynamic, Int8Static, SearchedBits, UniformBits, load_params
+from stages.datasets.store import Part
 from stages.export.session import open_session, session_logits
-from stages.networks.integer_weights import integer_layers
+from stages.networks.build import NetworkSpec, build_network
+from stages.networks.integer_weights import Grid, integer_layers
 from stages.networks.layer_scale import fold_layer_scale
 from stages.profiling.counts import count_layers, totals
 from stages.pruning.groups import cut_channels, zero_channels
 from stages.pruning.only_train_once_adapter import exact_groups
+from stages.quantization import methods as quantizers
+from stages.quantization.calibration import hessians
+from stages.quantization.rounding import inverse_factor, round_gptq
 
 SEARCH = {"average_bits": 4.0, "evaluations": 40, "calibration_images": 4}
 QUANTIZERS = {
@@ -120,22 +132,64 @@ def test_quantization_changes_neither_parameters_nor_macs(project, variant):
         assert row["params_visible"] == counts.params
 
 
+def bytes_said(network: nn.Module, layers: dict[str, LayerStorage]) -> int:
+    """What a float network's tensors take once these layers are integers with one scale a channel, and have grids."""
+    total = sum(tensor.nbytes for tensor in network.state_dict().values())
+    for name, storage in layers.items():
+        layer = network.get_submodule(name.removesuffix(".linear"))
+        weights, bits = layer.weight.numel(), storage.weight_bits
+        integers = weights if bits == 8 else -(-weights // 8) * bits
+        sides = 1 if name.endswith(".linear") or isinstance(layer, nn.Linear) else 2
+        grids = sides * (4 + 1) if storage.activations == "static" else 0  # float32 scale, uint8 zero point
+        total += integers + 4 * len(layer.weight) + grids - 4 * weights
+    return total
+
+
 @pytest.mark.parametrize("variant", ALL)
 def test_the_artifact_takes_the_bytes_that_its_bits_say(project, variant):
-    network, description = load_artifact(paths.compressed(variant))
-    parent, _ = load_artifact(paths.pruned(load_params().variants[variant].pruning))
-    expected, integers = 0, 0
-    for name, module in parent.named_modules():
-        own = [p.numel() for p in module.parameters(recurse=False)]
-        expected += 4 * sum(own)
-        storage = description.layers.get(name) or description.layers.get(f"{name}.linear")
-        if storage is not None:
-            weight = module.weight.numel()
-            integers += packed_bytes(weight, storage.weight_bits)
-            expected += packed_bytes(weight, storage.weight_bits) - 4 * weight + 4 * len(module.weight)
-    index = len(json.dumps({n: [0] * 8 for n in network.state_dict()})) * 4  # safetensors' own table of contents
-    assert expected <= description.tensors["bytes"] <= 1.05 * expected + index
-    assert bool(integers) == bool(description.layers)
+    description = read_description(paths.compressed(variant))
+    entry = load_params().variants[variant]
+    parent, _ = load_artifact(paths.pruned(entry.pruning))
+    raw = (paths.compressed(variant) / "model.safetensors").read_bytes()
+    header = int.from_bytes(raw[:8], "little")
+    assert len(raw) - 8 - header == bytes_said(parent, description.layers)
+    assert len(raw) == description.tensors["bytes"]
+    bits = {"int8": 8, "static": 8, "recovered": 3, "uniform_2": 2, "uniform_3": 3, "uniform_8": 8}
+    if entry.quantizer in bits:
+        assert {storage.weight_bits for storage in description.layers.values()} == {bits[entry.quantizer]}
+    assert bool(description.layers) == (entry.quantizer != "fp32")
+
+
+@pytest.fixture(scope="module")
+def million() -> tuple[nn.Module, NetworkSpec]:
+    """A ConvNeXt of 1.04 million random weights."""
+    torch.manual_seed(0)
+    arguments = {"depths": [1, 1, 2, 1], "dims": [32, 64, 128, 256], "conv_mlp": True, "ls_init_value": None}
+    spec = NetworkSpec("timm", "convnext_atto", arguments, 2)
+    return build_network(spec).eval(), spec
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [
+        *((UniformBits(method="uniform_bits", bits=bits), bits) for bits in (2, 3, 4, 8)),
+        (Int8Static(method="int8_static", calibration_images=4), 8),
+        (Int8Dynamic(method="int8_dynamic"), 8),
+    ],
+)
+def test_a_real_networks_file_is_little_more_than_its_bits(million, quantizer, bits, tmp_path):
+    network, spec = million
+    task = task_of(network, quantizer, spec=spec, input_size=32)
+    quantized = quantizers.quantize(task)
+    stored = replace(spec, pointwise_as_linear=quantized.pointwise_as_linear)
+    save_artifact(
+        tmp_path / "artifact", quantized.network, replace(task.parent, network=stored, layers=quantized.layers)
+    )
+    said = bytes_said(network, quantized.layers)
+    assert said <= (tmp_path / "artifact" / "model.safetensors").stat().st_size <= 1.05 * said
+    assert {storage.weight_bits for storage in quantized.layers.values()} == {bits}
+    packed = sum(network.get_submodule(name.removesuffix(".linear")).weight.numel() for name in quantized.layers)
+    assert packed > (0.75 if quantizer.method == "int8_dynamic" else 0.95) * 1_037_634  # dynamic: no convolutions
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -188,3 +242,56 @@ def test_a_search_with_too_few_evaluations_is_refused_and_the_old_artifact_stays
     with pytest.raises(UserError, match=r"evaluations = 5: .* 17 layers take at least 17"):
         quantize.compress(params, "toy-none-greedy", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
     assert (folder / "model.json").read_bytes() == before
+
+
+def test_calibration_images_come_from_the_training_part():
+    parts = part_of(20, pixel=0, label=0), part_of(30, pixel=255, label=1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    nn.init.zeros_(network[1].weight)
+    network[1].bias.data = torch.tensor([9.0, 0.0])  # right about each image of the one, wrong about all of the other
+
+    static = Int8Static(method="int8_static", calibration_images=10)
+    assert (task_of(network, static, parts).calibration[0] == 0).all()
+    found = quantizers.quantize(task_of(network, static, parts))
+    grid = Grid.of(found.network[1], "input")
+    assert (grid.scale, grid.zero_point) == (pytest.approx(2 / 255), 255)  # of [-2, 0]
+
+    searched = SearchedBits(method="searched_bits", **SEARCH, search="random")
+    assert quantizers.quantize(task_of(network, searched, parts)).search["float"] < 0.01
+
+
+def test_gptq_compensates_on_the_training_part():
+    generator = np.random.default_rng(0)
+    parts = [Part(generator.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), np.zeros(8, np.int64)) for _ in range(2)]
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2)).eval()
+    quantizer = UniformBits(method="uniform_bits", bits=3, rounding="gptq", calibration_images=8)
+    task = task_of(network, quantizer, tuple(parts))
+    found = quantizers.quantize(task).network[0].weight
+    by_part = []
+    for part in parts:
+        hessian = hessians(task.classifier, {"0": network[0]}, part.images)["0"]
+        by_part.append(round_gptq(network[0].weight, 3, inverse_factor(hessian)).integers)
+    assert torch.equal(found, by_part[0])
+    assert not torch.equal(found, by_part[1])
+
+
+@pytest.mark.parametrize(
+    "quantizer", [SEARCH | {"method": "learned_bits", "epochs": 1}, QUANTIZERS["static"]], ids=["learned", "static"]
+)
+def test_calibration_search_and_recovery_never_read_the_test_part(tmp_path, monkeypatch, quantizer):
+    monkeypatch.chdir(pruned_project(tmp_path))
+    continued = {"method": "none_continued", "epochs": 1, "learning_rate_factor": 0.5}  # recovery asks for its twin
+    params = PARAMS | {
+        "prune": PARAMS["prune"] | {"none_continued": continued},
+        "prunings": PARAMS["prunings"] | {"toy-none_continued": {"model": "toy", "pruner": "none_continued"}},
+        "quantize": PARAMS["quantize"] | {"one": quantizer},
+        "variants": PARAMS["variants"] | {"toy-none-one": {"pruning": "toy-none", "quantizer": "one"}},
+    }
+    (tmp_path / paths.PARAMS).write_text(yaml.safe_dump(params))
+    for path in paths.IMAGES.glob("test_*"):
+        path.unlink()
+    folder = paths.compressed("toy-none-one")
+    quantized, _ = quantize.compress(load_params(), "toy-none-one", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
+    assert len(quantized.curve) == quantizer.get("epochs", 0)
+    assert load_artifact(folder)[1].layers

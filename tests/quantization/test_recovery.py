@@ -10,7 +10,7 @@ from stages.common.params import Base, Finetune, Params, UniformBits
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
 from stages.quantization.recovery import RoundingConv2d, RoundingLinear, recover
-from stages.quantization.rounding import round_nearest
+from stages.quantization.rounding import Rounded, round_nearest
 from stages.training.loop import train
 
 
@@ -77,41 +77,77 @@ def part_of(count: int, seed: int) -> Part:
     return Part(images.astype(np.uint8), labels)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_recovery_mends_what_two_bits_broke_and_the_network_is_left_as_it_is(optimizer):
+PREPROCESS = Preprocess([0.3] * 3, [0.2] * 3, 16)
+RECIPE = Finetune(
+    epochs=6, batch_size=32, optimizer="adamw", learning_rate=0.01, horizontal_flip=False, crop_padding=0,
+    precision="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense() -> tuple[nn.Module, tuple[Part, Part], float]:
+    """A trained network, its images and its top-1."""
     torch.manual_seed(0)
     network, parts = Small(), (part_of(512, 0), part_of(128, 1))
-    preprocess = Preprocess([0.3] * 3, [0.2] * 3, 16)
-    recipe = Finetune(
-        epochs=6, batch_size=32, optimizer="adamw", learning_rate=0.01, horizontal_flip=False, crop_padding=0,
-        precision="float32",
-    )  # fmt: skip
-    trained = train(network, *parts, preprocess, recipe, base=Base(threads=1), seed=0, title="dense")
-    rounded = {
-        name: round_nearest(module.weight, 2)
+    trained = train(network, *parts, PREPROCESS, RECIPE, base=Base(threads=1), seed=0, title="dense")
+    return network, parts, trained.validation_top1
+
+
+def rounded_to(bits: int, network: nn.Module) -> dict[str, Rounded]:
+    return {
+        name: round_nearest(module.weight, bits)
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     }
-    quantizer = UniformBits(method="uniform_bits", bits=2, epochs=4, learning_rate_factor=0.3)
-    params = Params.model_construct(
-        base=Base(threads=1), finetune=recipe.model_copy(update={"optimizer": optimizer}), quantize={}
+
+
+def params_with(optimizer: str) -> Params:
+    return Params.model_construct(
+        base=Base(threads=1), finetune=RECIPE.model_copy(update={"optimizer": optimizer}), quantize={}
     )
+
+
+def logits_of(network: nn.Module, weights: dict[str, Rounded], part: Part) -> torch.Tensor:
+    network = copy.deepcopy(network).eval()
+    for name, one in weights.items():
+        network.get_submodule(name).weight.data = one.values()
+    with torch.no_grad():
+        return network(PREPROCESS(torch.from_numpy(part.images)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_recovery_mends_what_two_bits_broke_and_the_network_is_left_as_it_is(dense, optimizer):
+    network, parts, top1 = dense
+    rounded = rounded_to(2, network)
+    quantizer = UniformBits(method="uniform_bits", bits=2, epochs=4, learning_rate_factor=0.3)
     before = copy.deepcopy(network.state_dict())
     plain, found, recovered = recover(
-        network, rounded, quantizer, params, parts, preprocess, seed=0, title="quantize", checkpoints=None
-    )
+        network, rounded, quantizer, params_with(optimizer), parts, PREPROCESS, seed=0, title="quantize",
+        checkpoints=None,
+    )  # fmt: skip
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
     def score(network: nn.Module, weights: dict) -> tuple[float, float]:
-        network = copy.deepcopy(network).eval()
-        for name, one in weights.items():
-            network.get_submodule(name).weight.data = one.values()
-        with torch.no_grad():
-            logits = network(preprocess(torch.from_numpy(parts[1].images)))
-        labels = torch.from_numpy(parts[1].labels)
+        logits, labels = logits_of(network, weights, parts[1]), torch.from_numpy(parts[1].labels)
         return F.cross_entropy(logits, labels).item(), float((logits.argmax(1) == labels).float().mean())
 
     assert score(plain, found)[1] == pytest.approx(recovered.validation_top1)
     assert score(plain, found)[0] < 0.9 * score(network, rounded)[0]
-    assert recovered.validation_top1 > trained.validation_top1 - 0.1
+    assert recovered.validation_top1 > top1 - 0.1
     assert {one.bits for one in found.values()} == {2}
+
+
+@pytest.mark.parametrize("distillation", [0.0, 1.0])
+def test_with_distillation_alone_it_follows_the_float_network_whatever_the_labels(dense, distillation):
+    network, (train_part, validation_part), _ = dense
+    wrong = [Part(part.images, (part.labels + 1) % 4) for part in (train_part, validation_part)]
+    quantizer = UniformBits(
+        method="uniform_bits", bits=4, epochs=6, learning_rate_factor=0.6, distillation=distillation
+    )
+    plain, found, _ = recover(
+        network, rounded_to(4, network), quantizer, params_with("adamw"), tuple(wrong), PREPROCESS, seed=0,
+        title="quantize", checkpoints=None,
+    )  # fmt: skip
+    student, teacher = (logits_of(n, w, validation_part).argmax(1) for n, w in ((plain, found), (network, {})))
+    agreement = float((student == teacher).float().mean())
+    assert agreement > 0.9 if distillation else agreement < 0.7
