@@ -19,6 +19,12 @@ def test_timm_and_torchvision_classifiers_are_built_by_name():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, spec.classes)
 
 
+def test_no_subclass_hides_a_linear_layer():
+    """timm's own Linear differs under TorchScript alone, and would be passed over by who looks for torch's."""
+    spec = NetworkSpec("timm", "mobilenetv3_small_050", {}, 3)
+    assert type(build_network(spec).classifier) is nn.Linear
+
+
 def test_a_torchvision_convnext_of_any_size_is_built_from_numbers():
     setting = [[8, 16, 1], [16, None, 2]]
     spec = NetworkSpec("torchvision", "convnext_tiny", {"block_setting": setting, "layer_scale": 1.0}, 3)
