@@ -9,7 +9,7 @@ from stages.reporting.claims import read_claims
 from stages.reporting.inputs import Run
 from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
-from stages.reporting.rows import Choices, Group, control_of, extra_epochs, is_control, small_dense
+from stages.reporting.rows import Choices, Group, control_of, extra_training, is_control, small_dense
 from stages.reporting.statistics import PairedDifference
 from stages.reporting.tables import confusion_rows
 from stages.reporting.text import (
@@ -163,8 +163,17 @@ def _change(run: Run, group: Group, variant: str) -> str:
         )
     if is_control(run.params, variant):
         return f"{change} It is not compressed: it only trained longer."
-    if extra_epochs(run.params, variant):
-        return f"{change} It trained longer than dense; the control that tells how much that does is not in the run."
+    epochs, ways = extra_training(run.params, variant)
+    if epochs:
+        lacking = (
+            f"a none_continued pruner of {epochs} epochs with the same learning_rate_factor and distillation"
+            if len(ways) == 1
+            else "there is none for pruning and recovery that train by different settings"
+        )
+        return (
+            f"{change} It trained longer than dense; the control that tells how much that does is not in the run"
+            f" ({lacking})."
+        )
     return change
 
 

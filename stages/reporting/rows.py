@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.params import NoneContinued, Params, Training
-from stages.reporting.inputs import Run, recovery_epochs
+from stages.common.params import Bits, NoneContinued, Params, Training
+from stages.reporting.inputs import Run
 from stages.reporting.statistics import (
     PairedDifference,
     front,
@@ -91,19 +91,27 @@ def is_control(params: Params, variant: str) -> bool:
     return isinstance(pruner, NoneContinued) and params.quantize[variant_quantizer].method == "fp32"
 
 
-def extra_epochs(params: Params, variant: str) -> int:
-    """Epochs that a variant trained for beyond its dense network."""
-    pruner = params.prune[params.pruner_of(variant)]
-    return (pruner.epochs if isinstance(pruner, Training) else 0) + recovery_epochs(params, variant)
+def extra_training(params: Params, variant: str) -> tuple[int, set[tuple[float, ...]]]:
+    """Epochs that a variant trained for beyond its dense network, and how: in pruning, and in a quantizer's recovery.
+
+    Returns:
+        Their sum, and the settings of each part: learning rate factor, distillation, its temperature.
+    """
+    parts = [params.prune[params.pruner_of(variant)], params.quantize[params.variants[variant].quantizer]]
+    trained = [part for part in parts if isinstance(part, Training | Bits) and part.epochs]
+    return sum(part.epochs for part in trained), {
+        (part.learning_rate_factor, part.distillation, part.distillation_temperature if part.distillation else 0.0)
+        for part in trained
+    }
 
 
 def control_of(params: Params, variant: str) -> str | None:
-    """The control of the same model that trained for as many extra epochs, in pruning and in a quantizer's recovery.
+    """The control of the same model that trained for as many extra epochs by the same settings.
 
     None where it is not among the variants, and for a variant that had no extra training or is itself a control.
     """
-    extra = extra_epochs(params, variant)
-    if not extra or is_control(params, variant):
+    training = extra_training(params, variant)
+    if not training[0] or is_control(params, variant):
         return None
     return next(
         (
@@ -111,7 +119,7 @@ def control_of(params: Params, variant: str) -> str | None:
             for name in params.variants
             if is_control(params, name)
             and params.model_of(name) == params.model_of(variant)
-            and extra_epochs(params, name) == extra
+            and extra_training(params, name) == training
         ),
         None,
     )

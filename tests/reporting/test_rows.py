@@ -121,13 +121,22 @@ def test_the_recovery_of_a_quantizer_counts_as_training_too():
         "oto3": training | {"method": "oto", "epochs": 3, "group_sparsity": 0.5},
         "more3": training | {"method": "none_continued", "epochs": 3},
     }
-    raw = params_of(pruners=pruners, variants=[(p, q) for p in pruners for q in ("fp32", "q1", "q4")])
-    raw["quantize"] |= {f"q{e}": {"method": "uniform_bits", "bits": 3, "epochs": e} for e in (1, 4)}
+    recovery = {"method": "uniform_bits", "bits": 3, "learning_rate_factor": 0.5, "distillation": 0}
+    quantizers = {
+        "q1": recovery | {"epochs": 1},
+        "q4": recovery | {"epochs": 4},
+        "taught": recovery | {"epochs": 4, "distillation": 0.5},
+        "slow": recovery | {"epochs": 1, "learning_rate_factor": 0.1},
+    }
+    raw = params_of(pruners=pruners, variants=[(p, q) for p in pruners for q in ("fp32", *quantizers)])
+    raw["quantize"] |= quantizers
     params = Params.model_validate(raw)
     assert control_of(params, "atto-none-q4") == "atto-more4-fp32"
     assert control_of(params, "atto-oto3-q1") == "atto-more4-fp32"
     assert control_of(params, "atto-oto3-q4") is None
     assert control_of(params, "atto-oto3-fp32") == "atto-more3-fp32"
+    assert control_of(params, "atto-none-taught") is None  # no control that a teacher helped
+    assert control_of(params, "atto-oto3-slow") is None  # four epochs, but not by one setting
 
 
 def test_the_difference_to_the_control_is_paired_and_corrected(run: Run):
