@@ -20,6 +20,7 @@ from stages.reporting.text import bytes_text, count_text, ms_text, percent_text,
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+FILLS = ("full", "none", "left")
 LINES = ("-", "--", ":", "-.")
 INK, FAINT = "#1b1f24", "#c3c9d2"
 """Stand-ins that the SVG turns into the page's own text and line colours, so that dark mode works."""
@@ -107,7 +108,7 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
         y = 100 * row["top1"]
         axes.plot([x, x], [100 * row["top1_ci_low"], 100 * row["top1_ci_high"]], color=color, lw=1, alpha=0.6)
         chosen = row["variant"] == choices.headline
-        (point,) = axes.plot([x], [y], marker=marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.6)
+        (point,) = axes.plot([x], [y], **marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
         point.set_markeredgecolor(INK if chosen else color)
         point.set_zorder(3)
         point.set_gid(f"{name}-point-{index}")
@@ -456,13 +457,14 @@ def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def _looks(run: Run) -> tuple[dict[str, str], dict[str, str]]:
-    """Colour of each pruner and marker of each quantizer, in the order of the params."""
+def _looks(run: Run) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Colour of each pruner and marker of each quantizer (full, then hollow, then half full), in the params' order."""
     used = run.params.variants.values()
     pruners = [p for p in run.params.prune if any(run.params.prunings[v.pruning].pruner == p for v in used)]
     quantizers = [q for q in run.params.quantize if any(v.quantizer == q for v in used)]
     colors = {pruner: COLORS[index % len(COLORS)] for index, pruner in enumerate(pruners)}
-    return colors, {quantizer: MARKERS[index % len(MARKERS)] for index, quantizer in enumerate(quantizers)}
+    shapes = [{"marker": marker, "fillstyle": fill} for fill in FILLS for marker in MARKERS]
+    return colors, {quantizer: shapes[index % len(shapes)] for index, quantizer in enumerate(quantizers)}
 
 
 def _scale(values: list[float], unit: str) -> tuple[float, str]:
@@ -500,13 +502,13 @@ def _whole_numbers(axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _legend(figure, colors: dict[str, str], markers: dict[str, str], front: bool) -> None:
+def _legend(figure, colors: dict[str, str], markers: dict[str, dict[str, str]], front: bool) -> None:
     """Pruners by colour, quantizers by marker, and the front's line where there is one, under the plot."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, lw=5, label=pruner) for pruner, color in colors.items()]
     handles += [
-        Line2D([], [], color=INK, marker=marker, ls="", ms=6, label=quantizer) for quantizer, marker in markers.items()
+        Line2D([], [], color=INK, **marker, ls="", ms=6, label=quantizer) for quantizer, marker in markers.items()
     ]
     if front:
         handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))

@@ -122,14 +122,14 @@ def groups_block(reports: Path) -> str:
         if model_family(params, row["model"]) == first:
             groups.setdefault(row["group"], []).append(row)
     lines = [
-        "| pruner | MACs | model.onnx | latency | top-1, % | Δ dense, points | Δ control, points |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| variant | MACs | weights | model.onnx | latency | top-1, % | Δ dense, points | Δ control, points |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, members in groups.items():
         pairs = [(row, by_name[params.baseline_of(row["variant"])]) for row in members]
         costs = [
             percent_text(sum(row[cost] / dense[cost] for row, dense in pairs) / len(pairs))
-            for cost in ("macs", "size_bytes", "latency_ms_p50")
+            for cost in ("macs", "artifact_bytes", "size_bytes", "latency_ms_p50")
         ]
         controls = [control_of(params, row["variant"]) for row in members]
         over = [row["top1"] - by_name[c]["top1"] for row, c in zip(members, controls, strict=True) if c in by_name]
@@ -141,8 +141,8 @@ def groups_block(reports: Path) -> str:
     lines += [
         "",
         f"Means \N{PLUS-MINUS SIGN} standard deviation over {_seeds(rows)}; costs are shares of the same seed's dense"
-        f" float network in ONNX Runtime. {run['data_name']}, n = {run['n_test']:,} test images; run"
-        f" `{run['run_id']}`. {_machine(run)}",
+        f" float network in ONNX Runtime; weights are `model.safetensors`. {run['data_name']},"
+        f" n = {run['n_test']:,} test images; run `{run['run_id']}`. {_machine(run)}",
     ]
     return "\n".join(lines)
 

@@ -2,13 +2,14 @@ import io
 import re
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from synthetic_run import params_of, write_run
 
-from stages.common.params import load_params
+from stages.common.params import Params, load_params
 from stages.reporting import plots
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.levels import levels_of
@@ -32,6 +33,16 @@ def crowded() -> tuple[dict, dict[str, float]]:
         }
     variants = [(pruner, quantizer) for pruner in pruners for quantizer in ("fp32", "int8")]
     return params_of(pruners=pruners, variants=variants), {f"oto{n}": 0.79 + n / 500 for n in range(5)}
+
+
+def test_more_quantizers_than_shapes_still_look_different():
+    raw = params_of()
+    names = [f"q{index}" for index in range(len(plots.MARKERS) + 5)]
+    raw["quantize"] |= {name: {"method": "uniform_bits", "bits": 4} for name in names}
+    raw["variants"] |= {f"atto-none-{name}": {"pruning": "atto-none", "quantizer": name} for name in names}
+    run = SimpleNamespace(params=Params.model_validate(raw))
+    _, markers = plots._looks(run)
+    assert len({tuple(look.values()) for look in markers.values()}) == len(markers) > len(plots.MARKERS)
 
 
 def test_pictures_are_whole_and_described(pictures: dict[str, Picture]):
