@@ -186,6 +186,10 @@ def test_a_quantizers_key_that_would_do_nothing_is_refused(raw, tmp_path, quanti
         ({"choices": [4]}, "quantize.mine.choices"),
         ({"choices": [2, 9]}, "quantize.mine.choices.1"),
         ({"evaluations": 0}, "quantize.mine.evaluations"),
+        ({"average_bits": 8.0}, "average_bits = 8.0 leaves nothing to choose"),
+        ({"choices": [2, 3], "average_bits": 3.5}, "may have the 3 bits that are the most of choices"),
+        ({"learning_rate": -0.1}, "quantize.mine.learning_rate"),
+        ({"rounding": "gptq", "epochs": 2}, "rounding: gptq with epochs: 2: recovery rounds to nearest"),
     ],
 )
 def test_a_budget_of_bits_that_cannot_be_kept_is_refused(raw, tmp_path, changes, expected):
