@@ -104,6 +104,11 @@ class NonePruner(Section):
     method: Literal["none"]
 
 
+def _budget(section: "Training | Bits") -> tuple[int, float, float, float]:
+    temperature = section.distillation_temperature if section.distillation else 0.0
+    return section.epochs, section.learning_rate_factor, section.distillation, temperature
+
+
 class Training(Section):
     """What every pruner that trains has: its budget. All else of the recipe is `finetune`'s."""
 
@@ -122,9 +127,8 @@ class Training(Section):
 
     @property
     def budget(self) -> tuple[int, float, float, float]:
-        """What two pruners must share to be compared."""
-        temperature = self.distillation_temperature if self.distillation else 0.0
-        return self.epochs, self.learning_rate_factor, self.distillation, temperature
+        """What two pruners must share to be compared: epochs, learning rate factor, distillation, its temperature."""
+        return _budget(self)
 
 
 class NoneContinued(Training):
@@ -340,6 +344,11 @@ class Bits(Calibrated):
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of recovery's loss that asks for the float parent's softened outputs (arXiv 1503.02531)."""
     distillation_temperature: Positive = 2.0
+
+    @property
+    def budget(self) -> tuple[int, float, float, float]:
+        """Of quantization-aware recovery, as `Training`'s."""
+        return _budget(self)
 
     @model_validator(mode="after")
     def recovery_has_its_settings(self) -> "Bits":

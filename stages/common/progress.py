@@ -1,8 +1,8 @@
-"""Progress of a training: a live bar in a terminal, one line for each epoch elsewhere."""
+"""Progress of a training or a search: a live bar in a terminal, lines elsewhere."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 FIGURES_WIDTH = len("loss 0.123 validation top-1 100.00 %")
 LEFT_WIDTH = len("123:45 left")
+LINE_SECONDS = 20.0
+"""Outside a terminal, at least so long passes between the lines of a search."""
 
 
 class EpochProgress:
@@ -49,8 +51,7 @@ class EpochProgress:
         if completed <= self._done_before:
             return ""
         per_epoch = (time.monotonic() - self._started) / (completed - self._done_before)
-        minutes, seconds = divmod(round(per_epoch * (self.epochs - completed)), 60)
-        return f"{minutes}:{seconds:02d} left"
+        return _left(per_epoch * (self.epochs - completed))
 
 
 @contextmanager
@@ -59,6 +60,42 @@ def epoch_progress(title: str, epochs: int, steps_per_epoch: int, done: int = 0)
     if not sys.stdout.isatty():
         yield EpochProgress(title, epochs, steps_per_epoch, done, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, console=Console(), refresh_per_second=4) as bar:
+    with _bar() as bar:
         yield EpochProgress(title, epochs, steps_per_epoch, done, bar)
+
+
+@contextmanager
+def count_progress(title: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
+    """Progress over `total` parts of about equal length: call what this gives after each, with a figure to show."""
+    started, told, done = time.monotonic(), time.monotonic(), 0
+
+    def text(figure: str) -> str:
+        left = _left((time.monotonic() - started) / done * (total - done)) if done else ""
+        return f"{unit} {done:>{len(str(total))}}/{total} {figure} {left:>{LEFT_WIDTH}}"
+
+    def step(figure: str) -> None:
+        nonlocal told, done
+        done += 1
+        if bar is not None:
+            bar.update(task, completed=done, text=text(figure))
+        elif time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            print(f"{title}: {text(figure)}", flush=True)
+
+    if not sys.stdout.isatty():
+        bar = None
+        yield step
+        return
+    with _bar() as bar:
+        task = bar.add_task(title, total=total, text=text(""))
+        yield step
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    return Progress(*columns, console=Console(), refresh_per_second=4)
+
+
+def _left(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d} left"

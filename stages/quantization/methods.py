@@ -1,7 +1,7 @@
 """The quantizers' course, each from a float network to what is stored; their steps are in the modules beside."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from stages.common.params import (
     Quantizer,
     UniformBits,
 )
+from stages.common.progress import count_progress
 from stages.datasets.store import Part
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier
@@ -184,7 +185,9 @@ def allocate(
     quantizer: AllocatedBits = task.quantizer
     evaluator = Evaluator(task.classifier, [layer.name for layer in layers], by_bits, *task.calibration)
     problem = problem_of(layers, by_bits, evaluator, quantizer, task.parent.seed, f"{task.param}.evaluations")
-    sensitivities = _search(problem, quantizer)
+    with count_progress(f"quantize {task.variant}", quantizer.evaluations, "evaluation") as step:
+        problem.evaluate = _counted(step, problem, quantizer)
+        sensitivities = _search(problem, quantizer)
     bits = problem.budget.choices[problem.best]
     told = {
         "search": getattr(quantizer, "search", "policy_gradient"),
@@ -236,6 +239,20 @@ def problem_of(
         seed=seed,
         param=param,
     )
+
+
+def _counted(
+    step: Callable[[str], None], problem: Problem, quantizer: AllocatedBits
+) -> Callable[[Mapping[str, int | None]], float]:
+    """The problem's `evaluate`, which also calls `step` with the best that was tried before."""
+    evaluate = problem.evaluate
+
+    def counted(bits: Mapping[str, int | None]) -> float:
+        value = evaluate(bits)
+        step(f"best {quantizer.objective} {_shown(min(problem.tried), quantizer)}" if problem.tried else "")
+        return value
+
+    return counted
 
 
 def _shown(objective: float, quantizer: AllocatedBits) -> str:

@@ -218,7 +218,7 @@ def _read_description(path: Path, variant: str) -> dict:
 def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
     files = {model: paths.dense_curve(model) for model in params.models}
     files |= {pruning: paths.pruned_curve(pruning) for pruning in params.prunings}
-    recovered = [variant for variant in params.variants if recovery_epochs(params, variant)]
+    recovered = [variant for variant in params.variants if _recovers(params, variant)]
     files |= {variant: paths.compressed_curve(variant) for variant in recovered}
     curves = {}
     for name, path in files.items():
@@ -232,10 +232,9 @@ def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
     return {name: rows for name, rows in curves.items() if rows}
 
 
-def recovery_epochs(params: Params, variant: str) -> int:
-    """Epochs that a variant's quantizer trained for."""
+def _recovers(params: Params, variant: str) -> bool:
     quantizer = params.quantize[params.variants[variant].quantizer]
-    return quantizer.epochs if isinstance(quantizer, Bits) else 0
+    return isinstance(quantizer, Bits) and quantizer.epochs > 0
 
 
 def _read_benchmarks(params: Params) -> list[dict]:

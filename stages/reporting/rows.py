@@ -98,11 +98,8 @@ def extra_training(params: Params, variant: str) -> tuple[int, set[tuple[float, 
         Their sum, and the settings of each part: learning rate factor, distillation, its temperature.
     """
     parts = [params.prune[params.pruner_of(variant)], params.quantize[params.variants[variant].quantizer]]
-    trained = [part for part in parts if isinstance(part, Training | Bits) and part.epochs]
-    return sum(part.epochs for part in trained), {
-        (part.learning_rate_factor, part.distillation, part.distillation_temperature if part.distillation else 0.0)
-        for part in trained
-    }
+    budgets = [part.budget for part in parts if isinstance(part, Training | Bits) and part.epochs]
+    return sum(epochs for epochs, *_ in budgets), {budget[1:] for budget in budgets}
 
 
 def control_of(params: Params, variant: str) -> str | None:

@@ -3,7 +3,8 @@ import io
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from stages.common.progress import EpochProgress, epoch_progress
+from stages.common import progress as module
+from stages.common.progress import EpochProgress, count_progress, epoch_progress
 
 
 def test_outside_a_terminal_each_epoch_is_one_line(capsys):
@@ -36,3 +37,29 @@ def test_in_a_terminal_the_bar_shows_epoch_figures_and_time_left():
     assert texts[22].startswith("epoch 3/4 loss 0.500 validation top-1 100.00 %")
     assert texts[22] in screen.getvalue()
     assert "left" in screen.getvalue()
+
+
+def test_outside_a_terminal_a_search_tells_now_and_then_how_far_it_is(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 8))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "LINE_SECONDS", 20)
+    with count_progress("quantize a", total=10, unit="evaluation") as step:
+        for figure in "abcdefghij":
+            step(f"best loss {figure}")
+    lines = capsys.readouterr().out.splitlines()
+    assert 2 <= len(lines) < 6
+    assert lines[0].startswith("quantize a: evaluation  ")
+    assert " best loss " in lines[0]
+    assert lines[0].endswith(" left")
+
+
+def test_in_a_terminal_a_search_has_a_bar_that_ends_full(monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr(module, "Console", lambda: console)
+    monkeypatch.setattr(module.sys.stdout, "isatty", lambda: True, raising=False)
+    with count_progress("quantize a", total=3, unit="evaluation") as step:
+        for _ in range(3):
+            step("best loss 0.5")
+    assert "evaluation 3/3 best loss 0.5" in screen.getvalue()
+    assert "0:00 left" in screen.getvalue()
