@@ -28,6 +28,7 @@ SOURCES = {
     **{path.name: path for path in sorted((STAGES / "edge/device").glob("*.py")) if path.name != "__init__.py"},
     "edgewise_decode.py": STAGES / "datasets/decode.py",
     "edgewise_machine.py": STAGES / "edge/machine.py",
+    "edgewise_memory.py": STAGES / "edge/memory.py",
     "edgewise_window.py": STAGES / "edge/window.py",
 }
 """What is copied, by its name in the bundle: images are read there by the code that stored the training images."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json
-from stages.edge.machine import peak_rss_bytes
+from stages.edge.memory import peak_rss_bytes
 from stages.edge.runtimes import RUNTIMES, Runtime
 
 

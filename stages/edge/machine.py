@@ -5,7 +5,6 @@ Goes into device bundles as it is, so it needs the standard library only.
 
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -92,20 +91,6 @@ def others_cores_now(seconds: float = 1.0) -> float:
 
 def is_busy(*others_cores: float) -> bool:
     return max(others_cores) > BUSY_CORES
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process since it began.
-
-    Linux counts it in /proc from the exec on; `ru_maxrss` there also covers the process that it was forked from.
-    """
-    for line in (_read(PROCESSES / "self/status") or "").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _used_seconds() -> float:

@@ -24,8 +24,8 @@ try:
         is_busy,
         machine_state,
         others_cores_now,
-        peak_rss_bytes,
     )
+    from edgewise_memory import peak_rss_bytes
     from edgewise_model import Model, open_model, stop, threads_argument
     from edgewise_window import time_window
 except ImportError as missing:

@@ -262,6 +262,8 @@ def parse() -> argparse.Namespace:
         parser.error("--realtime goes with --video")
     if arguments.crop is not None and not 0 < arguments.crop <= 1:
         parser.error("--crop: more than 0 and at most 1")
+    if arguments.save and arguments.video and arguments.save.resolve() == arguments.video.resolve():
+        parser.error("--save would overwrite the video that is played")
     if arguments.max_frames is not None and arguments.max_frames < 1:
         parser.error("--max-frames: at least 1")
     return arguments
@@ -272,6 +274,8 @@ def main() -> None:
         wrong = run(parse())
     except NoFrames as error:
         stop(error)
+    except KeyboardInterrupt:
+        stop("interrupted before the first frame")
     if wrong:
         stop(wrong)
 

@@ -110,6 +110,16 @@ def test_without_a_window_it_says_how_to_go_on(tmp_path):
     assert "add --headless" in done.stderr
 
 
+def test_a_video_is_not_saved_over_itself_nor_where_no_folder_is(tmp_path):
+    video = write_video(tmp_path / "a.mp4", 2)
+    content = video.read_bytes()
+    done = on_device(toy_bundle(), "camera.py", "--headless", "--video", video, "--save", tmp_path / "." / "a.mp4")
+    assert (done.returncode, video.read_bytes()) == (2, content)
+    done = on_device(toy_bundle(), "camera.py", "--headless", "--video", video, "--save", tmp_path / "none" / "a.mp4")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: .* cannot be written: .*\n", done.stderr)
+
+
 @pytest.mark.parametrize("wrong", [["--crop=0"], ["--crop=1.5"], ["--max-frames=0"], ["--realtime"]])
 def test_odd_options_are_refused(wrong):
     assert on_device(toy_bundle(), "camera.py", "--headless", *wrong).returncode == 2
