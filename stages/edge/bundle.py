@@ -100,7 +100,9 @@ def pinned(package: str) -> str:
 
 def refuse_other_folder(folder: Path) -> None:
     """Raise a `UserError` where `folder` holds something else than a bundle: it would be lost."""
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not folder.exists():
+        return
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if held - {PRINTED} and BUNDLE not in held:
         raise UserError(f"{folder} is there already and is no bundle: move it away, or give another --out")
 

@@ -150,6 +150,11 @@ def test_what_is_no_bundle_is_not_replaced(project):
     with pytest.raises(UserError, match="is no bundle: move it away"):
         make_bundle(project, "--accuracy", "0.1", "--out", str(paths.compressed(VARIANT).parent))
     assert (paths.compressed(VARIANT) / "model.safetensors").is_file()
+    (project / "mine").mkdir()
+    (project / "mine" / VARIANT).write_text("a file")
+    with pytest.raises(UserError, match="is no bundle: move it away"):
+        make_bundle(project, "--accuracy", "0.1", "--out", "mine")
+    assert (project / "mine" / VARIANT).read_text() == "a file"
 
 
 def test_unknown_variants_other_images_and_odd_accuracies_are_refused(project, monkeypatch, capsys):
