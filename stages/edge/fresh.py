@@ -17,6 +17,7 @@ import numpy as np
 
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json
+from stages.edge.memory import peak_rss_bytes
 from stages.edge.runtimes import RUNTIMES, Runtime
 
 
@@ -49,22 +50,6 @@ def measure_fresh(runtime: Runtime, folder: Path, threads: int, repeats: int = 3
         results.append(json.loads(done.stdout.splitlines()[-1]))
     median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
     return Fresh(**median | {"peak_rss_bytes": int(median["peak_rss_bytes"])})
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process since it began.
-
-    Linux counts it in /proc from the exec on; `ru_maxrss` there also covers the process that it was forked from.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (FileNotFoundError, StopIteration):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def first_run(runtime: Runtime, folder: Path, threads: int, image_size: int) -> Fresh:

@@ -6,14 +6,14 @@ not recorded. A contender's ratio to its baseline is taken within rounds, and it
 """
 
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from stages.common.params import EdgeBenchmark
 from stages.edge.runtimes import Run
+from stages.edge.window import time_window
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ def measure(contenders: Sequence[tuple[Run, np.ndarray]], protocol: Protocol) ->
         for number in range(protocol.windows):
             for order, contender in enumerate(generator.permutation(len(contenders))):
                 run, pixels = contenders[contender]
-                windows.append(Window(int(contender), number, order, _window(run, pixels, protocol)))
+                times = time_window(
+                    run, pixels, protocol.window_seconds, protocol.minimum_runs, protocol.unrecorded_runs
+                )
+                windows.append(Window(int(contender), number, order, times))
     finally:
         if collecting:
             gc.enable()
@@ -127,18 +130,3 @@ def bootstrap_median(values: np.ndarray, confidence: float, resamples: int, seed
     medians = np.median(values[drawn], axis=1)
     low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _window(run: Run, pixels: np.ndarray, protocol: Protocol) -> np.ndarray:
-    clock: Callable[[], int] = time.perf_counter_ns
-    for _ in range(protocol.unrecorded_runs):
-        run(pixels)
-    times: list[int] = []
-    end = clock() + int(protocol.window_seconds * 1e9)
-    while True:
-        before = clock()
-        run(pixels)
-        after = clock()
-        times.append(after - before)
-        if after >= end and len(times) >= protocol.minimum_runs:
-            return np.array(times, np.int64)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from stages.edge import machine
@@ -30,6 +31,42 @@ def test_what_the_system_does_not_tell_is_none(monkeypatch, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("performance\n")
     assert describe_machine()["governor"] == "performance"
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_frequency_is_the_mean_over_cores_and_temperature_that_of_the_hottest_sensor(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "SYSTEM", tmp_path / "sys")
+    monkeypatch.setattr(machine, "PROCESSES", tmp_path / "proc")
+    assert machine_state() | {"load_average_1min": None} == dict.fromkeys(machine_state())
+    write(tmp_path / "sys/class/thermal/thermal_zone0/temp", "47200\n")
+    for core, kilohertz in enumerate((1_500_000, 600_000)):
+        write(tmp_path / f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", f"{kilohertz}\n")
+    assert machine_state()["temperature_c"] == 47.2
+    assert machine_state()["frequency_mhz"] == 1050
+    for sensor, text in enumerate(("51000", "-3000", "")):  # one does not answer
+        write(tmp_path / f"sys/class/hwmon/hwmon0/temp{sensor}_input", text)
+    write(tmp_path / "proc/cpuinfo", "cpu MHz\t\t: 2000.5\n\ncpu MHz\t\t: 3000.5\n")
+    assert machine_state()["temperature_c"] == 51
+    assert machine_state()["frequency_mhz"] == 2500.5
+
+
+def test_a_board_without_a_processors_name_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "PROCESSES", tmp_path)
+    write(tmp_path / "cpuinfo", "processor\t: 0\nFeatures\t: asimd\n")
+    write(tmp_path / "device-tree/model", "Raspberry Pi 4 Model B Rev 1.4\0")
+    assert describe_machine()["cpu"] == "Raspberry Pi 4 Model B Rev 1.4"
+
+
+@needs_idle_accounting
+def test_memory_and_processor_time_are_those_that_psutil_tells():
+    assert describe_machine()["memory_bytes"] == psutil.virtual_memory().total
+    times = psutil.cpu_times()
+    used = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+    assert machine._used_seconds() == pytest.approx(used, abs=0.5)
 
 
 def test_instruction_sets_are_read_from_x86_flags_and_from_arm_features(monkeypatch):

@@ -1,0 +1,121 @@
+"""Frames of a camera or a video file: uint8 `[H, W, 3]` in OpenCV's order of channels, BGR."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CROP = 0.7
+"""Side of the square that is classified, as a share of the frame's shorter side: what the camera is pointed with."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    pixels: np.ndarray
+    decode_ms: float
+
+
+class NoFrames(Exception):
+    """In words for the user: why there is nothing to classify."""
+
+
+def centre_square(pixels: np.ndarray, share: float) -> tuple[slice, slice]:
+    """Rows and columns of the square in the middle whose side is `share` of the shorter side of `[H, W, 3]`."""
+    height, width = pixels.shape[:2]
+    side = max(1, round(share * min(height, width)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return slice(top, top + side), slice(left, left + side)
+
+
+def open_video(source: int | Path) -> cv2.VideoCapture:
+    """A camera by its number, or a video file.
+
+    Raises:
+        NoFrames: if there is no such camera or file, or OpenCV cannot read it.
+    """
+    _keep_quiet()
+    if isinstance(source, Path) and not source.is_file():
+        raise NoFrames(f"{source}: {'a folder, not a video' if source.is_dir() else 'no such file'}")
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    if not capture.isOpened():
+        capture.release()
+        if isinstance(source, int):
+            raise NoFrames(f"camera {source} cannot be opened: is it plugged in, and not in use by another program?")
+        raise NoFrames(f"{source} cannot be opened as a video")
+    return capture
+
+
+def frames_of(capture: cv2.VideoCapture) -> Iterator[Frame]:
+    """Every frame, in order, as fast as they are asked for."""
+    while True:
+        started = time.perf_counter_ns()
+        read, pixels = capture.read()
+        if not read:
+            return
+        yield Frame(pixels, (time.perf_counter_ns() - started) / 1e6)
+
+
+class NewestFrames:
+    """Frames as they come, of which only the newest waits: what it replaces is dropped, and counted in `dropped`.
+
+    A thread reads them, so that a slow classifier never works through a queue of old pictures.
+
+    Args:
+        frames_per_second: of a video file that plays at this rate; 0 for a camera, which has its own.
+    """
+
+    def __init__(self, capture: cv2.VideoCapture, frames_per_second: float = 0.0) -> None:
+        self.dropped = 0
+        self._capture = capture
+        self._interval = 1 / frames_per_second if frames_per_second else 0.0
+        self._newest: Frame | None = None
+        self._ended = self._stopped = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._grab, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Frame]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest is not None or self._ended)
+                frame, self._newest = self._newest, None
+            if frame is None:
+                return
+            yield frame
+
+    def close(self) -> None:
+        """Ask the thread to end; a camera that hangs is left to the end of the process."""
+        self._stopped = True
+        self._thread.join(timeout=2)
+
+    def _grab(self) -> None:
+        due = time.monotonic()
+        while not self._stopped:
+            started = time.perf_counter_ns()
+            grabbed = self._capture.grab()
+            if not self._interval:  # a camera's grab waits for its next frame
+                started = time.perf_counter_ns()
+            read, pixels = self._capture.retrieve() if grabbed else (False, None)
+            decode_ms = (time.perf_counter_ns() - started) / 1e6
+            if self._interval:
+                time.sleep(max(0.0, due - time.monotonic()))
+                due += self._interval
+            with self._changed:
+                self._ended = not read
+                if read:
+                    self.dropped += self._newest is not None
+                    self._newest = Frame(pixels, decode_ms)
+                self._changed.notify()
+            if not read:
+                return
+
+
+def _keep_quiet() -> None:
+    """Neither OpenCV's nor FFmpeg's own words: an error is told in one line."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -1,0 +1,62 @@
+"""Classify images: one line for each, with the time that it took.
+
+    python predict.py image.jpg [more...]
+
+`unsure` is said where the confidence is under the threshold of `bundle.json`. The times are a warm model's; bench.py
+measures starting, too. Exit code 1 where an image could not be read; the others are answered all the same.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+try:
+    import numpy as np
+    from edgewise_decode import decode
+    from edgewise_model import Model, open_model, threads_argument
+    from PIL import Image
+except ImportError as missing:
+    sys.exit(f"error: {missing}: pip install -r requirements.txt")
+
+
+def answer_line(model: Model, path: Path) -> str:
+    """Raises whatever Pillow raises on a file that is no image, or a broken one."""
+    started = time.perf_counter_ns()
+    pixels, _ = decode(path, model.bundle.image_size)
+    preprocess_ms = (time.perf_counter_ns() - started) / 1e6
+    answer = model.answer(pixels)
+    return f"{path}: {answer}, {preprocess_ms:.2f} ms preprocess, {answer.inference_ms:.2f} ms inference"
+
+
+def reason_of(error: Exception, path: Path) -> str:
+    """In one line, without the path that the line begins with."""
+    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
+    return " ".join(text.split()).replace(f" {str(path)!r}", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", type=Path, metavar="image")
+    parser.add_argument("--threads", type=threads_argument, default=1, help="of ONNX Runtime (default: 1)")
+    arguments = parser.parse_args()
+    model = open_model(Path(__file__).parent, arguments.threads)
+    size = model.bundle.image_size
+    model.answer(np.zeros((size, size, 3), np.uint8))  # the first inference is slower
+    Image.preinit()  # so is the first image, which Pillow loads its formats for
+    warnings.simplefilter("ignore")  # Pillow's, on large or odd images
+    failed = False
+    for path in arguments.images:
+        try:
+            line = answer_line(model, path)
+        except Exception as error:  # Pillow's errors have no common class
+            print(f"{path}: cannot be read: {reason_of(error, path)}", file=sys.stderr)
+            failed = True
+            continue
+        print(line, flush=True)
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()

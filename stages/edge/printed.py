@@ -1,0 +1,145 @@
+"""Printed samples: test images, printed and filmed in simulation, classified as camera.py does.
+
+In:  `params.yaml`, `models/compressed/<variant>/`, the test part of `data/images/` (like profile: it measures what was
+     chosen before).
+Out: `dist/<variant>/printed/`: `printed.mp4`, one frame for each image, and `printed.json`: the accuracy on these
+     frames, and on the same images as they are stored.
+Run: python -m stages.edge.printed <variant> [--images 1000] [--seed 0] [--out dist/<variant>/printed]
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import binomtest
+
+from stages.artifacts.artifact import ONNX, check_onnx, read_description
+from stages.common import paths
+from stages.common.errors import UserError, run_stage
+from stages.common.files import atomic_folder, write_json
+from stages.common.params import load_params
+from stages.datasets.decode import decode
+from stages.datasets.store import Part, open_part, read_info
+from stages.edge.bundle import CAMERA, PRINTED, listed_variant
+from stages.export.session import open_session, session_logits
+
+VIDEO, RESULT = "printed.mp4", "printed.json"
+IMAGES = 1000
+"""Where `--images` says nothing and the test part has as many."""
+
+
+def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
+    """Which test images are printed: a seeded sample without repetition, in the stored order.
+
+    Raises:
+        UserError: if there are not so many.
+    """
+    images = min(IMAGES, n_test) if images is None else images
+    if not 1 <= images <= n_test:
+        raise UserError(f"--images {images}: 1 to {n_test:,}, the images of the test part")
+    return np.sort(np.random.default_rng(seed).choice(n_test, images, replace=False))
+
+
+def proportion(name: str, right: np.ndarray, confidence: float) -> dict[str, float]:
+    """Share of True with Wilson's score interval."""
+    result = binomtest(int(right.sum()), len(right))
+    low, high = result.proportion_ci(confidence, method="wilson")
+    return {name: float(right.mean()), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+
+
+def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confidence: float, video: Path) -> dict:
+    """Film the images `chosen` of `part`, play the video and classify its frames.
+
+    Raises:
+        UserError: if the video does not play back frame for frame.
+    """
+    from stages.edge.device.edgewise_frames import CROP, centre_square
+    from stages.edge.printing import FRAMES_PER_SECOND, Strengths, film, photograph, play
+
+    strengths = Strengths()
+    session = open_session(onnx, 1)
+
+    def pictures() -> Iterator[np.ndarray]:
+        for index in chosen:
+            yield photograph(part.images[index], strengths, np.random.default_rng([seed, int(index)]))
+
+    def class_of(pixels: np.ndarray) -> int:
+        return int(session_logits(session, pixels[None], 1)[0].argmax())
+
+    written = film(video, pictures(), strengths.frame_px)
+    size, printed = part.images.shape[1], []
+    for frame in play(video, written):
+        square = frame[centre_square(frame, CROP)]
+        pixels, _ = decode(np.ascontiguousarray(square[..., ::-1]), size)
+        printed.append(class_of(pixels))
+    predicted = np.array(printed)
+    clean = np.array([class_of(part.images[index]) for index in chosen])
+    labels = part.labels[chosen]
+    return {
+        "n_images": len(chosen),
+        "seed": seed,
+        "confidence": confidence,
+        **proportion("top1_printed", predicted == labels, confidence),
+        **proportion("top1_clean", clean == labels, confidence),
+        "agreement": float((predicted == clean).mean()),
+        "video_frames": written,
+        "video_frames_per_s": FRAMES_PER_SECOND,
+        "video_bytes": video.stat().st_size,
+        "crop_share": CROP,
+        **asdict(strengths),
+    }
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Raise a `UserError` where `folder` holds something else than an earlier result: it would be lost."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {VIDEO, RESULT}):
+        raise UserError(f"{folder} holds other files: move them away, or give another --out")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.edge.printed", description="Classify test images, printed and filmed in simulation."
+    )
+    parser.add_argument("variant")
+    parser.add_argument("--images", type=int, help=f"how many (default: {IMAGES}, or all where there are fewer)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample and the simulation (default: 0)")
+    parser.add_argument("--out", type=Path, help="a folder (default: dist/<variant>/printed)")
+    arguments = parser.parse_args()
+    if arguments.seed < 0:
+        parser.error("--seed: at least 0")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if importlib.util.find_spec("cv2") is None:
+        raise UserError("OpenCV is not installed here: run `uv sync --extra camera`, then again")
+    params = load_params()
+    variant = listed_variant(params, arguments.variant)
+    folder = arguments.out or Path("dist") / variant / PRINTED
+    refuse_other_folder(folder)
+    source, info = paths.compressed(variant), read_info(paths.IMAGES)
+    description = read_description(source)
+    check_onnx(source, description)
+    description.require_images(source, info.sha256)
+    part = open_part(paths.IMAGES, "test")
+    chosen = sample(len(part), arguments.images, arguments.seed)
+    with atomic_folder(folder) as unfinished:
+        row = {"variant": variant, "onnx_sha256": description.onnx["sha256"], "data_name": info.name}
+        row |= {"data_source": info.source, "data_sha256": info.sha256}
+        video = unfinished / VIDEO
+        row |= printed_test(source / ONNX, part, chosen, arguments.seed, params.report.confidence, video)
+        row |= {"onnxruntime": importlib.metadata.version("onnxruntime"), "opencv": importlib.metadata.version(CAMERA)}
+        write_json(unfinished / RESULT, row)
+    for name, what in (("printed", "printed and filmed"), ("clean", "as they are")):
+        low, high = (100 * row[f"top1_{name}_ci_{side}"] for side in ("low", "high"))
+        print(f"{what}: top-1 {100 * row[f'top1_{name}']:.2f} % [{low:.2f}, {high:.2f}], n = {row['n_images']:,}")
+    print(f"the same class on {100 * row['agreement']:.2f} %; {folder / RESULT}")
+
+
+if __name__ == "__main__":
+    run_stage(main)
