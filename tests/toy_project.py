@@ -1,5 +1,6 @@
 """A folder as a pipeline run leaves it: params, images and the artifacts of a small ConvNeXt, made once per process."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -81,10 +82,11 @@ def _pruned() -> Path:
 @functools.cache
 def _compressed() -> Path:
     folder = pruned_project(_kept_folder())
-    params = load_params(folder / paths.PARAMS)
-    for variant, entry in params.variants.items():
-        parent, own = folder / paths.pruned(entry.pruning), folder / paths.compressed(variant)
-        compress(params, variant, parent, own, folder / paths.IMAGES, 1)
+    with contextlib.chdir(folder):  # checkpoints go to the working folder, and other processes make this project too
+        params = load_params(paths.PARAMS)
+        for variant, entry in params.variants.items():
+            compress(params, variant, paths.pruned(entry.pruning), paths.compressed(variant), paths.IMAGES, 1)
+        shutil.rmtree(paths.SCRATCH)
     return folder
 
 
