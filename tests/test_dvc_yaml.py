@@ -131,6 +131,20 @@ def test_every_profile_runs_the_one_pipeline_from_its_own_folder(copy):
     assert yaml.safe_load((copy.parent / "params.yaml").read_text())["root"] == "../.."
 
 
-@pytest.mark.parametrize("folder", ["dvc_plots", "profiles/mine/dvc_plots", "profiles/mine/reports/edge"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        *("dvc_plots", "profiles/mine/dvc_plots", "profiles/mine/reports/edge", "profiles/mine/data/images"),
+        *("profiles/mine/models/dense/a", "profiles/mine/models/pruned/a", "profiles/mine/models/compressed/a"),
+    ],
+)
 def test_what_dvc_writes_and_git_must_not_track_is_ignored(folder):
     assert subprocess.run(["git", "check-ignore", "-q", f"{folder}/index.html"], cwd=TOP).returncode == 0
+
+
+def test_git_tracks_no_data_no_weights_and_no_large_file():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=TOP, capture_output=True, text=True, check=True).stdout
+    paths = [TOP / name for name in tracked.split("\0") if name]
+    assert paths
+    assert not [path for path in paths if path.suffix in (".npy", ".safetensors", ".onnx")]
+    assert not [path for path in paths if path.is_file() and path.stat().st_size > 1_000_000]
