@@ -103,7 +103,7 @@ def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path,
     batch_size = 1 if description.spans_batch() else EVALUATION_BATCH
 
     def add_onnx(unfinished: Path) -> dict[str, Any]:
-        written = export_onnx(classifier, description.image_size, unfinished / ONNX)
+        written = export_onnx(classifier, description.image_size, unfinished / ONNX, task.params.export)
         description.metrics = validate(classifier, unfinished / ONNX, task.validation_part, batch_size, threads)
         return written
 

@@ -45,6 +45,7 @@ quantize:
 variants:
   convnext-none-fp32: {pruning: convnext-none, quantizer: fp32}
   convnext-oto50-int8_dynamic: {pruning: convnext-oto50, quantizer: int8_dynamic}
+export: {opset: 21, batch: dynamic}
 profile:
   batch_size: 256
 edge_benchmark:

@@ -446,12 +446,74 @@ class Profile(Section):
     batch_size: Count = 256
 
 
+class Export(Section):
+    """Of `model.onnx`."""
+
+    opset: Annotated[int, Field(ge=21, le=23)] = 21
+    """21 is the first with 4-bit integers; runtimes of a device may know no later one."""
+    batch: Literal["dynamic", 1] = "dynamic"
+    """The first axis of the file: free, or one image at a time, as some runtimes want it."""
+
+
+class Soak(Section):
+    """One variant, run on and on: does its latency drift?"""
+
+    variant: Name
+    minutes: Annotated[float, Field(gt=0, le=10080)]
+    images_per_second: Annotated[float, Field(ge=0)] = 0.0
+    """A camera's rate; 0 runs one inference after the other."""
+    window_seconds: Positive = 5.0
+
+
+class Printed(Section):
+    """One variant on test images that are printed and filmed in simulation."""
+
+    variant: Name
+    images: Count = 1000
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class EdgeBenchmark(Section):
+    target: Annotated[
+        str, Field(pattern=r"^(local|ssh://([^\s@/:-][^\s@/:]*@)?[^\s@/:-][^\s@/:]*(:[0-9]{1,5})?/?)$")
+    ] = "local"
+    """This machine, or a device: `ssh://user@host[:port]`."""
+    runtimes: Annotated[
+        list[Literal["onnxruntime", "openvino", "executorch", "torch-eager", "torch-compile"]],
+        Field(min_length=1),
+    ] = ["onnxruntime"]
+    """In which every variant is timed. PyTorch's two time the dense float networks only, and eager always does: it is
+    the baseline."""
     threads: Count = 1
+    affinity: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """The cores that may be used; null leaves it to the system."""
+    batch: Count = 1
+    """Images in each call."""
     warmup_runs: Count = 20
     windows: Annotated[int, Field(ge=2)] = 10
     window_seconds: Positive = 0.3
+    """Shortest duration of a window."""
+    minimum_runs: Count = 5
+    """Recorded calls in each window, however long they take."""
     seed: Annotated[int, Field(ge=0)] = 0
+    soak: Soak | None = None
+    printed: Printed | None = None
+
+    @model_validator(mode="after")
+    def runtimes_hold_the_one_that_ships(self) -> "EdgeBenchmark":
+        if "onnxruntime" not in self.runtimes:
+            raise ValueError("runtimes must hold onnxruntime: it is what the bundle ships")
+        if len(set(self.runtimes)) < len(self.runtimes):
+            raise ValueError("runtimes: each once")
+        return self
+
+    @model_validator(mode="after")
+    def affinity_holds_the_threads(self) -> "EdgeBenchmark":
+        if self.affinity is not None and len(set(self.affinity)) < self.threads:
+            raise ValueError(
+                f"affinity names {len(set(self.affinity))} cores for {self.threads} threads: they would take turns"
+            )
+        return self
 
 
 class Report(Section):
@@ -470,6 +532,7 @@ class Params(Section):
     prunings: dict[Name, Pruning]
     quantize: dict[Name, Quantizer]
     variants: dict[Name, Variant]
+    export: Export = Export()
     profile: Profile = Profile()
     edge_benchmark: EdgeBenchmark = EdgeBenchmark()
     report: Report = Report()
@@ -588,6 +651,14 @@ def _broken_references(params: Params) -> list[str]:
     if problems:
         return problems
 
+    edge = params.edge_benchmark
+    for key, section in [("soak", edge.soak), ("printed", edge.printed)]:
+        if section is not None:
+            reference(f"edge_benchmark.{key}.variant", section.variant, "variants", params.variants)
+    if edge.batch > 1 and params.export.batch == 1:
+        problems.append(
+            f"edge_benchmark.batch = {edge.batch}: export.batch = 1 lets the files take one image at a time"
+        )
     for key, method, section in [("none", "none", params.prune), ("fp32", "fp32", params.quantize)]:
         if key in section and section[key].method != method:
             problems.append(

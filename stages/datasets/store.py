@@ -69,7 +69,7 @@ def read_info(folder: Path) -> Info:
 
 
 def open_part(folder: Path, part: PartName) -> Part:
-    """Memory-map one part. Only profile may open `test`: finetune, prune and quantize never see it.
+    """Memory-map one part. Only what measures a chosen artifact (profile, the printed samples) may open `test`.
 
     Raises:
         UserError: if a file is missing, broken or does not have the shape that `images.json` tells.

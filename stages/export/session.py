@@ -45,7 +45,7 @@ def session_logits(session: onnxruntime.InferenceSession, images: np.ndarray, ba
     """Logits of uint8 images `[N, H, W, 3]` (possibly memory-mapped: one batch at a time is read).
 
     A dynamically quantized network scales its activations over the whole batch, so its logits depend a little on
-    `batch_size`; a device sees one image at a time.
+    `batch_size`; a device sees one image at a time. A file whose batch axis is fixed gets batches of that size.
 
     Returns:
         float32 `[N, classes]`.
@@ -57,6 +57,7 @@ def session_logits(session: onnxruntime.InferenceSession, images: np.ndarray, ba
     if images.dtype != np.uint8 or images.ndim != 4 or list(images.shape[1:]) != pixels.shape[1:]:
         raise UserError(f"model.onnx takes uint8 images {pixels.shape}, these are {images.dtype} {list(images.shape)}")
     name = [session.get_outputs()[0].name]
+    batch_size = 1 if pixels.shape[0] == 1 else batch_size
     batches = [
         session.run(name, {pixels.name: np.ascontiguousarray(images[start : start + batch_size])})[0]
         for start in range(0, len(images), batch_size)

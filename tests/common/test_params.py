@@ -389,3 +389,34 @@ def test_a_bad_file_ends_the_command_with_exit_code_2_and_no_traceback(raw, tmp_
         f"error: {tmp_path}/params.yaml: 1 problem",
         "  base.seed = -1: must be greater than or equal to 0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": "pi@raspberry"}, "edge_benchmark.target = 'pi@raspberry'"),
+        ({"target": "ssh://-oProxyCommand=x"}, "edge_benchmark.target"),
+        ({"runtimes": ["openvino"]}, "runtimes must hold onnxruntime"),
+        ({"runtimes": ["onnxruntime", "onnxruntime"]}, "runtimes: each once"),
+        ({"threads": 2, "affinity": [0]}, "affinity names 1 cores for 2 threads"),
+        ({"soak": {"variant": "another", "minutes": 1}}, "edge_benchmark.soak.variant = 'another': not listed"),
+        ({"printed": {"variant": "another"}}, "edge_benchmark.printed.variant = 'another': not listed"),
+    ],
+)
+def test_settings_of_the_edge_benchmark_that_cannot_be_are_refused(raw, tmp_path, change, words):
+    raw["edge_benchmark"] |= change
+    assert words in refusal(raw, tmp_path)
+
+
+def test_files_that_take_one_image_at_a_time_are_not_timed_in_batches(raw, tmp_path):
+    raw["export"]["batch"] = 1
+    raw["edge_benchmark"]["batch"] = 4
+    assert "edge_benchmark.batch = 4: export.batch = 1" in refusal(raw, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["local", "ssh://raspberry", "ssh://pi@raspberry.local:2222", "ssh://10.0.0.7/"])
+def test_a_target_is_this_machine_or_an_address(raw, tmp_path, target):
+    raw["edge_benchmark"]["target"] = target
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert load_params(path).edge_benchmark.target == target

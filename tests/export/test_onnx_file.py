@@ -9,6 +9,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from stages.common.errors import UserError
+from stages.common.params import Export
 from stages.export import onnx_file
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits
@@ -52,7 +53,7 @@ def test_the_file_gives_the_logits_of_pytorch_for_every_batch_size(float_export,
 def test_convolutional_mlps_stay_convolutions(tiny_network, classify, images, tmp_path):
     classifier = classify(tiny_network(True))
     export_onnx(classifier, 24, tmp_path / "model.onnx")
-    assert operators(tmp_path / "model.onnx")["Conv"] == 16
+    assert operators(tmp_path / "model.onnx")["Conv"] == 16 + 1  # the normalisation
     logits = session_logits(open_session(tmp_path / "model.onnx", 1), images, 16)
     np.testing.assert_allclose(logits, predict_logits(classifier, images, 16), rtol=1e-4, atol=1e-4)
 
@@ -84,8 +85,24 @@ def test_the_interface_is_uint8_pixels_with_a_free_batch_axis_and_float_logits(f
     pixels, logits = session.get_inputs()[0], session.get_outputs()[0]
     assert (pixels.name, pixels.type, pixels.shape) == ("pixels", "tensor(uint8)", ["batch", 24, 24, 3])
     assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 10])
-    assert result == {"opset": 21, "quantized_operators": 0, "integer_weights": {}}
+    assert result == {"opset": 21, "batch": "dynamic", "quantized_operators": 0, "integer_weights": {}}
     assert onnx.load(path).opset_import[0].version == 21
+
+
+def test_opset_and_batch_axis_are_those_of_the_params(tiny_network, classify, images, tmp_path):
+    classifier, path = classify(tiny_network(False)), tmp_path / "model.onnx"
+    result = export_onnx(classifier, 24, path, Export(opset=23, batch=1))
+    assert (result["opset"], result["batch"]) == (23, 1)
+    assert onnx.load(path).opset_import[0].version == 23
+    session = open_session(path, 1)
+    assert session.get_inputs()[0].shape == [1, 24, 24, 3]
+    logits = session_logits(session, images, 16)  # one image at a time, whatever was asked for
+    np.testing.assert_allclose(logits, predict_logits(classifier, images, 60), rtol=1e-4, atol=1e-4)
+
+
+def test_normalisation_is_one_convolution_on_planes(float_export):
+    nodes = onnx.load(float_export[1]).graph.node
+    assert [node.op_type for node in nodes][:3] == ["Transpose", "Cast", "Conv"]
 
 
 def test_the_same_network_gives_the_same_bytes_and_they_tell_nothing_of_the_machine(

@@ -84,7 +84,7 @@ def test_static_layers_run_on_integers_and_agree_with_pytorch(tiny_network, clas
     assert np.abs(logits - expected).mean() < 0.05 * expected.std()  # a value between two steps may fall to either
     ran = run_by_onnxruntime(path, tmp_path)
     assert ran["QLinearConv"] + ran["MatMulIntegerToFloat"] + ran["QGemm"] == 13
-    assert ran["Conv"] == 4  # the depthwise ones
+    assert ran["Conv"] == 4 + 1  # the depthwise ones, and the normalisation
     assert ran["MatMul"] == ran["Gemm"] == 0
 
 
