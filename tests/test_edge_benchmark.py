@@ -2,7 +2,7 @@ import csv
 import json
 import re
 from datetime import datetime
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +13,19 @@ from stages import edge_benchmark
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
+from stages.common.params import EdgeBenchmark
+from stages.edge import local
 from stages.edge.fresh import measure_fresh
 from stages.edge.runtimes import ONNXRUNTIME, TORCH_EAGER
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
+NOT_THERE = "torch-compile is not installed: do this"
+
+
+def change_params(folder, **edge_benchmark):
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["edge_benchmark"] |= edge_benchmark
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 @pytest.fixture
@@ -30,20 +39,31 @@ def measured(tmp_path_factory):
     """One run of the stage, read by several tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(compressed_project(tmp_path_factory.mktemp("edge")))
-        patch.setattr(edge_benchmark, "measure_fresh", partial(measure_fresh, repeats=1))
+        patch.setattr(local, "measure_fresh", lambda *arguments: measure_fresh(*arguments[:4], repeats=1))
+        change_params(
+            Path(),
+            soak={"variant": INT8, "minutes": 0.01, "window_seconds": 0.1},
+            printed={"variant": INT8, "images": 20, "seed": 3},
+            runtimes=["onnxruntime", "torch-compile"],
+        )
+        patch.setattr(local, "not_installed", lambda runtime: NOT_THERE if runtime.name == "torch-compile" else None)
         edge_benchmark.main()
         with (paths.EDGE / "windows.csv").open(newline="") as file:
             windows = list(csv.DictReader(file))
         files = sorted(path.name for path in paths.EDGE.iterdir())
         hashes = {variant: sha256_of(paths.compressed(variant) / "model.onnx") for variant in (FP32, INT8)}
-        return json.loads((paths.EDGE / "edge.json").read_text()), windows, files, hashes
+        edge = json.loads((paths.EDGE / "edge.json").read_text())
+        edge["printed"] = json.loads((paths.EDGE / "printed.json").read_text())
+        with (paths.EDGE / "soak.csv").open(newline="") as file:
+            edge["soak_rows"] = list(csv.DictReader(file))
+        return edge, windows, files, hashes
 
 
 def test_all_variants_and_the_eager_baseline_have_a_row(measured):
     edge, _, files, hashes = measured
     rows = {(row["variant"], row["runtime"]): row for row in edge["rows"]}
     assert list(rows) == [(FP32, "onnxruntime"), (INT8, "onnxruntime"), (FP32, "torch-eager")]
-    assert files == ["edge.json", "windows.csv"]
+    assert files == ["edge.json", "printed.json", "soak.csv", "windows.csv"]
     for (variant, _), row in rows.items():
         assert row["onnx_sha256"] == hashes[variant]
         assert 0 < row["latency_ms_min"] <= row["latency_ms_p50"] <= row["latency_ms_p95"]
@@ -62,6 +82,9 @@ def test_the_run_names_itself_its_machine_and_its_protocol(measured):
     assert re.fullmatch("[0-9a-f]{12}", edge["run_id"])
     assert datetime.fromisoformat(edge["started"]).utcoffset().total_seconds() == 0
     assert isinstance(edge["busy"], bool)
+    assert isinstance(edge["throttled"], bool)
+    assert edge["target"] == "local"
+    assert 0 < edge["overhead_ns"] < 0.01 * 1e6 * min(row["latency_ms_p50"] for row in edge["rows"])
     assert edge["machine"]["cpu"]
     assert {"load_average_1min_before", "load_average_1min_after", "others_cores_during"} <= edge["machine"].keys()
     assert edge["protocol"]["windows"] == 2
@@ -84,18 +107,16 @@ def test_windows_add_up_to_the_rows(measured):
 @pytest.mark.parametrize("file", ["model.onnx", "model.json"])
 def test_a_missing_variant_is_named_before_anything_is_timed(project, monkeypatch, file):
     (paths.compressed(INT8) / file).unlink()
-    monkeypatch.setattr(edge_benchmark, "measure_fresh", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(edge_benchmark, "time_here", lambda *_: pytest.fail("timed"))
     with pytest.raises(UserError, match=rf"{INT8}.*{file} is missing"):
         edge_benchmark.main()
     assert not paths.EDGE.exists()
 
 
 def test_more_threads_than_cores_are_refused_before_anything_is_timed(project, monkeypatch):
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    params["edge_benchmark"]["threads"] = 3
-    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    change_params(project, threads=3)
     monkeypatch.setattr(edge_benchmark, "usable_cores", lambda: 2)
-    monkeypatch.setattr(edge_benchmark, "measure_fresh", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(edge_benchmark, "time_here", lambda *_: pytest.fail("timed"))
     with pytest.raises(UserError, match=r"edge_benchmark\.threads = 3: this process may use 2 cores: lower it"):
         edge_benchmark.main()
     monkeypatch.setattr(edge_benchmark, "usable_cores", lambda: 3)
@@ -112,6 +133,46 @@ def test_a_changed_model_is_refused(project):
 
 def test_both_runtimes_give_the_same_logits(project):
     pixels = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8)
-    onnx, eager = (runtime.open(paths.compressed(FP32), 1)(pixels) for runtime in (ONNXRUNTIME, TORCH_EAGER))
+    onnx, eager = (runtime.open(paths.compressed(FP32), 1, 1)(pixels) for runtime in (ONNXRUNTIME, TORCH_EAGER))
     assert onnx.shape == (1, 5)
     np.testing.assert_allclose(onnx, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_asked_for_and_is_not_there_is_named(measured):
+    edge = measured[0]
+    assert edge["left_out"] == [{"variant": None, "runtime": "torch-compile", "reason": NOT_THERE}]
+
+
+def test_the_soak_and_the_printed_samples_are_judged_beside_the_timings(measured):
+    edge = measured[0]
+    soak = edge["soak"]
+    assert (soak["variant"], soak["minutes"], soak["wrong"]) == (INT8, 0.01, 0)
+    assert soak["soak_seconds"] >= 0.6
+    assert soak["verdict"] in ("stable", "drifts")
+    assert (soak["verdict"] == "drifts") == bool(soak["reasons"])
+    assert len(edge["soak_rows"]) >= 4
+    assert sum(int(row["runs"]) for row in edge["soak_rows"]) == soak["soak_runs"]
+    printed = edge["printed"]
+    assert (printed["variant"], printed["n_images"], printed["seed"]) == (INT8, 20, 3)
+    assert printed["onnx_sha256"] == next(row for row in edge["rows"] if row["variant"] == INT8)["onnx_sha256"]
+
+
+def test_a_soak_that_is_too_short_is_refused_before_anything_is_timed(project, monkeypatch):
+    change_params(project, soak={"variant": INT8, "minutes": 0.1})
+    monkeypatch.setattr(edge_benchmark, "time_here", lambda *_: pytest.fail("timed"))
+    with pytest.raises(UserError, match=r"edge_benchmark\.soak of 6 s in windows of 5 s: it needs at least 4 windows"):
+        edge_benchmark.main()
+
+
+def test_a_core_that_is_not_there_is_refused_before_anything_is_timed(project, monkeypatch):
+    change_params(project, affinity=[4095])
+    monkeypatch.setattr(edge_benchmark, "time_here", lambda *_: pytest.fail("timed"))
+    with pytest.raises(UserError, match=r"edge_benchmark\.affinity names core 4095"):
+        edge_benchmark.main()
+
+
+def test_the_protocol_comes_from_the_params():
+    section = EdgeBenchmark(threads=2, warmup_runs=7, windows=3, window_seconds=0.5, seed=4, batch=2, minimum_runs=9)
+    protocol = edge_benchmark.protocol_of(section)
+    assert (protocol.threads, protocol.warmup_runs, protocol.windows, protocol.minimum_runs) == (2, 7, 3, 9)
+    assert (protocol.window_seconds, protocol.seed, protocol.batch) == (0.5, 4, 2)

@@ -24,12 +24,13 @@ from stages.edge.selective import Threshold, best_threshold, lowest_threshold, t
 from stages.export.session import open_session, session_logits
 
 STAGES = Path(__file__).parents[1]
+DEVICE = ("bench.py", "camera.py", "edgewise_frames.py", "edgewise_model.py", "predict.py")
 SOURCES = {
-    **{path.name: path for path in sorted((STAGES / "edge/device").glob("*.py")) if path.name != "__init__.py"},
+    **{name: STAGES / "edge/device" / name for name in DEVICE},
     "edgewise_decode.py": STAGES / "datasets/decode.py",
     "edgewise_machine.py": STAGES / "edge/machine.py",
     "edgewise_memory.py": STAGES / "edge/memory.py",
-    "edgewise_window.py": STAGES / "edge/window.py",
+    "edgewise_protocol.py": STAGES / "edge/protocol.py",
 }
 """What is copied, by its name in the bundle: images are read there by the code that stored the training images."""
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow")

@@ -2,7 +2,7 @@
 
 In:  an artifact's folder. Under ONNX Runtime neither torch nor anything else of training is imported.
 Out: one line of JSON (see `Fresh`).
-Run: python -m stages.edge.fresh <runtime> <folder> <threads>
+Run: python -m stages.edge.fresh <runtime> <folder> <threads> <batch>
 """
 
 import importlib
@@ -18,6 +18,7 @@ import numpy as np
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json
 from stages.edge.memory import peak_rss_bytes
+from stages.edge.protocol import random_pixels
 from stages.edge.runtimes import RUNTIMES, Runtime
 
 
@@ -32,13 +33,13 @@ class Fresh:
     """Largest resident memory of the process, Python and numpy included."""
 
 
-def measure_fresh(runtime: Runtime, folder: Path, threads: int, repeats: int = 3) -> Fresh:
+def measure_fresh(runtime: Runtime, folder: Path, threads: int, batch: int = 1, repeats: int = 3) -> Fresh:
     """Each figure's median over `repeats` new processes.
 
     Raises:
         UserError: if the process fails, with the last line of what it says.
     """
-    command = [sys.executable, "-m", "stages.edge.fresh", runtime.name, str(folder), str(threads)]
+    command = [sys.executable, "-m", "stages.edge.fresh", runtime.name, str(folder), str(threads), str(batch)]
     results = []
     for _ in range(repeats):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -52,14 +53,14 @@ def measure_fresh(runtime: Runtime, folder: Path, threads: int, repeats: int = 3
     return Fresh(**median | {"peak_rss_bytes": int(median["peak_rss_bytes"])})
 
 
-def first_run(runtime: Runtime, folder: Path, threads: int, image_size: int) -> Fresh:
+def first_run(runtime: Runtime, folder: Path, threads: int, batch: int, image_size: int) -> Fresh:
     """In this process, which must not have imported the runtime before."""
-    pixels = np.random.default_rng(0).integers(0, 256, (1, image_size, image_size, 3), np.uint8)
+    pixels = random_pixels(batch, image_size, 0)
     times = [time.perf_counter_ns()]
     for module in runtime.modules:
         importlib.import_module(module)
     times.append(time.perf_counter_ns())
-    run = runtime.open(folder, threads)
+    run = runtime.open(folder, threads, batch)
     times.append(time.perf_counter_ns())
     run(pixels)
     times.append(time.perf_counter_ns())
@@ -68,11 +69,12 @@ def first_run(runtime: Runtime, folder: Path, threads: int, image_size: int) -> 
 
 
 def main() -> None:
-    if len(sys.argv) != 4 or sys.argv[1] not in RUNTIMES or not sys.argv[3].isdigit():
-        raise UserError(f"usage: python -m stages.edge.fresh <{' | '.join(RUNTIMES)}> <artifact folder> <threads>")
-    folder = Path(sys.argv[2])
+    names = "|".join(RUNTIMES)
+    if len(sys.argv) != 5 or sys.argv[1] not in RUNTIMES or not all(text.isdigit() for text in sys.argv[3:]):
+        raise UserError(f"usage: python -m stages.edge.fresh <{names}> <artifact folder> <threads> <batch>")
+    folder, (threads, batch) = Path(sys.argv[2]), map(int, sys.argv[3:])
     image_size = read_json(folder / "model.json")["image_size"]
-    print(json.dumps(asdict(first_run(RUNTIMES[sys.argv[1]], folder, int(sys.argv[3]), image_size))))
+    print(json.dumps(asdict(first_run(RUNTIMES[sys.argv[1]], folder, threads, batch, image_size))))
 
 
 if __name__ == "__main__":

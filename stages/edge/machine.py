@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+THROTTLED = 0.9  # share of the frequency before a run under which a processor counts as throttled after it
 BUSY_CORES = 0.2  # mean number of cores that others (the hypervisor's other guests too) may use in a quiet run
 INSTRUCTION_SETS = (
     *(
@@ -64,6 +65,39 @@ def machine_state() -> dict[str, float | None]:
     }
 
 
+class EnergyMeter:
+    """Joules that the processor's packages have used since the meter was made, by RAPL's counters.
+
+    Linux gives them in /sys/class/powercap, often to root alone, and rarely inside a virtual machine. A counter starts
+    anew after some minutes at full load: ask more often than that.
+    """
+
+    def __init__(self) -> None:
+        zones = sorted((SYSTEM / "class/powercap").glob("intel-rapl:*"))  # AMD's bear the same name
+        packages = [zone for zone in zones if (_read(zone / "name") or "").startswith("package")]  # not their parts
+        self._zones = [zone for zone in packages if self._microjoules(zone) is not None]
+        self._last = [self._microjoules(zone) for zone in self._zones]
+        self._joules = 0.0
+
+    def __call__(self) -> float | None:
+        """None where no counter can be read."""
+        if not self._zones:
+            return None
+        for index, zone in enumerate(self._zones):
+            now = self._microjoules(zone)
+            used = now - self._last[index]
+            if used < 0:
+                used += float(_read(zone / "max_energy_range_uj") or 0)
+            self._last[index] = now
+            self._joules += used / 1e6
+        return self._joules
+
+    @staticmethod
+    def _microjoules(zone: Path) -> float | None:
+        text = _read(zone / "energy_uj")
+        return float(text) if text else None
+
+
 @dataclass(frozen=True)
 class CpuWatch:
     """Counts the cores that others use from the moment of its making."""
@@ -91,6 +125,58 @@ def others_cores_now(seconds: float = 1.0) -> float:
 
 def is_busy(*others_cores: float) -> bool:
     return max(others_cores) > BUSY_CORES
+
+
+@dataclass(frozen=True)
+class RunWatch:
+    """The machine's state around a run, and what has to be said about it."""
+
+    before: dict[str, float | None]
+    others_before: float
+    throttled_before: int
+    cpu: CpuWatch
+
+    @classmethod
+    def start(cls) -> "RunWatch":
+        return cls(machine_state(), others_cores_now(), _throttle_count(), CpuWatch.start())
+
+    def finish(self) -> tuple[dict[str, bool], dict[str, float | None]]:
+        """The marks `busy` and `throttled` of the run; and the machine's state before and after it, flat."""
+        others_during, after = self.cpu.others_cores(), machine_state()
+        events = _throttle_count() - self.throttled_before
+        slower = [state["frequency_mhz"] for state in (self.before, after)]
+        throttled = events > 0 or (None not in slower and slower[1] < THROTTLED * slower[0])
+        state = {f"{key}_before": value for key, value in self.before.items()}
+        state |= {f"{key}_after": value for key, value in after.items()}
+        state |= {
+            "others_cores_before": round(self.others_before, 3),
+            "others_cores_during": round(others_during, 3),
+            "busy_above_cores": BUSY_CORES,
+            "throttle_events": events,
+        }
+        return {"busy": is_busy(self.others_before, others_during), "throttled": throttled}, state
+
+
+def keep_to_cores(cores: Sequence[int]) -> None:
+    """Let this process, and those that it starts, use these cores only.
+
+    Raises:
+        ValueError: in words for the user, where it may not use one of them or the system cannot do that.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError("this system cannot keep a process to chosen cores: leave affinity out")
+    usable = os.sched_getaffinity(0)
+    if missing := sorted(set(cores) - usable):
+        raise ValueError(
+            f"affinity names core {missing[0]}; this process may use {', '.join(map(str, sorted(usable)))}"
+        )
+    os.sched_setaffinity(0, cores)
+
+
+def _throttle_count() -> int:
+    """How often the cores were slowed down for their heat since the start; 0 where the system does not tell."""
+    files = (SYSTEM / "devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
+    return int(sum(_numbers(files)))
 
 
 def _used_seconds() -> float:

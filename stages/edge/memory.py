@@ -1,5 +1,6 @@
 """Memory of this process. Goes into device bundles as it is: standard library only, and little of it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,3 +19,12 @@ def peak_rss_bytes() -> int:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process now; None where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except (FileNotFoundError, IndexError):
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -94,6 +94,33 @@ def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confiden
     }
 
 
+def printed_row(variant: str, images: int | None, seed: int, confidence: float, folder: Path) -> dict:
+    """Put the variant to the test; the video is left in `folder`.
+
+    Raises:
+        UserError: if the artifact is missing, broken or made from other images, or there are not so many images.
+    """
+    source, info = paths.compressed(variant), read_info(paths.IMAGES)
+    description = read_description(source)
+    check_onnx(source, description)
+    description.require_images(source, info.sha256)
+    part = open_part(paths.IMAGES, "test")
+    chosen = sample(len(part), images, seed)
+    row = {"variant": variant, "onnx_sha256": description.onnx["sha256"], "data_name": info.name}
+    row |= {"data_source": info.source, "data_sha256": info.sha256}
+    row |= printed_test(source / ONNX, part, chosen, seed, confidence, folder / VIDEO)
+    return row | {
+        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        "opencv": importlib.metadata.version(CAMERA),
+    }
+
+
+def require_opencv() -> None:
+    """Raises a `UserError` where it is not installed."""
+    if importlib.util.find_spec("cv2") is None:
+        raise UserError("OpenCV is not installed here: run `uv sync --extra camera`, then again")
+
+
 def refuse_other_folder(folder: Path) -> None:
     """Raise a `UserError` where `folder` holds something else than an earlier result: it would be lost."""
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {VIDEO, RESULT}):
@@ -116,24 +143,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if importlib.util.find_spec("cv2") is None:
-        raise UserError("OpenCV is not installed here: run `uv sync --extra camera`, then again")
+    require_opencv()
     params = load_params()
     variant = listed_variant(params, arguments.variant)
     folder = arguments.out or Path("dist") / variant / PRINTED
     refuse_other_folder(folder)
-    source, info = paths.compressed(variant), read_info(paths.IMAGES)
-    description = read_description(source)
-    check_onnx(source, description)
-    description.require_images(source, info.sha256)
-    part = open_part(paths.IMAGES, "test")
-    chosen = sample(len(part), arguments.images, arguments.seed)
     with atomic_folder(folder) as unfinished:
-        row = {"variant": variant, "onnx_sha256": description.onnx["sha256"], "data_name": info.name}
-        row |= {"data_source": info.source, "data_sha256": info.sha256}
-        video = unfinished / VIDEO
-        row |= printed_test(source / ONNX, part, chosen, arguments.seed, params.report.confidence, video)
-        row |= {"onnxruntime": importlib.metadata.version("onnxruntime"), "opencv": importlib.metadata.version(CAMERA)}
+        row = printed_row(variant, arguments.images, arguments.seed, params.report.confidence, unfinished)
         write_json(unfinished / RESULT, row)
     for name, what in (("printed", "printed and filmed"), ("clean", "as they are")):
         low, high = (100 * row[f"top1_{name}_ci_{side}"] for side in ("low", "high"))

@@ -1,25 +1,49 @@
 """What can run an artifact: one small interface for all runtimes. Nothing here imports one before it is used."""
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from stages.common.errors import UserError
+
 Run = Callable[[np.ndarray], np.ndarray]
-"""uint8 pixels `[1, H, W, 3]` to float32 logits `[1, classes]`."""
+"""uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
+
+
+def _as_it_is(folder: Path, prepared: Path, batch: int) -> Path:
+    return folder
 
 
 @dataclass(frozen=True)
 class Runtime:
     name: str
+    package: str
+    """The distribution whose version goes with the numbers."""
     modules: tuple[str, ...]
     """What it imports: timed apart from loading a model."""
-    open: Callable[[Path, int], Run]
-    """From an artifact's folder and a number of threads to a function that classifies one image."""
+    open: Callable[[Path, int, int], Run]
+    """From a prepared folder, a number of threads and one of images to a function that classifies so many."""
+    install: str = "uv sync"
+    """What a person does where it is missing."""
+    prepare: Callable[[Path, Path, int], Path] = _as_it_is
+    """Where the runtime has a format of its own: converts the artifact in a folder, for a number of images, into an
+    empty folder; gives back the one to open."""
 
 
-def _open_onnxruntime(folder: Path, threads: int) -> Run:
+def not_installed(runtime: Runtime) -> str | None:
+    """A line that says so and what helps; None where it is there."""
+    try:
+        importlib.metadata.version(runtime.package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{runtime.name} is not installed: {runtime.install}"
+    return None
+
+
+def _open_onnxruntime(folder: Path, threads: int, batch: int) -> Run:
     from stages.export.session import open_session
 
     session = open_session(folder / "model.onnx", threads)
@@ -27,7 +51,30 @@ def _open_onnxruntime(folder: Path, threads: int) -> Run:
     return lambda pixels: session.run(wanted, {name: pixels})[0]
 
 
-def _open_torch_eager(folder: Path, threads: int) -> Run:
+def _open_openvino(folder: Path, threads: int, batch: int) -> Run:
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",  # else it computes float layers in bfloat16 where the processor can
+    }
+    core = openvino.Core()
+    try:
+        model = core.read_model(folder / "model.onnx")
+        first, *image = model.input(0).get_partial_shape()
+        if first.is_dynamic:
+            model.reshape([batch, *image])
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise UserError(f"OpenVINO {openvino.__version__} does not run {folder / 'model.onnx'}: {reason}") from None
+    request, output = compiled.create_infer_request(), compiled.output(0)
+    return lambda pixels: request.infer([pixels], share_inputs=True)[output]
+
+
+def _open_torch_eager(folder: Path, threads: int, batch: int) -> Run:
     import torch
 
     from stages.artifacts.artifact import load_classifier
@@ -42,6 +89,54 @@ def _open_torch_eager(folder: Path, threads: int) -> Run:
     return run
 
 
-ONNXRUNTIME = Runtime("onnxruntime", ("onnxruntime",), _open_onnxruntime)
-TORCH_EAGER = Runtime("torch-eager", ("torch", "stages.artifacts.artifact"), _open_torch_eager)
-RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, TORCH_EAGER)}
+def _open_torch_compile(folder: Path, threads: int, batch: int) -> Run:
+    import torch
+
+    from stages.artifacts.artifact import load_classifier
+
+    torch.set_num_threads(threads)
+    classifier, description = load_classifier(folder)
+    compiled = torch.compile(classifier, dynamic=False)
+    size = description.image_size
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return compiled(torch.from_numpy(pixels)).numpy()
+
+    try:
+        run(np.zeros((batch, size, size, 3), np.uint8))
+    except Exception as error:  # inductor's, its compiler's and the network's own have no common class
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"torch {torch.__version__} does not compile {folder} ({reason}): install a C++ compiler, or take"
+            " torch-compile out of edge_benchmark.runtimes"
+        ) from None
+    return run
+
+
+def _prepare_executorch(folder: Path, prepared: Path, batch: int) -> Path:
+    from stages.edge.executorch_file import write_executorch
+
+    write_executorch(folder, prepared, batch)
+    return prepared
+
+
+def _open_executorch(folder: Path, threads: int, batch: int) -> Run:
+    from stages.edge.executorch_file import open_executorch
+
+    return open_executorch(folder, threads)
+
+
+ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime)
+OPENVINO = Runtime("openvino", "openvino", ("openvino",), _open_openvino, "uv sync --extra openvino")
+EXECUTORCH = Runtime(
+    "executorch",
+    "executorch",
+    ("torch", "executorch.runtime"),
+    _open_executorch,
+    "uv pip install executorch",
+    _prepare_executorch,
+)
+TORCH_EAGER = Runtime("torch-eager", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_eager)
+TORCH_COMPILE = Runtime("torch-compile", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_compile)
+RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, EXECUTORCH, TORCH_EAGER, TORCH_COMPILE)}

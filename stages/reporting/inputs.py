@@ -69,8 +69,15 @@ class Run:
     classes: list[str]
     edge: dict
     """`edge.json` without its rows: run id, machine, protocol."""
-    eager: dict[str, dict]
-    """For each model, the row of its dense float network in PyTorch eager."""
+    timings: list[dict]
+    """Every row of `edge.json` of a listed variant, in whatever runtime."""
+    baselines: dict[str, dict]
+    """For each model, the row that its variants' `latency_ratio` refers to: its dense float network in PyTorch eager,
+    or on a device, where there is no PyTorch, in ONNX Runtime."""
+    soak: list[dict[str, float | None]]
+    """Windows of the soak; empty where there was none."""
+    printed: dict | None
+    """`printed.json`, where printed samples were made."""
     curves: dict[str, list[dict[str, float]]]
     """Training curves by run, dense models first; runs that trained nothing are left out."""
     benchmarks: list[dict]
@@ -105,15 +112,29 @@ def read_run(params: Params) -> Run:
         variants[variant] = Measured(
             profile, predicted, predicted == label, read_csv(folder / "layers.csv"), description, row
         )
-    eager = {}
+    baselines, runtime = {}, _baseline_runtime(edge)
     for model in params.models:
-        row = timed.get((f"{model}-none-fp32", EAGER))
+        row = timed.get((f"{model}-none-fp32", runtime))
         if row is None:
-            raise UserError(f"{model}-none-fp32: {paths.EDGE / 'edge.json'} has no {EAGER} row for it: run `dvc repro`")
-        eager[model] = row
+            raise UserError(
+                f"{model}-none-fp32: {paths.EDGE / 'edge.json'} has no {runtime} row for it: run `dvc repro`"
+            )
+        baselines[model] = row
     classes = [str(name) for name in next(iter(variants.values())).profile["classes"]]
     header = {key: value for key, value in edge.items() if key != "rows"}
-    return Run(params, variants, labels, classes, header, eager, _read_curves(params), _read_benchmarks(params))
+    return Run(
+        params=params,
+        variants=variants,
+        labels=labels,
+        classes=classes,
+        edge=header,
+        timings=[row for row in edge["rows"] if row["variant"] in params.variants],
+        baselines=baselines,
+        soak=_read_soak(params, edge),
+        printed=_read_printed(params, variants),
+        curves=_read_curves(params),
+        benchmarks=_read_benchmarks(params),
+    )
 
 
 def read_predictions(folder: Path, variant: str) -> tuple[np.ndarray, np.ndarray]:
@@ -205,6 +226,39 @@ def _read_edge(path: Path) -> dict:
         if row["runtime"] == ONNX_RUNTIME:
             _require(path, variant, row, (), ("onnx_sha256",))
     return edge
+
+
+def _baseline_runtime(edge: dict) -> str:
+    """The one of the run: rows of before there were devices do not name it."""
+    return next((row["baseline_runtime"] for row in edge["rows"] if "baseline_runtime" in row), EAGER)
+
+
+def _read_soak(params: Params, edge: dict) -> list[dict[str, float | None]]:
+    if params.edge_benchmark.soak is None:
+        return []
+    path, variant = paths.EDGE / "soak.csv", params.edge_benchmark.soak.variant
+    if not isinstance(edge.get("soak"), dict) or edge["soak"].get("variant") != variant:
+        raise UserError(f"{variant}: {paths.EDGE / 'edge.json'} holds no soak of it: run `dvc repro`")
+    try:
+        return [{key: float(value) if value else None for key, value in row.items()} for row in read_csv(path)]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{variant}: {path} has a broken line ({error}): delete {paths.EDGE}, `dvc repro`") from None
+
+
+def _read_printed(params: Params, variants: dict[str, Measured]) -> dict | None:
+    if params.edge_benchmark.printed is None:
+        return None
+    path, variant = paths.EDGE / "printed.json", params.edge_benchmark.printed.variant
+    printed = _mapping(path, variant)
+    shares = (f"{key}{end}" for key in ("top1_printed", "top1_clean") for end in ("", "_ci_low", "_ci_high"))
+    _require(path, variant, printed, ("n_images", "seed", "agreement", *shares), ("variant", "onnx_sha256"))
+    profile = variants[variant].profile
+    if printed["variant"] != variant or printed["onnx_sha256"] != profile["onnx_sha256"]:
+        raise UserError(
+            f"{variant}: {path} is about {printed['variant']}, model.onnx {printed['onnx_sha256'][:12]}, the profile"
+            f" about {profile['onnx_sha256'][:12]}: run `dvc repro`"
+        )
+    return printed
 
 
 def _read_description(path: Path, variant: str) -> dict:

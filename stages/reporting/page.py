@@ -6,10 +6,11 @@ from pathlib import Path
 from stages.reporting.bits import UNTRAINED, Allocation, contests_of, duels_of, float_layers, unpaired_of
 from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
+from stages.reporting.edge import marks_of, printed_lines, runtimes_of, soak_lines
 from stages.reporting.inputs import Run
 from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
-from stages.reporting.rows import Choices, Group, control_of, extra_training, is_control, small_dense
+from stages.reporting.rows import Choices, Group, control_of, extra_training, is_control, runtime_words, small_dense
 from stages.reporting.statistics import PairedDifference
 from stages.reporting.tables import confusion_rows
 from stages.reporting.text import (
@@ -74,14 +75,20 @@ def render_page(
         confidence=percent_text(run.params.report.confidence, 0).replace(" ", "\N{NO-BREAK SPACE}"),
         headline=_headline(run, by_name, groups, choices),
         alternatives=_alternatives(run, by_name, choices),
-        busy=bool(run.edge.get("busy")),
+        marks=marks_of(run),
         columns=COLUMNS,
         variants=[(row, _cells(run, row, groups[row["group"]]), row["variant"] == choices.headline) for row in rows],
         several_threads=(run.edge.get("protocol") or {}).get("threads", 1) > 1,
         groups=_seed_rows(run, rows, groups),
         **_levels(run, rows, groups),
         **_bits(run, rows, groups),
-        eager=[(model, ms_text(row["latency_ms_p50"])) for model, row in run.eager.items()],
+        baselines=[
+            (f"{model} dense in {runtime_words(row['runtime'])}", ms_text(row["latency_ms_p50"]))
+            for model, row in run.baselines.items()
+        ],
+        runtimes=runtimes_of(run),
+        soak=soak_lines(run),
+        printed=printed_lines(run),
         pictures=pictures,
         networks=list(dict.fromkeys(model.architecture for model in run.params.models.values())),
         claims=_claims(claims),
@@ -127,7 +134,8 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
             (
                 "median latency",
                 ms_text(row["latency_ms_p50"]),
-                f"{ratio_text(row['latency_ratio'])} as fast as PyTorch eager; dense in ONNX Runtime:"
+                f"{ratio_text(row['latency_ratio'])} as fast as the dense network in"
+                f" {runtime_words(run.baselines[row['model']]['runtime'])}; dense in ONNX Runtime:"
                 f" {ms_text(baseline['latency_ms_p50'])}",
             ),
             ("test top-1", percent_text(row["top1"]), f"{interval}; dense: {percent_text(baseline['top1'])}"),
@@ -212,7 +220,7 @@ COLUMNS = (
     ("params", "Parameters", "the truth; below it, what parameters() shows"),
     ("macs", "MACs", "the truth for one image; below it, what thop shows"),
     ("latency_ms_p50", "Latency", "median at batch 1; below it, the 95th percentile"),
-    ("latency_ratio", "Speed-up", "over the dense network in PyTorch eager; below it, its interval over rounds"),
+    ("latency_ratio", "Speed-up", "over the dense network, timed as said below; below it, its interval over rounds"),
     ("peak_rss_bytes", "Memory", "peak resident; below it, the time to load"),
 )
 """Key, heading and explanation of each column of the variant table."""
@@ -448,6 +456,8 @@ def _environment(run: Run, profile: dict) -> list[tuple[str, str]]:
     lines += [("licence of the images", profile.get("data_licence") or "not stated by their source")]
     lines += [(name, str(version)) for name, version in description["versions"].items()]
     for section, value in run.edge.items():
+        if section in ("soak", "left_out"):  # they have a section of their own
+            continue
         if isinstance(value, dict):
             lines += [(f"{section}: {key}", _value(entry)) for key, entry in value.items()]
         elif section != "run_id":

@@ -78,6 +78,7 @@ def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choi
             params_bars(run, rows),
             *(levels(run, rows, found, cost, f"levels_{short}") for short, cost in LEVEL_COSTS.items()),
             *(draw(run, contest) for contest in contests for draw in (bits, searches)),
+            soak(run),
             training(run),
             confusion(run, choices.headline),
         ]
@@ -264,6 +265,31 @@ def _search_labels(contest: Contest) -> list[str]:
         way if ways.count(way) == 1 else f"{way} ({one.group.name})"
         for way, one in zip(ways, contest.allocations, strict=True)
     ]
+
+
+def soak(run: Run) -> Picture | None:
+    """Latency over the time of a soak: each window's median, and its 99th percentile; None where there was none."""
+    if not run.soak:
+        return None
+    found = run.edge["soak"]
+    minutes = [window["seconds"] / 60 for window in run.soak]
+    figure, axes = _figure(3.4)
+    series = {"median": "latency_ms_p50", "99th percentile": "latency_ms_p99"}
+    titles = {}
+    for index, (words, key) in enumerate(series.items()):
+        values = [window[key] for window in run.soak]
+        (line,) = axes.plot(minutes, values, color=COLORS[index], ls=LINES[index], lw=1.3, label=words)
+        line.set_gid(f"soak-line-{index}")
+        titles[f"soak-line-{index}"] = f"{words}: {ms_text(min(values))} to {ms_text(max(values))}"
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("latency of a window (ms)")
+    _legend_below(figure, *axes.get_legend_handles_labels())
+    alt = (
+        f"Line plot of latency over {minutes[-1]:.1f} minutes of {found['variant']}: {found['verdict']}."
+        f" {'; '.join(titles.values())}."
+    )
+    return _finish(figure, "soak", f"Soak of {found['variant']}: {found['verdict']}", alt, titles)
 
 
 def training(run: Run) -> Picture | None:

@@ -56,7 +56,7 @@ def headline_block(reports: Path) -> str:
     images = f"On {run['data_name']} (n = {run['n_test']:,} test images, {_seeds(rows)})"
     within = f"within {allowance_text(params.report.headline_max_drop)} of the"
     within += f"{' best' if len(params.models) > 1 else ''} dense network on validation images"
-    eager = f"{ms_text(run['eager_latency_ms_p50'][chosen['model']])} dense in PyTorch eager"
+    eager = f"{ms_text(run['baseline_latency_ms_p50'][chosen['model']])} dense in {run['baseline_runtime']}"
     accuracy = (
         f"**{percent_text(chosen['top1'], 2)} top-1** [{percent_text(chosen['top1_ci_low'], 2)},"
         f" {percent_text(chosen['top1_ci_high'], 2)}]"

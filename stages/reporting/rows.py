@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.common.params import Bits, NoneContinued, Params, Training
-from stages.reporting.inputs import Run
+from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
 from stages.reporting.statistics import (
     PairedDifference,
     front,
@@ -265,8 +265,17 @@ def describe_run(run: Run) -> dict:
     measured = next(iter(run.variants.values()))
     data = {key: value for key, value in measured.profile.items() if key.startswith("data_")}
     counts = {key: measured.profile[key] for key in ("n_test", "n_validation") if key in measured.profile}
-    eager = {model: row["latency_ms_p50"] for model, row in run.eager.items()}
-    return {**run.edge, **data, **counts, "eager_latency_ms_p50": eager, "versions": measured.description["versions"]}
+    first = next(iter(run.baselines.values()))
+    baseline = {
+        "baseline_runtime": runtime_words(first["runtime"]),
+        "baseline_latency_ms_p50": {model: row["latency_ms_p50"] for model, row in run.baselines.items()},
+    }
+    versions = {"versions": measured.description["versions"]}
+    return {**run.edge, **data, **counts, **baseline, "printed": run.printed, **versions}
+
+
+def runtime_words(runtime: str) -> str:
+    return {ONNX_RUNTIME: "ONNX Runtime", EAGER: "PyTorch eager"}.get(runtime, runtime)
 
 
 def small_dense(run: Run) -> str | None:

@@ -42,4 +42,4 @@ def test_the_memory_of_a_fresh_process_is_not_that_of_its_parent():
 def test_a_model_that_does_not_run_is_named_with_the_reason(tmp_path):
     (tmp_path / "model.json").write_text('{"image_size": 24}')
     with pytest.raises(UserError, match=r"does not run in a new process under onnxruntime: .*model\.onnx is missing"):
-        measure_fresh(ONNXRUNTIME, tmp_path, 1)
+        measure_fresh(ONNXRUNTIME, tmp_path, 1, 1)

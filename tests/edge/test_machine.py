@@ -111,3 +111,53 @@ def test_a_run_is_busy_where_any_part_of_it_was():
     assert not is_busy(0.0, BUSY_CORES)
     assert is_busy(0.0, BUSY_CORES + 0.01)
     assert is_busy(1.0, 0.0)
+
+
+def test_energy_is_summed_over_packages_and_goes_on_where_a_counter_starts_anew(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "SYSTEM", tmp_path)
+    assert machine.EnergyMeter()() is None
+    for zone, name, microjoules in (
+        ("0", "package-0", 900),
+        ("1", "package-1", 50),
+        ("2", "psys", 7),
+        ("0:0", "core", 3),
+    ):
+        write(tmp_path / f"class/powercap/intel-rapl:{zone}/name", name)
+        write(tmp_path / f"class/powercap/intel-rapl:{zone}/energy_uj", str(microjoules))
+        write(tmp_path / f"class/powercap/intel-rapl:{zone}/max_energy_range_uj", "1000")
+    meter = machine.EnergyMeter()
+    assert meter() == 0
+    write(tmp_path / "class/powercap/intel-rapl:0/energy_uj", "100")  # 900 to 1000, and on from 0
+    write(tmp_path / "class/powercap/intel-rapl:1/energy_uj", "80")
+    write(tmp_path / "class/powercap/intel-rapl:2/energy_uj", "9")
+    assert meter() == pytest.approx((200 + 30) / 1e6)
+    assert meter() == pytest.approx((200 + 30) / 1e6)
+
+
+def test_a_run_is_throttled_where_a_core_was_slowed_down_or_the_frequency_fell(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "SYSTEM", tmp_path)
+    monkeypatch.setattr(machine, "PROCESSES", tmp_path)
+    monkeypatch.setattr(machine, "others_cores_now", lambda: 0.0)
+    frequency = tmp_path / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+    counter = tmp_path / "devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+    for before, after, events, throttled in [(2000, 1900, 0, False), (2000, 1700, 0, True), (2000, 2000, 3, True)]:
+        write(frequency, str(before * 1000))
+        write(counter, "5")
+        watch = machine.RunWatch.start()
+        write(frequency, str(after * 1000))
+        write(counter, str(5 + events))
+        marks, state = watch.finish()
+        assert marks["throttled"] is throttled
+        assert (state["frequency_mhz_before"], state["frequency_mhz_after"]) == (before, after)
+        assert state["throttle_events"] == events
+
+
+def test_a_process_is_kept_to_the_cores_that_it_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        machine.keep_to_cores([min(allowed)])
+        assert os.sched_getaffinity(0) == {min(allowed)}
+        with pytest.raises(ValueError, match=r"affinity names core 4095; this process may use \d+"):
+            machine.keep_to_cores([4095])
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -4,8 +4,18 @@ import time
 import numpy as np
 import pytest
 
-from stages.common.params import EdgeBenchmark
-from stages.edge.protocol import Protocol, Window, bootstrap_median, measure, protocol_of, random_pixels, summarise
+from stages.edge.protocol import (
+    Contender,
+    Protocol,
+    Window,
+    bootstrap_median,
+    measure,
+    overhead_ns,
+    random_pixels,
+    summarise,
+    timed_rows,
+    window_rows,
+)
 
 QUICK = Protocol(threads=1, warmup_runs=3, windows=4, window_seconds=0.01, seed=0)
 
@@ -19,6 +29,10 @@ def windows_of(times_ms):
     ]
 
 
+def contenders_of(*runs):
+    return [Contender(f"variant{index}", "a runtime", run, None, 0) for index, run in enumerate(runs)]
+
+
 def sleeper(milliseconds, calls=None):
     def run(pixels):
         if calls is not None:
@@ -30,7 +44,7 @@ def sleeper(milliseconds, calls=None):
 
 
 def test_every_round_holds_one_window_of_each_contender_in_a_seeded_random_order():
-    contenders = [(sleeper(0), None)] * 5
+    contenders = contenders_of(*[sleeper(0)] * 5)
     first, second = (measure(contenders, QUICK) for _ in range(2))
     rounds = [[w.contender for w in first if w.round == number] for number in range(4)]
     assert all(sorted(order) == list(range(5)) for order in rounds)
@@ -42,7 +56,7 @@ def test_every_round_holds_one_window_of_each_contender_in_a_seeded_random_order
 
 
 def test_a_window_lasts_its_time_and_holds_its_number_of_calls():
-    windows = measure([(sleeper(1), None), (sleeper(20), None)], Protocol(1, 0, 1, 0.05, 0, minimum_runs=5))
+    windows = measure(contenders_of(sleeper(1), sleeper(20)), Protocol(1, 0, 1, 0.05, 0, minimum_runs=5))
     short, long = (w.times_ns for w in sorted(windows, key=lambda w: w.contender))
     assert len(short) > 5
     assert short.sum() > 0.03e9
@@ -52,14 +66,14 @@ def test_a_window_lasts_its_time_and_holds_its_number_of_calls():
 
 def test_warm_up_and_unrecorded_calls_are_not_recorded():
     calls = []
-    windows = measure([(sleeper(0.1, calls), None)], QUICK)
+    windows = measure(contenders_of(sleeper(0.1, calls)), QUICK)
     recorded = sum(len(w.times_ns) for w in windows)
     assert len(calls) - recorded == QUICK.warmup_runs + QUICK.windows * QUICK.unrecorded_runs
 
 
 def test_the_garbage_collector_rests_during_windows_and_works_afterwards():
     calls = []
-    measure([(sleeper(0.1, calls), None)], Protocol(1, 0, 2, 0.005, 0))
+    measure(contenders_of(sleeper(0.1, calls)), Protocol(1, 0, 2, 0.005, 0))
     assert not any(calls)
     assert gc.isenabled()
 
@@ -69,7 +83,7 @@ def test_the_garbage_collector_is_switched_on_again_after_an_error():
         raise ValueError("no such input")
 
     with pytest.raises(ValueError, match="no such input"):
-        measure([(fails, None)], Protocol(1, 0, 1, 0.01, 0))
+        measure(contenders_of(fails), Protocol(1, 0, 1, 0.01, 0))
     assert gc.isenabled()
 
 
@@ -79,10 +93,9 @@ def test_the_protocol_itself_takes_under_a_hundredth_of_what_it_times():
         while time.perf_counter_ns() < end:
             pass
 
-    best = min(np.median(w.times_ns) for w in measure([(work, None)], QUICK))
+    best = min(np.median(w.times_ns) for w in measure(contenders_of(work), QUICK))
     assert best < 1.01 * 200_000
-    nothing = measure([(lambda pixels: None, None)], QUICK)
-    assert min(np.median(w.times_ns) for w in nothing) < 2_000  # 1 % of a fifth of a millisecond
+    assert 0 < overhead_ns() < 2_000  # 1 % of a fifth of a millisecond
 
 
 def test_percentiles_and_throughput_are_over_all_calls():
@@ -116,14 +129,46 @@ def test_the_bootstrap_interval_covers_the_median_as_often_as_it_says():
     assert bootstrap_median(np.arange(9.0), 0.9, 300, 7) == bootstrap_median(np.arange(9.0), 0.9, 300, 7)
 
 
-def test_the_protocol_comes_from_the_params():
-    protocol = protocol_of(EdgeBenchmark(threads=2, warmup_runs=7, windows=3, window_seconds=0.5, seed=4))
-    assert (protocol.threads, protocol.warmup_runs, protocol.windows) == (2, 7, 3)
-    assert (protocol.window_seconds, protocol.seed, protocol.batch) == (0.5, 4, 1)
+def test_pixels_are_one_seeded_batch_of_uint8_images():
+    assert random_pixels(2, 24, 0).shape == (2, 24, 24, 3)
+    assert random_pixels(1, 24, 0).dtype == np.uint8
+    assert np.array_equal(random_pixels(1, 24, 0), random_pixels(1, 24, 0))
+    assert not np.array_equal(random_pixels(1, 24, 0), random_pixels(1, 24, 1))
 
 
-def test_pixels_are_one_seeded_uint8_image():
-    assert random_pixels(24, 0).shape == (1, 24, 24, 3)
-    assert random_pixels(24, 0).dtype == np.uint8
-    assert np.array_equal(random_pixels(24, 0), random_pixels(24, 0))
-    assert not np.array_equal(random_pixels(24, 0), random_pixels(24, 1))
+def test_throughput_and_energy_are_those_of_an_image_not_of_a_batch():
+    windows = [Window(0, number, 0, np.full(5, 10_000_000, np.int64), joules=2.0) for number in range(3)]
+    latency = summarise(windows, 0, 0, Protocol(1, 0, 3, 0.01, 0, batch=4))
+    assert latency.throughput_per_s == pytest.approx(4 / 0.010)
+    assert latency.energy_mj_per_image == pytest.approx(1e3 * 6.0 / (15 * 4))
+    unknown = [Window(0, 0, 0, np.full(5, 10_000_000, np.int64))]
+    assert summarise(unknown, 0, 0, QUICK).energy_mj_per_image is None
+
+
+def test_energy_is_that_of_the_recorded_calls_alone():
+    joules = iter(range(100))
+    windows = measure(contenders_of(sleeper(0.1)), QUICK, lambda: float(next(joules)))
+    assert [w.joules for w in windows] == [1.0] * QUICK.windows  # asked before and after each window
+    assert next(joules) == 2 * QUICK.windows
+
+
+def test_a_run_whose_halves_disagree_is_unsteady():
+    steady = windows_of([[[4], [4], [4], [4]], [[2], [2.04], [2], [1.98]]])
+    assert not summarise(steady, 1, 0, QUICK).unsteady
+    jumps = windows_of([[[4], [4], [4], [4]], [[2], [2], [2.2], [2.2]]])
+    assert summarise(jumps, 1, 0, QUICK).unsteady
+
+
+def test_rows_name_the_baseline_and_windows_add_up():
+    contenders = [
+        Contender("dense", "eager", sleeper(2), None, 0),
+        Contender("small", "fast", sleeper(1), None, 0),
+    ]
+    windows = measure(contenders, QUICK)
+    dense, small = timed_rows(contenders, windows, QUICK)
+    assert (small["variant"], small["baseline"], small["baseline_runtime"]) == ("small", "dense", "eager")
+    assert 1.5 < small["latency_ratio"] < 2.5
+    assert dense["latency_ratio"] == 1
+    assert small["latency_ms_p50"] <= small["latency_ms_p95"] <= small["latency_ms_p99"]
+    rows = window_rows(contenders, windows)
+    assert sum(row["runs"] for row in rows if row["variant"] == "small") == small["runs"]

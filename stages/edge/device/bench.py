@@ -7,31 +7,24 @@ busy: repeat it on a quiet machine.
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 try:
     import numpy as np
-    from edgewise_machine import (
-        BUSY_CORES,
-        CpuWatch,
-        describe_machine,
-        is_busy,
-        machine_state,
-        others_cores_now,
-    )
+    from edgewise_machine import BUSY_CORES, EnergyMeter, RunWatch, describe_machine
     from edgewise_memory import peak_rss_bytes
     from edgewise_model import Model, open_model, stop, threads_argument
-    from edgewise_window import time_window
+    from edgewise_protocol import Contender, Protocol, measure, random_pixels, summarise
 except ImportError as missing:
     sys.exit(f"error: {missing}: pip install -r requirements.txt")
 
-WARMUP_RUNS, WINDOWS, MINIMUM_RUNS, UNRECORDED_RUNS = 20, 10, 5, 2
+WARMUP_RUNS, WINDOWS = 20, 10
 
 
 def first_inference(model: Model, pixels: np.ndarray) -> dict[str, object]:
@@ -47,59 +40,40 @@ def first_inference(model: Model, pixels: np.ndarray) -> dict[str, object]:
     }
 
 
-def latency(model: Model, pixels: np.ndarray, seconds: float) -> dict[str, object]:
+def latency(model: Model, pixels: np.ndarray, protocol: Protocol) -> dict[str, object]:
     """Percentiles over all calls of all windows; throughput is the mean, calls only."""
-    for _ in range(WARMUP_RUNS):
-        model.run(pixels)
-    gc.collect()
-    gc.disable()
-    windows = [time_window(model.run, pixels, seconds / WINDOWS, MINIMUM_RUNS, UNRECORDED_RUNS) for _ in range(WINDOWS)]
-    gc.enable()
-    times = np.concatenate(windows)
-    p50, p95, p99 = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
-    medians = [float(np.median(window)) / 1e6 for window in windows]
-    return {
-        "latency_ms_p50": p50,
-        "latency_ms_p95": p95,
-        "latency_ms_p99": p99,
-        "latency_ms_min": float(times.min()) / 1e6,
+    contender = Contender(model.bundle.variant, "onnxruntime", model.run, pixels, 0)
+    windows = measure([contender], protocol, EnergyMeter())
+    figures = asdict(summarise(windows, 0, 0, protocol))
+    medians = [window.p50_ms for window in windows]
+    alone = {key: value for key, value in figures.items() if "ratio" not in key and key != "unsteady"}
+    return alone | {
         "latency_ms_p50_fastest_window": min(medians),
         "latency_ms_p50_slowest_window": max(medians),
-        "throughput_per_s": len(times) / (float(times.sum()) / 1e9),
-        "runs": len(times),
     }
 
 
 def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
-    size = model.bundle.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    protocol = Protocol(threads, WARMUP_RUNS, WINDOWS, seconds / WINDOWS, seed=0)
+    pixels = random_pixels(protocol.batch, model.bundle.image_size, protocol.seed)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start_up = first_inference(model, pixels)
-    before, others_before = machine_state(), others_cores_now()
-    watch = CpuWatch.start()
-    timed = latency(model, pixels, seconds)
-    others_during, after = watch.others_cores(), machine_state()
-    machine = describe_machine(("onnxruntime", "numpy"))
-    machine |= {f"{key}_before": value for key, value in before.items()}
-    machine |= {f"{key}_after": value for key, value in after.items()}
-    machine |= {
-        "others_cores_before": round(others_before, 3),
-        "others_cores_during": round(others_during, 3),
-        "busy_above_cores": BUSY_CORES,
-    }
+    watch = RunWatch.start()
+    timed = latency(model, pixels, protocol)
+    marks, state = watch.finish()
     return {
         "variant": model.bundle.variant,
         "onnx_sha256": model.bundle.onnx_sha256,
         "started": started,
-        "busy": is_busy(others_before, others_during),
-        "batch": 1,
+        **marks,
+        "batch": protocol.batch,
         "threads": threads,
         "warmup_runs": WARMUP_RUNS,
         "windows": WINDOWS,
-        "window_seconds": seconds / WINDOWS,
+        "window_seconds": protocol.window_seconds,
         **timed,
         **start_up,
-        "machine": machine,
+        "machine": describe_machine(("onnxruntime", "numpy")) | state,
     }
 
 
@@ -126,6 +100,10 @@ def summary(result: dict) -> str:
         f"memory      {result['peak_rss_bytes'] / 1e6:.0f} MB peak resident after the first inference",
         f"machine     {machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores, {', '.join(known)}",
     ]
+    if result["energy_mj_per_image"] is not None:
+        lines.append(f"energy      {result['energy_mj_per_image']:.2f} mJ an image, of the whole processor")
+    if result["throttled"]:
+        lines.append("throttled   the processor was slowed down meanwhile: let it cool, then measure again")
     if result["busy"]:
         others = max(machine["others_cores_before"], machine["others_cores_during"])
         lines.append(

@@ -76,6 +76,11 @@ def stop(reason: object) -> NoReturn:
     sys.exit(f"error: {reason}")
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def confidences(logits: np.ndarray) -> np.ndarray:
     """Softmax probability of the likeliest class: logits `[N, classes]` to float64 `[N]`."""
     logits = logits.astype(np.float64)
@@ -104,8 +109,7 @@ def read_bundle(folder: Path) -> Bundle:
             confidence_threshold=raw["confidence_threshold"],
             onnxruntime=raw["versions"]["onnxruntime"],
         )
-        with (folder / MODEL).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(folder / MODEL)
     except OSError as error:
         stop(f"{error.filename}: {error.strerror}: copy the whole bundle again")
     except (ValueError, KeyError, TypeError) as error:
@@ -119,22 +123,31 @@ def read_bundle(folder: Path) -> Bundle:
 
 
 def open_model(folder: Path, threads: int) -> Model:
-    """The bundle's model in ONNX Runtime; ends the program where that cannot be.
-
-    Waiting threads sleep instead of spinning: a spinning session would take the cores from whatever runs next to it.
-    """
+    """The bundle's model in ONNX Runtime; ends the program where that cannot be."""
     bundle = read_bundle(folder)
-    times = [time.perf_counter_ns()]
-    try:
-        import onnxruntime
-    except ImportError as error:
-        stop(f"ONNX Runtime cannot be imported ({error}): pip install -r requirements.txt")
+    run, import_ms, load_ms = load_onnx(folder / MODEL, threads)
+    import onnxruntime
+
     if _numbers(onnxruntime.__version__) < _numbers(bundle.onnxruntime):
         print(
             f"warning: ONNX Runtime {onnxruntime.__version__} is older than {bundle.onnxruntime}, which this bundle was"
             " made with: pip install -r requirements.txt",
             file=sys.stderr,
         )
+    return Model(bundle, run, import_ms, load_ms)
+
+
+def load_onnx(path: Path, threads: int) -> tuple[Callable[[np.ndarray], np.ndarray], float, float]:
+    """A function from uint8 pixels `[B, H, W, 3]` to logits; the ms of importing ONNX Runtime, and of loading the file.
+
+    Ends the program where that cannot be. Waiting threads sleep instead of spinning: a spinning session would take the
+    cores from whatever runs next to it.
+    """
+    times = [time.perf_counter_ns()]
+    try:
+        import onnxruntime
+    except ImportError as error:
+        stop(f"ONNX Runtime cannot be imported ({error}): pip install -r requirements.txt")
     times.append(time.perf_counter_ns())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -144,14 +157,14 @@ def open_model(folder: Path, threads: int) -> Model:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has one class for each status code, and no common one but Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        stop(f"{folder / MODEL} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {reason}")
+        stop(f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {reason}")
     times.append(time.perf_counter_ns())
     name, wanted = session.get_inputs()[0].name, [session.get_outputs()[0].name]
     import_ms, load_ms = (np.diff(times) / 1e6).tolist()
-    return Model(bundle, lambda pixels: session.run(wanted, {name: pixels})[0], import_ms, load_ms)
+    return lambda pixels: session.run(wanted, {name: pixels})[0], import_ms, load_ms
 
 
 def threads_argument(text: str) -> int:

@@ -13,7 +13,8 @@ def test_bench_tells_and_writes_what_it_measured_and_where(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     result = json.loads(out.read_text())
     assert set(result) == {
-        *("variant", "onnx_sha256", "started", "busy", "batch", "threads", "warmup_runs", "windows", "window_seconds"),
+        *("variant", "onnx_sha256", "started", "busy", "throttled", "batch", "threads", "warmup_runs", "windows"),
+        *("window_seconds", "energy_mj_per_image"),
         *("latency_ms_p50", "latency_ms_p95", "latency_ms_p99", "latency_ms_min", "throughput_per_s", "runs"),
         *("latency_ms_p50_fastest_window", "latency_ms_p50_slowest_window"),
         *("import_ms", "load_ms", "first_inference_ms", "peak_rss_bytes", "machine"),

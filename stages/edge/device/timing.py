@@ -1,0 +1,143 @@
+"""Time several models on this device, interleaved: what the edge benchmark copies here and runs over SSH.
+
+    python timing.py plan.json result.json
+
+Ends when its input is closed: nothing goes on here after the connection is lost. With `--fresh` and a model, threads,
+batch and image size it loads the model, classifies once, and prints what that took.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from edgewise_machine import EnergyMeter, RunWatch, describe_machine, keep_to_cores, machine_state
+from edgewise_memory import peak_rss_bytes, rss_bytes
+from edgewise_model import load_onnx, sha256_of, stop
+from edgewise_protocol import Contender, Protocol, measure, overhead_ns, random_pixels, timed_rows, window_rows
+from edgewise_soak import SoakPlan, soak
+
+FRESH_PROCESSES = 3
+
+
+def check_models(models: list[dict]) -> None:
+    """Ends the program where a file is not the one that was meant."""
+    for model in models:
+        path = Path(model["file"])
+        if not path.is_file() or sha256_of(path) != model["onnx_sha256"]:
+            stop(f"{path} is not the model.onnx of {model['variant']}: it was damaged on its way, run again")
+
+
+def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str, float]:
+    """What start-up costs, in a process that has loaded nothing before."""
+    run, import_ms, load_ms = load_onnx(path, threads)
+    pixels = random_pixels(batch, image_size, 0)
+    started = time.perf_counter_ns()
+    run(pixels)
+    first_ms = (time.perf_counter_ns() - started) / 1e6
+    return {
+        "import_ms": import_ms,
+        "load_ms": load_ms,
+        "first_inference_ms": first_ms,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
+    """The median of each figure of `first_run` over new processes."""
+    settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
+    results = []
+    for _ in range(FRESH_PROCESSES):
+        command = [sys.executable, __file__, "--fresh", *map(str, settings)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            stop(f"{model['variant']} does not run in a new process: {done.stderr.strip()[-300:]}")
+        results.append(json.loads(done.stdout))
+    median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
+    return median | {"peak_rss_bytes": int(median["peak_rss_bytes"])}
+
+
+def time_models(plan: dict, say: Callable[[str], None]) -> dict:
+    """`result`, `windows` and `soak` as the edge benchmark has them of its own machine."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    models, protocol = plan["models"], Protocol(**plan["protocol"])
+    if plan["affinity"] is not None:
+        try:
+            keep_to_cores(plan["affinity"])
+        except ValueError as error:
+            stop(f"edge_benchmark.{error}")
+    check_models(models)
+    say(f"start-up of {len(models)} models")
+    starts = [fresh(model, protocol) for model in models]
+    runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads)[0] for model in models}
+    places = {model["variant"]: place for place, model in enumerate(models)}
+    contenders = [
+        Contender(
+            model["variant"],
+            "onnxruntime",
+            runs[model["variant"]],
+            random_pixels(protocol.batch, model["image_size"], protocol.seed),
+            places[model["baseline"]],
+        )
+        for model in models
+    ]
+    seconds = len(contenders) * protocol.windows * protocol.window_seconds
+    say(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
+    watch = RunWatch.start()
+    windows = measure(contenders, protocol, EnergyMeter())
+    marks, state = watch.finish()
+    rows = [
+        row | start | {"onnx_sha256": model["onnx_sha256"]}
+        for row, start, model in zip(timed_rows(contenders, windows, protocol), starts, models, strict=True)
+    ]
+    result = {
+        "started": started,
+        **marks,
+        "machine": describe_machine(("onnxruntime", "numpy")) | state,
+        "protocol": plan["protocol"],
+        "overhead_ns": overhead_ns(),
+        "rows": rows,
+    }
+    soaked = []
+    if plan["soak"] is not None:
+        images, wanted = np.load(plan["soak"]["file"]), SoakPlan(**plan["soak"]["plan"])
+        say(f"soak: {plan['soak']['variant']}, {wanted.seconds / 60:g} minutes")
+        soaked = soak(
+            runs[plan["soak"]["variant"]],
+            list(images[:, None]),
+            wanted,
+            lambda: machine_state() | {"rss_bytes": rss_bytes()},
+        )
+    return {"result": result, "windows": window_rows(contenders, windows), "soak": soaked}
+
+
+def end_with_the_connection() -> None:
+    """SSH closes the input when it is cut."""
+
+    def wait() -> None:
+        while os.read(0, 1024):  # not sys.stdin: its lock would be held when the interpreter ends
+            pass
+        os._exit(3)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main() -> None:
+    if sys.argv[1] == "--fresh":
+        path, *numbers = sys.argv[2:]
+        print(json.dumps(first_run(Path(path), *map(int, numbers))))
+        return
+    plan, out = map(Path, sys.argv[1:])
+    end_with_the_connection()
+    timed = time_models(json.loads(plan.read_text(encoding="utf-8")), lambda line: print(line, flush=True))
+    out.write_text(json.dumps(timed, allow_nan=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Soak: one model, run on and on, so that heat, leaks and wrong answers have the time to show.
+
+Goes into device bundles as it is: standard library and NumPy only.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+FEWEST_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class SoakPlan:
+    seconds: float
+    images_per_second: float
+    """0: one inference after the other."""
+    window_seconds: float
+
+
+def refuse_few_windows(plan: SoakPlan) -> None:
+    """Raise a `ValueError`, in words for the user, where there would be no telling a drift from noise."""
+    if plan.seconds < FEWEST_WINDOWS * plan.window_seconds:
+        raise ValueError(
+            f"soak of {plan.seconds:g} s in windows of {plan.window_seconds:g} s: it needs at least {FEWEST_WINDOWS}"
+            " windows: make it longer, or the windows shorter"
+        )
+    if plan.images_per_second and plan.images_per_second * plan.window_seconds < 1:
+        raise ValueError(
+            f"soak at {plan.images_per_second:g} images_per_second: windows of {plan.window_seconds:g} s would be"
+            " empty: make them longer"
+        )
+
+
+def soak(
+    run: Callable[[np.ndarray], np.ndarray],
+    images: Sequence[np.ndarray],
+    plan: SoakPlan,
+    state: Callable[[], dict[str, float | None]],
+) -> list[dict[str, float | None]]:
+    """Classify `images` in turn, again and again, and compare each answer with the first one.
+
+    Args:
+        run: pixels `[1, H, W, 3]` to logits `[1, classes]`.
+        images: uint8 `[1, H, W, 3]` each.
+        state: of memory, temperature and frequency; asked at the end of each window, outside the timing.
+
+    Returns:
+        One flat row for each window: when it ended, its calls, percentiles of their times, how many began late (where
+        there is a rate), how many answered another class than the first time, and the state.
+    """
+    refuse_few_windows(plan)
+    expected = [int(run(image).argmax()) for image in images]
+    clock: Callable[[], int] = time.perf_counter_ns
+    interval = int(1e9 / plan.images_per_second) if plan.images_per_second else 0
+    started = clock()
+    due, end = started, started + int(plan.window_seconds * 1e9)
+    last = started + int(plan.seconds * 1e9)
+    rows: list[dict[str, float | None]] = []
+    times: list[int] = []
+    number = late = wrong = 0
+    while True:
+        if interval:
+            if (wait := due - clock()) > 0:
+                time.sleep(wait / 1e9)
+            elif wait < -interval:  # a camera would have dropped what came meanwhile
+                late += 1
+                due = clock()
+            due += interval
+        index = number % len(images)
+        before = clock()
+        logits = run(images[index])
+        after = clock()
+        times.append(after - before)
+        wrong += int(logits.argmax()) != expected[index]
+        number += 1
+        if after < end:
+            continue
+        p50, p95, p99 = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
+        row = {"seconds": (after - started) / 1e9, "runs": len(times)}
+        row |= {"latency_ms_p50": p50, "latency_ms_p95": p95, "latency_ms_p99": p99}
+        rows.append(row | {"latency_ms_max": max(times) / 1e6, "late": late, "wrong": wrong} | state())
+        times, late, wrong = [], 0, 0
+        if after >= last:
+            return rows
+        end += int(plan.window_seconds * 1e9)
+        end = max(end, clock())
