@@ -3,7 +3,7 @@ calibration images, in OpenVINO: interleaved by the edge benchmark's protocol, o
 
 Run, where a project lies whose variants are made (NNCF is not among the project's extras: uv pip install nncf):
 
-    python <here>/tests/benchmarks/nncf.py convnext-none-int8_static convnext-oto50-int8_static --out FILE
+    python <here>/tests/benchmarks/static_int8.py convnext-none-int8_static convnext-oto50-int8_static --out FILE
 """
 
 import argparse
