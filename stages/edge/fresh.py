@@ -18,7 +18,7 @@ import numpy as np
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json
 from stages.edge.memory import peak_rss_bytes
-from stages.edge.protocol import random_pixels
+from stages.edge.protocol import median_start, random_pixels
 from stages.edge.runtimes import RUNTIMES, Runtime
 
 
@@ -49,8 +49,7 @@ def measure_fresh(runtime: Runtime, folder: Path, threads: int, batch: int = 1, 
                 f"{folder} does not run in a new process under {runtime.name}: {reason.removeprefix('error: ')}"
             )
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
-    return Fresh(**median | {"peak_rss_bytes": int(median["peak_rss_bytes"])})
+    return Fresh(**median_start(results))
 
 
 def first_run(runtime: Runtime, folder: Path, threads: int, batch: int, image_size: int) -> Fresh:

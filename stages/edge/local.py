@@ -12,11 +12,11 @@ from stages.common.errors import UserError
 from stages.edge.fresh import measure_fresh
 from stages.edge.machine import EnergyMeter, RunWatch, describe_machine, machine_state
 from stages.edge.memory import rss_bytes
-from stages.edge.protocol import Contender, Protocol, measure, overhead_ns, random_pixels, timed_rows, window_rows
-from stages.edge.runtimes import ONNXRUNTIME, RUNTIMES, TORCH_EAGER, Runtime, not_installed
+from stages.edge.protocol import Contender, Protocol, random_pixels, timed_run
+from stages.edge.runtimes import ONNXRUNTIME, RUNTIMES, TORCH_COMPILE, TORCH_EAGER, Runtime, not_installed
 from stages.edge.soak import SoakPlan, soak
 
-TORCH = ("torch-eager", "torch-compile")
+TORCH = (TORCH_EAGER, TORCH_COMPILE)
 """The baselines' runtimes: they time the dense float networks only."""
 SURE = (ONNXRUNTIME, TORCH_EAGER)
 """What every row is compared in: a model that one of them refuses ends the run; another runtime's refusal is told."""
@@ -65,7 +65,7 @@ def time_here(
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     wanted, left_out = _wanted(candidates, runtimes)
-    opened, runs, fresh = [], [], []
+    opened, runs, starts = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         for number, (candidate, runtime) in enumerate(wanted):
             (prepared := Path(scratch) / str(number)).mkdir()
@@ -81,7 +81,8 @@ def time_here(
             opened.append((candidate, runtime))
             runs.append(run)
             repeats = 3 if runtime in SURE else 1
-            fresh.append(measure_fresh(runtime, folder, protocol.threads, protocol.batch, repeats))
+            start = measure_fresh(runtime, folder, protocol.threads, protocol.batch, repeats)
+            starts.append(asdict(start) | {"onnx_sha256": candidate.onnx_sha256})
     eager = {c.variant: index for index, (c, runtime) in enumerate(opened) if runtime is TORCH_EAGER}
     contenders = [
         Contender(
@@ -93,31 +94,16 @@ def time_here(
         )
         for (c, runtime), run in zip(opened, runs, strict=True)
     ]
-    seconds = len(contenders) * protocol.windows * protocol.window_seconds
-    say(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
-    watch = RunWatch.start()
-    windows = measure(contenders, protocol, EnergyMeter())
-    marks, state = watch.finish()
-    rows = [
-        row | asdict(start) | {"onnx_sha256": candidate.onnx_sha256}
-        for row, start, (candidate, _) in zip(timed_rows(contenders, windows, protocol), fresh, opened, strict=True)
-    ]
-    result = {
-        "started": started,
-        **marks,
-        "machine": describe_machine(_packages(opened)) | state,
-        "protocol": asdict(protocol),
-        "overhead_ns": overhead_ns(),
-        "rows": rows,
-        "left_out": left_out,
-    }
+    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), say)
+    machine = describe_machine(_packages(opened)) | state
+    result = {"started": started, **timed, "machine": machine, "left_out": left_out}
     soak_windows = []
     if soaked is not None:
         candidate, images, plan = soaked
         say(f"soak: {candidate.variant}, {plan.seconds / 60:g} minutes")
         run = ONNXRUNTIME.open(candidate.folder, protocol.threads, 1)
         soak_windows = soak(run, list(images[:, None]), plan, lambda: machine_state() | {"rss_bytes": rss_bytes()})
-    return Timing(result, window_rows(contenders, windows), soak_windows)
+    return Timing(result, windows, soak_windows)
 
 
 def refuse_many_threads(threads: int, cores: int) -> None:
@@ -136,7 +122,7 @@ def _wanted(candidates: Sequence[Candidate], runtimes: Sequence[str]) -> tuple[l
         if reason := not_installed(runtime):
             left_out.append({"variant": None, "runtime": runtime.name, "reason": reason})
             continue
-        wanted += [(candidate, runtime) for candidate in (dense if runtime.name in TORCH else candidates)]
+        wanted += [(candidate, runtime) for candidate in (dense if runtime in TORCH else candidates)]
     return wanted, left_out
 
 

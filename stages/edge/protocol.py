@@ -198,6 +198,40 @@ def window_rows(contenders: Sequence[Contender], windows: Sequence[Window]) -> l
     ]
 
 
+def timed_run(
+    contenders: Sequence[Contender],
+    starts: Sequence[dict],
+    protocol: Protocol,
+    start_watch: Callable[[], object],
+    meter: Meter,
+    say: Callable[[str], None],
+) -> tuple[dict, dict, list[dict]]:
+    """Time every contender by the protocol, on a machine that is watched meanwhile.
+
+    Args:
+        starts: what goes into each contender's row beside its latency.
+        start_watch: makes a watch (`RunWatch`) whose `finish` gives the run's marks and the machine's state.
+        say: gets a line on the progress.
+
+    Returns:
+        The marks, `protocol`, `overhead_ns` and `rows`; the machine's state; a row for each window.
+    """
+    seconds = len(contenders) * protocol.windows * protocol.window_seconds
+    say(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
+    watch = start_watch()
+    windows = measure(contenders, protocol, meter)
+    marks, state = watch.finish()
+    rows = [row | start for row, start in zip(timed_rows(contenders, windows, protocol), starts, strict=True)]
+    result = {**marks, "protocol": asdict(protocol), "overhead_ns": overhead_ns(), "rows": rows}
+    return result, state, window_rows(contenders, windows)
+
+
+def median_start(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each figure's median over what new processes told of their start-up."""
+    median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
+    return median | {"peak_rss_bytes": int(median["peak_rss_bytes"])}
+
+
 def overhead_ns() -> float:
     """What a call of nothing takes by this protocol: part of every latency."""
     times, _ = time_window(lambda pixels: None, np.empty(0, np.uint8), 0.01, 1000, lambda: None)

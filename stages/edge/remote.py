@@ -4,6 +4,7 @@ What is made there stays in ~/.cache/edgewise for the next run: an environment f
 each model by its hash. Neither is taken for whole before it is.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -246,4 +247,5 @@ def _tar(content: dict[str, bytes]) -> bytes:
 
 def _remove(device: Device, folder: str) -> None:
     """The run's own folder; one that cannot be removed now, for want of a connection, does no harm."""
-    subprocess.run([*SSH, *device.address, f"rm -rf {shlex.quote(folder)}"], capture_output=True, check=False)
+    with contextlib.suppress(UserError):
+        device.run(f"rm -rf {shlex.quote(folder)}")

@@ -75,42 +75,44 @@ def _open_openvino(folder: Path, threads: int, batch: int) -> Run:
 
 
 def _open_torch_eager(folder: Path, threads: int, batch: int) -> Run:
-    import torch
-
-    from stages.artifacts.artifact import load_classifier
-
-    torch.set_num_threads(threads)
-    classifier, _ = load_classifier(folder)
-
-    def run(pixels: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return classifier(torch.from_numpy(pixels)).numpy()
-
-    return run
+    classifier, _ = _load_torch(folder, threads)
+    return _torch_run(classifier)
 
 
 def _open_torch_compile(folder: Path, threads: int, batch: int) -> Run:
     import torch
 
-    from stages.artifacts.artifact import load_classifier
-
-    torch.set_num_threads(threads)
-    classifier, description = load_classifier(folder)
-    compiled = torch.compile(classifier, dynamic=False)
-    size = description.image_size
-
-    def run(pixels: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return compiled(torch.from_numpy(pixels)).numpy()
-
+    classifier, image_size = _load_torch(folder, threads)
+    run = _torch_run(torch.compile(classifier, dynamic=False))
     try:
-        run(np.zeros((batch, size, size, 3), np.uint8))
+        run(np.zeros((batch, image_size, image_size, 3), np.uint8))
     except Exception as error:  # inductor's, its compiler's and the network's own have no common class
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"torch {torch.__version__} does not compile {folder} ({reason}): install a C++ compiler, or take"
             " torch-compile out of edge_benchmark.runtimes"
         ) from None
+    return run
+
+
+def _load_torch(folder: Path, threads: int) -> tuple[Callable, int]:
+    """The artifact's classifier, and the side of the images that it takes."""
+    import torch
+
+    from stages.artifacts.artifact import load_classifier
+
+    torch.set_num_threads(threads)
+    classifier, description = load_classifier(folder)
+    return classifier, description.image_size
+
+
+def _torch_run(classifier: Callable) -> Run:
+    import torch
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return classifier(torch.from_numpy(pixels)).numpy()
+
     return run
 
 

@@ -4,7 +4,7 @@ import yaml
 
 from stages.reporting.bits import float_layers
 from stages.reporting.inputs import Run
-from stages.reporting.rows import Group, control_of, group_of, runtime_words
+from stages.reporting.rows import Group, baseline_words, control_of, group_of
 from stages.reporting.statistics import PairedDifference
 from stages.reporting.text import bytes_text, count_text, ms_text, p_equals, percent_text, points_text, ratio_text
 
@@ -109,7 +109,7 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
         f"| multiply-accumulates | {count_text(row['macs'])} for one image |",
         f"| latency, batch 1 | median {ms_text(row['latency_ms_p50'])}, p95 {ms_text(row['latency_ms_p95'])},"
         f" {ratio_text(row['latency_ratio'])} as fast as the dense network in"
-        f" {runtime_words(run.baselines[row['model']]['runtime'])} |",
+        f" {baseline_words(run)} |",
         f"| memory, start-up | {bytes_text(row['peak_rss_bytes'])} peak resident, {ms_text(row['load_ms'])} to load |",
         f"| measured with | {row['runtime']} on {machine} |",
     ]

@@ -10,7 +10,7 @@ from stages.reporting.edge import marks_of, printed_lines, runtimes_of, soak_lin
 from stages.reporting.inputs import Run
 from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
-from stages.reporting.rows import Choices, Group, control_of, extra_training, is_control, runtime_words, small_dense
+from stages.reporting.rows import Choices, Group, baseline_words, control_of, extra_training, is_control, small_dense
 from stages.reporting.statistics import PairedDifference
 from stages.reporting.tables import confusion_rows
 from stages.reporting.text import (
@@ -82,10 +82,8 @@ def render_page(
         groups=_seed_rows(run, rows, groups),
         **_levels(run, rows, groups),
         **_bits(run, rows, groups),
-        baselines=[
-            (f"{model} dense in {runtime_words(row['runtime'])}", ms_text(row["latency_ms_p50"]))
-            for model, row in run.baselines.items()
-        ],
+        baselines=[(model, ms_text(row["latency_ms_p50"])) for model, row in run.baselines.items()],
+        baseline_runtime=baseline_words(run),
         runtimes=runtimes_of(run),
         soak=soak_lines(run),
         printed=printed_lines(run),
@@ -134,8 +132,8 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
             (
                 "median latency",
                 ms_text(row["latency_ms_p50"]),
-                f"{ratio_text(row['latency_ratio'])} as fast as the dense network in"
-                f" {runtime_words(run.baselines[row['model']]['runtime'])}; dense in ONNX Runtime:"
+                f"{ratio_text(row['latency_ratio'])} as fast as the dense network in {baseline_words(run)}; dense in"
+                " ONNX Runtime:"
                 f" {ms_text(baseline['latency_ms_p50'])}",
             ),
             ("test top-1", percent_text(row["top1"]), f"{interval}; dense: {percent_text(baseline['top1'])}"),

@@ -265,17 +265,17 @@ def describe_run(run: Run) -> dict:
     measured = next(iter(run.variants.values()))
     data = {key: value for key, value in measured.profile.items() if key.startswith("data_")}
     counts = {key: measured.profile[key] for key in ("n_test", "n_validation") if key in measured.profile}
-    first = next(iter(run.baselines.values()))
     baseline = {
-        "baseline_runtime": runtime_words(first["runtime"]),
+        "baseline_runtime": baseline_words(run),
         "baseline_latency_ms_p50": {model: row["latency_ms_p50"] for model, row in run.baselines.items()},
     }
     versions = {"versions": measured.description["versions"]}
     return {**run.edge, **data, **counts, **baseline, "printed": run.printed, **versions}
 
 
-def runtime_words(runtime: str) -> str:
-    return {ONNX_RUNTIME: "ONNX Runtime", EAGER: "PyTorch eager"}.get(runtime, runtime)
+def baseline_words(run: Run) -> str:
+    """What the dense networks ran in that speed-ups refer to: the same for all models of a run."""
+    return {ONNX_RUNTIME: "ONNX Runtime", EAGER: "PyTorch eager"}[next(iter(run.baselines.values()))["runtime"]]
 
 
 def small_dense(run: Run) -> str | None:

@@ -20,7 +20,7 @@ import numpy as np
 from edgewise_machine import EnergyMeter, RunWatch, describe_machine, keep_to_cores, machine_state
 from edgewise_memory import peak_rss_bytes, rss_bytes
 from edgewise_model import load_onnx, sha256_of, stop
-from edgewise_protocol import Contender, Protocol, measure, overhead_ns, random_pixels, timed_rows, window_rows
+from edgewise_protocol import Contender, Protocol, median_start, random_pixels, timed_run
 from edgewise_soak import SoakPlan, soak
 
 FRESH_PROCESSES = 3
@@ -59,8 +59,7 @@ def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
         if done.returncode:
             stop(f"{model['variant']} does not run in a new process: {done.stderr.strip()[-300:]}")
         results.append(json.loads(done.stdout))
-    median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
-    return median | {"peak_rss_bytes": int(median["peak_rss_bytes"])}
+    return median_start(results)
 
 
 def time_models(plan: dict, say: Callable[[str], None]) -> dict:
@@ -74,7 +73,7 @@ def time_models(plan: dict, say: Callable[[str], None]) -> dict:
             stop(f"edge_benchmark.{error}")
     check_models(models)
     say(f"start-up of {len(models)} models")
-    starts = [fresh(model, protocol) for model in models]
+    starts = [fresh(model, protocol) | {"onnx_sha256": model["onnx_sha256"]} for model in models]
     runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads)[0] for model in models}
     places = {model["variant"]: place for place, model in enumerate(models)}
     contenders = [
@@ -87,23 +86,8 @@ def time_models(plan: dict, say: Callable[[str], None]) -> dict:
         )
         for model in models
     ]
-    seconds = len(contenders) * protocol.windows * protocol.window_seconds
-    say(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
-    watch = RunWatch.start()
-    windows = measure(contenders, protocol, EnergyMeter())
-    marks, state = watch.finish()
-    rows = [
-        row | start | {"onnx_sha256": model["onnx_sha256"]}
-        for row, start, model in zip(timed_rows(contenders, windows, protocol), starts, models, strict=True)
-    ]
-    result = {
-        "started": started,
-        **marks,
-        "machine": describe_machine(("onnxruntime", "numpy")) | state,
-        "protocol": plan["protocol"],
-        "overhead_ns": overhead_ns(),
-        "rows": rows,
-    }
+    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), say)
+    result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
     soaked = []
     if plan["soak"] is not None:
         images, wanted = np.load(plan["soak"]["file"]), SoakPlan(**plan["soak"]["plan"])
@@ -114,7 +98,7 @@ def time_models(plan: dict, say: Callable[[str], None]) -> dict:
             wanted,
             lambda: machine_state() | {"rss_bytes": rss_bytes()},
         )
-    return {"result": result, "windows": window_rows(contenders, windows), "soak": soaked}
+    return {"result": result, "windows": windows, "soak": soaked}
 
 
 def end_with_the_connection() -> None:
