@@ -22,6 +22,7 @@ from stages.common.params import Params, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits, usable_cores
+from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
 from stages.quantization.methods import Quantized, Task, quantize
@@ -91,6 +92,7 @@ def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path,
         network=replace(
             task.parent.network,
             pointwise_as_linear=quantized.pointwise_as_linear or task.parent.network.pointwise_as_linear,
+            pixel_stem=quantized.pixel_stem,
         ),
         parameters=task.quantizer.model_dump(),
         parent=parent,
@@ -99,6 +101,9 @@ def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path,
         search=quantized.search,
         metrics={},
     )
+    if quantized.pixel_stem:
+        pixels = {"mean": PIXEL_MEAN, "std": PIXEL_STD, "input_size": task.parent.image_size}
+        description = replace(description, **pixels)
     classifier = Classifier(description.preprocess(), quantized.network).eval()
     batch_size = 1 if description.spans_batch() else EVALUATION_BATCH
 

@@ -20,6 +20,7 @@ from stages.export.packed_weights import with_dynamic_layers, with_integer_layer
 from stages.networks.dynamic_int8 import dynamic_layers
 from stages.networks.integer_weights import integer_layers
 from stages.networks.packed import dequantized
+from stages.networks.pixel_stem import on_pixels, pixel_stem
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
 
@@ -79,17 +80,21 @@ class _Pointwise(nn.Module):
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
         self.resize = preprocess.resize
+        self.needed = bool((preprocess.scale != 1).any() or (preprocess.shift != 0).any())
         self.register_buffer("weight", preprocess.scale.view(3, 1, 1, 1))
         self.register_buffer("bias", preprocess.shift.flatten())
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = pixels.permute(0, 3, 1, 2).float()
-        return self.resize(nn.functional.conv2d(x, self.weight, self.bias, groups=3))
+        return self.resize(nn.functional.conv2d(x, self.weight, self.bias, groups=3) if self.needed else x)
 
 
 def _float_model(classifier: Classifier, image_size: int, export: Export) -> onnx.ModelProto:
     """The float graph, from a copy; packed layers stand in it as the float layers that their integers mean."""
     twin = dequantized(classifier).cpu().eval()
+    stem = pixel_stem(twin, image_size)
+    if stem and f"network.{stem[0]}" not in integer_layers(classifier):
+        twin = on_pixels(twin, image_size, *stem) or twin
     twin.preprocess = _Pointwise(twin.preprocess)
     for name, module in list(twin.named_modules()):
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):

@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from stages.common.errors import UserError
+from stages.export.rewrites import as_gemms, pass_pixels_on, set_nodes
 from stages.networks.dynamic_int8 import unpack_layer
 from stages.networks.integer_weights import Grid
 
@@ -93,7 +94,9 @@ def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) ->
         return {}
     stored, operators, nodes = Counter(), 0, {}
     gemms = {name for name, layer in layers.items() if layer.input_scale is not None}
-    for one in _isolate(model, {name: layer.float_weight() for name, layer in layers.items()}, gemms):
+    found = _isolate(model, {name: layer.float_weight() for name, layer in layers.items()}, gemms)
+    as_gemms(model, gemms)
+    for one in found:
         layer = layers[one.layer]
         static = layer.input_scale is not None
         operators += static
@@ -101,6 +104,7 @@ def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) ->
         stored[onnx.TensorProto.DataType.Name(kind).lower()] += 1
         nodes[one.node] = _static(model, one, layer) if static else _weight_only(model, one, layer, kind)
     _insert(model, nodes)
+    pass_pixels_on(model)
     return {"quantized_operators": operators, "integer_weights": dict(sorted(stored.items()))}
 
 
@@ -220,7 +224,7 @@ def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Co
         raise UserError(
             f"{lost[0]}: this layer does not stand in the exported graph, so its integers cannot be stored: use fp32"
         )
-    _set_nodes(model, nodes)
+    set_nodes(model, nodes)
     return found
 
 
@@ -229,17 +233,7 @@ def _insert(model: onnx.ModelProto, around: dict[str, Around]) -> None:
     for node in model.graph.node:
         found = around.get(node.name, Around([]))
         nodes += [*found.before, node, *found.after]
-    _set_nodes(model, nodes)
-
-
-def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    """The graph's nodes, and no initializer that none of them reads."""
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    set_nodes(model, nodes)
 
 
 def _quantize(model: onnx.ModelProto, nodes: list[str], per_channel: bool) -> onnx.ModelProto:

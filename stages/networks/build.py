@@ -16,6 +16,7 @@ from stages.common.architectures import construct, timm_model
 from stages.common.errors import UserError
 from stages.common.params import Model
 from stages.networks.layer_scale import fold_layer_scale
+from stages.networks.pixel_stem import take_pixels
 from stages.networks.pointwise import pointwise_to_linear
 from stages.networks.reshape import reshape
 from stages.networks.tensors import load_tensors
@@ -37,6 +38,9 @@ class NetworkSpec:
     """For each narrowed LayerNorm (and global response norm), the original width, by which it goes on dividing."""
     layer_norm: str = "exact"
     """How narrowed LayerNorms count, one of `networks.layer_norm.FORMS`: the tensors are the same in each."""
+    pixel_stem: dict[str, int] = field(default_factory=dict)
+    """The convolution that takes stored pixels as they are, and by which factor it scales them up; empty where the
+    images are scaled and normalised before."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +66,8 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         reshape(network, spec.widths, spec.layer_norm_widths, spec.layer_norm)
     if spec.pointwise_as_linear:
         pointwise_to_linear(network)
+    for name, factor in spec.pixel_stem.items():
+        take_pixels(network, name, factor)
     return network
 
 

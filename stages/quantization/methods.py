@@ -95,6 +95,8 @@ class Quantized:
     network: nn.Module
     layers: dict[str, LayerStorage] = field(default_factory=dict)
     pointwise_as_linear: bool = False
+    pixel_stem: dict[str, int] = field(default_factory=dict)
+    """As `NetworkSpec` has it: where it is not empty, the network takes stored pixels as they are."""
     float_layers: list[str] = field(default_factory=list)
     """Layers with weights that have no integer form, are better off without, or never run."""
     search: dict[str, Any] = field(default_factory=dict)
@@ -117,8 +119,8 @@ def quantize(task: Task) -> Quantized:
             network, layers = int8_dynamic(task.network, per_channel)
             return Quantized(network, layers, pointwise_as_linear=True, float_layers=layers_with_weights(network))
         case Int8Static() as quantizer:
-            network, layers, kept = int8_static(task.classifier, quantizer, task.calibration[0])
-            return Quantized(network, layers, pointwise_as_linear=True, float_layers=kept)
+            classifier, layers, kept, stem = int8_static(task.classifier, quantizer, task.calibration[0])
+            return Quantized(classifier.network, layers, pointwise_as_linear=True, float_layers=kept, pixel_stem=stem)
         case Bits():
             return quantize_to_bits(task)
 

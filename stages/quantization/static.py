@@ -8,6 +8,7 @@ from torch import nn
 from stages.artifacts.artifact import LayerStorage
 from stages.common.params import Int8Static
 from stages.networks.integer_weights import KINDS, Grid, with_integers
+from stages.networks.pixel_stem import on_pixels, pixel_stem
 from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.preprocess import Classifier
 from stages.quantization.calibration import activation_ranges
@@ -15,28 +16,33 @@ from stages.quantization.layers import refuse_shared_weights, without_integer_fo
 from stages.quantization.rounding import round_nearest
 
 BITS = 8
+PIXELS = Grid(scale=1.0, zero_point=0)
+"""Of stored pixels, which are integers from 0 to 255."""
 
 
 def int8_static(
     classifier: Classifier, quantizer: Int8Static, images: np.ndarray
-) -> tuple[nn.Module, dict[str, LayerStorage], list[str]]:
+) -> tuple[Classifier, dict[str, LayerStorage], list[str], dict[str, int]]:
     """Round weights for each channel, and the inputs of layers (of convolutions the outputs too) for each tensor.
 
     Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing; so do norms,
     activation functions and layers that the network never runs, whose inputs have no range. 1x1 convolutions are
-    treated as the Linear layers that they are.
+    treated as the Linear layers that they are. Where the first convolution can take the stored pixels as they are, and
+    has as many weights then, it does: pixels are integers already, so that its input is not rounded at all.
 
     Args:
         classifier: float; left as it is.
         images: uint8 `[n, H, W, 3]`, to calibrate on.
 
     Returns:
-        The network, how each int8 layer is stored, and the names of the layers that stayed in float.
+        The classifier, how each int8 layer is stored, the names of the layers that stayed in float, and the network's
+        `pixel_stem`.
 
     Raises:
         UserError: if two layers share a weight.
     """
     refuse_shared_weights(classifier.network)
+    classifier, stem = _on_pixels(classifier, images.shape[1])
     network = copy.deepcopy(classifier.network)
     pointwise_to_linear(network)
     layers = {name: module for name, module in network.named_modules() if type(module) in KINDS}
@@ -52,6 +58,22 @@ def int8_static(
     for name, ends_by_side in ranges.items():
         layer = layers[name]
         grids = {side: Grid.over(*ends) for side, ends in ends_by_side.items()}
+        if name in stem:
+            grids["input"] = PIXELS
         rounded = round_nearest(layer.weight, BITS)
         replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, BITS, grids))
-    return network, dict.fromkeys(ranges, LayerStorage(BITS, BITS, "symmetric_per_channel", "static")), kept
+    storage = dict.fromkeys(ranges, LayerStorage(BITS, BITS, "symmetric_per_channel", "static"))
+    return Classifier(classifier.preprocess, network).eval(), storage, kept, stem
+
+
+def _on_pixels(classifier: Classifier, image_size: int) -> tuple[Classifier, dict[str, int]]:
+    """The classifier whose first convolution takes stored pixels, and its `pixel_stem`; the same one where none can."""
+    found = pixel_stem(classifier, image_size)
+    twin = on_pixels(classifier, image_size, *found) if found else None
+    if twin is None or _parameters(twin) != _parameters(classifier):
+        return classifier, {}
+    return twin, dict([found])
+
+
+def _parameters(classifier: Classifier) -> int:
+    return sum(parameter.numel() for parameter in classifier.parameters())

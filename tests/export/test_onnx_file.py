@@ -105,6 +105,16 @@ def test_normalisation_is_one_convolution_on_planes(float_export):
     assert [node.op_type for node in nodes][:3] == ["Transpose", "Cast", "Conv"]
 
 
+def test_a_stem_that_can_take_stored_pixels_scales_and_normalises_them_itself(tiny_network, classify, images, tmp_path):
+    classifier, small = classify(tiny_network(False)), images[:, :16, :16]
+    export_onnx(classifier, 16, tmp_path / "model.onnx")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert [node.op_type for node in nodes][:4] == ["Transpose", "Cast", "Pad", "Conv"]
+    assert operators(tmp_path / "model.onnx")["Resize"] == 0
+    logits = session_logits(open_session(tmp_path / "model.onnx", 1), small, 16)
+    np.testing.assert_allclose(logits, predict_logits(classifier, small, 60), rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_network_gives_the_same_bytes_and_they_tell_nothing_of_the_machine(
     float_export, tiny_network, classify, tmp_path
 ):

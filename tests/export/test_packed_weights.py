@@ -12,12 +12,14 @@ from onnx import numpy_helper
 from torch import nn
 
 from stages.common.errors import UserError
+from stages.common.params import Export, Int8Static
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits
 from stages.networks.integer_weights import KINDS, Grid, integer_layers, with_integers
 from stages.networks.pointwise import replace_module
 from stages.networks.predict import predict_logits
 from stages.quantization.rounding import round_nearest
+from stages.quantization.static import int8_static
 
 
 def with_bits(network: nn.Module, bits: int, static: bool = False) -> nn.Module:
@@ -74,10 +76,12 @@ def test_four_bits_take_half_the_bytes_of_eight(tiny_network, classify, tmp_path
     assert sizes[1] - sizes[0] == pytest.approx(weights / 2, rel=0.02)
 
 
-@pytest.mark.parametrize("conv_mlp", [True, False])
-def test_static_layers_run_on_integers_and_agree_with_pytorch(tiny_network, classify, images, tmp_path, conv_mlp):
+@pytest.mark.parametrize(("conv_mlp", "batch"), [(True, "dynamic"), (False, "dynamic"), (False, 1)])
+def test_static_layers_run_on_integers_and_agree_with_pytorch(
+    tiny_network, classify, images, tmp_path, conv_mlp, batch
+):
     classifier, path = classify(with_bits(tiny_network(conv_mlp), 8, static=True)), tmp_path / "model.onnx"
-    result = export_onnx(classifier, 24, path)
+    result = export_onnx(classifier, 24, path, Export(batch=batch))
     assert result["quantized_operators"] == 13
     assert result["integer_weights"] == {"int8": 13}
     expected, logits = predict_logits(classifier, images, 20), session_logits(open_session(path, 1), images, 20)
@@ -86,6 +90,45 @@ def test_static_layers_run_on_integers_and_agree_with_pytorch(tiny_network, clas
     assert ran["QLinearConv"] + ran["MatMulIntegerToFloat"] + ran["QGemm"] == 13
     assert ran["Conv"] == 4 + 1  # the depthwise ones, and the normalisation
     assert ran["MatMul"] == ran["Gemm"] == 0
+    if not conv_mlp:
+        assert ran["QGemm"] == 9  # with their biases: what is added is the residual stream
+        assert ran["Add"] == 4
+        assert ran["Reshape"] == 2 * 4 + 1  # into and out of each MLP, whose GELU stays on rows; before the head
+
+
+def test_static_layers_whose_places_are_not_known_beforehand_stay_products(classify, images, tmp_path):
+    class Places(nn.Module):
+        """Joins batch and rows to an axis behind a fixed one, so that no Reshape could bring it back."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(32, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x.permute(1, 0, 2, 3))  # [3, batch, 32, 32]
+            return self.head(y.permute(1, 0, 2, 3).mean((1, 2)))
+
+    torch.manual_seed(0)
+    classifier, path = classify(with_bits(Places().eval(), 8, static=True)), tmp_path / "model.onnx"
+    export_onnx(classifier, 24, path)
+    expected, logits = predict_logits(classifier, images, 20), session_logits(open_session(path, 1), images, 20)
+    assert np.abs(logits - expected).mean() < 0.05 * expected.std()
+    ran = run_by_onnxruntime(path, tmp_path)
+    assert (ran["MatMulIntegerToFloat"], ran["QGemm"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("image_size", "padded"), [(32, 0), (16, 1)])
+def test_a_stem_on_stored_pixels_takes_them_as_the_integers_that_they_are(
+    tiny_network, classify, images, tmp_path, image_size, padded
+):
+    images, path = np.resize(images, (60, image_size, image_size, 3)), tmp_path / "model.onnx"
+    classifier, _, _, stem = int8_static(classify(tiny_network(False)), Int8Static(method="int8_static"), images)
+    assert stem
+    export_onnx(classifier, image_size, path)
+    ran = run_by_onnxruntime(path, tmp_path)
+    assert (ran["Cast"], ran["Resize"], ran["Pad"], ran["QLinearConv"]) == (0, 0, padded, 4)
+    expected, logits = predict_logits(classifier, images, 20), session_logits(open_session(path, 1), images, 20)
+    assert np.abs(logits - expected).mean() < 0.05 * expected.std()
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -5,7 +5,8 @@ from torch import nn
 
 from stages.common.params import Int8Static
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.integer_weights import integer_layers
+from stages.networks.integer_weights import Grid, integer_layers
+from stages.networks.packed import dequantized
 from stages.networks.predict import predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.quantization.static import int8_static
@@ -15,6 +16,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 3), dtype=np.uin
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
+    """A ConvNeXt that sees 32 px."""
     torch.manual_seed(0)
     arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": True, "ls_init_value": 0.5}
     network = build_network(NetworkSpec("timm", "convnext_atto", arguments, 10)).eval()
@@ -27,16 +29,15 @@ def classifier() -> Classifier:
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
 def test_static_int8_stays_near_the_float_network(classifier, calibration):
     quantizer = Int8Static(method="int8_static", calibration=calibration)
-    network, _, _ = int8_static(classifier, quantizer, IMAGES)
-    expected = predict_logits(classifier, IMAGES, 32)
-    logits = predict_logits(Classifier(classifier.preprocess, network).eval(), IMAGES, 32)
+    quantized, _, _, _ = int8_static(classifier, quantizer, IMAGES)
+    expected, logits = predict_logits(classifier, IMAGES, 32), predict_logits(quantized, IMAGES, 32)
     assert np.abs(logits - expected).mean() < 0.1 * expected.std()
     assert not np.array_equal(logits, expected)
 
 
 def test_linear_layers_have_input_grids_convolutions_both_and_depthwise_ones_stay_float(classifier):
-    network, layers, kept = int8_static(classifier, Int8Static(method="int8_static"), IMAGES)
-    found = integer_layers(network)
+    quantized, layers, kept, _ = int8_static(classifier, Int8Static(method="int8_static"), IMAGES)
+    found = integer_layers(quantized.network)
     assert found.keys() == layers.keys()
     assert len(found) == 13  # the stem, 3 downsampling convolutions, 8 of MLPs and the head
     assert {(s.weight_bits, s.activation_bits, s.activations) for s in layers.values()} == {(8, 8, "static")}
@@ -61,10 +62,25 @@ class WithUnused(nn.Module):
 def test_a_layer_that_never_runs_stays_in_float_and_is_named(calibration):
     classifier = Classifier(Preprocess([0.5] * 3, [0.25] * 3, 32), WithUnused()).eval()
     quantizer = Int8Static(method="int8_static", calibration=calibration)
-    network, layers, kept = int8_static(classifier, quantizer, IMAGES)
+    quantized, layers, kept, stem = int8_static(classifier, quantizer, IMAGES)
+    network = quantized.network
     assert kept == ["auxiliary"]
     assert layers.keys() == integer_layers(network).keys() == {"first", "head"}
     assert type(network.auxiliary) is nn.Linear
+    assert stem == {"first": 1}
+
+
+@pytest.mark.parametrize(("image_size", "stem"), [(32, {"stem.0": 1}), (16, {"stem.0": 2}), (8, {})])
+def test_the_first_convolution_takes_stored_pixels_unrounded_where_it_has_as_many_weights(classifier, image_size, stem):
+    images = IMAGES[:, :image_size, :image_size]
+    quantized, _, _, found = int8_static(classifier, Int8Static(method="int8_static"), images)
+    assert found == stem
+    layer = integer_layers(quantized.network)["stem.0"]
+    assert (Grid.of(layer, "input") == Grid(1.0, 0)) == bool(stem)
+    counts = [sum(p.numel() for p in floated.parameters()) for floated in (dequantized(quantized), classifier)]
+    assert counts[0] == counts[1]
+    expected, logits = predict_logits(classifier, images, 32), predict_logits(quantized, images, 32)
+    assert np.abs(logits - expected).mean() < 0.1 * expected.std()
 
 
 def test_the_float_classifier_is_left_as_it_is(classifier):

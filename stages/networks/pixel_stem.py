@@ -1,0 +1,145 @@
+"""The first convolution on stored pixels: scaling and normalisation become part of its weights.
+
+Bilinear scaling by a whole factor takes every scaled pixel from two neighbours with weights that recur at each stored
+pixel, and normalisation is affine. A convolution without padding whose stride is a multiple of that factor therefore is
+a convolution of the stored pixels too, with a stride that is smaller by the factor. At the border scaling repeats
+the outermost pixel, so that convolution pads by replication. All of it is exact up to rounding.
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.networks.pointwise import replace_module
+from stages.networks.preprocess import Classifier, Preprocess
+
+PIXEL_MEAN, PIXEL_STD = [0.0] * 3, [1 / 255] * 3
+"""The normalisation that leaves pixels from 0 to 255 as they are."""
+TOLERANCE = 1e-3
+"""Largest difference of logits, as a share of their largest, that rounding explains."""
+
+
+def pixel_stem(classifier: Classifier, image_size: int) -> tuple[str, int] | None:
+    """The convolution that could take the stored images itself, and the factor by which they are scaled up for it.
+
+    Args:
+        classifier: float.
+        image_size: side in pixels of the stored images.
+
+    Returns:
+        None where no convolution takes the scaled images, or one of another form than `on_pixels` can give.
+    """
+    size = classifier.preprocess.input_size
+    name = _takes_images(classifier, image_size)
+    if size % image_size or name is None:
+        return None
+    layer, factor = classifier.network.get_submodule(name), size // image_size
+    return (name, factor) if _fits(layer, factor) and _as_many_outputs(layer, size, factor) else None
+
+
+@torch.no_grad()
+def on_pixels(classifier: Classifier, image_size: int, name: str, factor: int) -> Classifier | None:
+    """A copy whose network takes pixels from 0 to 255, as `pixel_stem` found that it can.
+
+    Returns:
+        None where the logits are not the same: the network uses the images elsewhere too.
+    """
+    network = copy.deepcopy(classifier.network)
+    layer = network.get_submodule(name)
+    scaling = _scaling(layer.kernel_size[0], factor).to(layer.weight)
+    scale, shift = classifier.preprocess.scale.view(-1, 1, 1), classifier.preprocess.shift.view(-1, 1, 1)
+    weight = torch.einsum("ocij,iy,jx->ocyx", layer.weight, scaling, scaling)
+    bias = (weight * shift).sum((1, 2, 3)) + (0 if layer.bias is None else layer.bias)
+    take_pixels(network, name, factor)
+    stem = network.get_submodule(name)
+    stem.weight.copy_(weight * scale)
+    stem.bias.copy_(bias)
+    twin = Classifier(Preprocess(PIXEL_MEAN, PIXEL_STD, image_size), network).eval()
+    pixels = _some_pixels(image_size)
+    expected, found = classifier(pixels), twin(pixels)
+    return twin if (found - expected).abs().max() <= TOLERANCE * expected.abs().max() else None
+
+
+def take_pixels(network: nn.Module, name: str, factor: int) -> None:
+    """Give the convolution `name` the form, with fresh weights, in which it scales images up by `factor`, in place.
+
+    Raises:
+        UserError: if it is not there, or cannot have that form.
+    """
+    layer = dict(network.named_modules()).get(name)
+    if not _fits(layer, factor):
+        raise UserError(f"{name}: no convolution that could take images {factor} times as small")
+    size, stride = _stored_kernel(layer.kernel_size[0], factor), layer.stride[0] // factor
+    padding = {} if factor == 1 else {"padding": 1, "padding_mode": "replicate"}
+    replace_module(network, name, nn.Conv2d(layer.in_channels, layer.out_channels, size, stride, **padding))
+
+
+def _stored_kernel(size: int, factor: int) -> int:
+    """Side of the kernel on stored pixels, from pixel -1 on, that does what one of side `size` does on scaled ones."""
+    return size if factor == 1 else math.floor((size - 0.5) / factor - 0.5) + 3
+
+
+def _scaling(size: int, factor: int) -> torch.Tensor:
+    """Weights `[size, stored kernel]` of the stored pixels, from -1 on, in each of the first scaled ones.
+
+    As `torch.nn.functional.interpolate` with `mode="bilinear"` and `align_corners=False` has them: scaled pixel r lies
+    at (r + 0.5) / factor - 0.5.
+    """
+    if factor == 1:
+        return torch.eye(size)
+    weights = torch.zeros(size, _stored_kernel(size, factor), dtype=torch.float64)
+    for row in range(size):
+        place = (row + 0.5) / factor - 0.5
+        below = math.floor(place)
+        weights[row, below + 1] += 1 - (place - below)
+        weights[row, below + 2] += place - below
+    return weights
+
+
+def _fits(layer: nn.Module | None, factor: int) -> bool:
+    if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.dilation != (1, 1):
+        return False
+    (height, width), (down, right) = layer.kernel_size, layer.stride
+    unpadded, square = layer.padding in ((0, 0), "valid"), height == width > 1 and down == right
+    return unpadded and square and factor >= 1 and down % factor == 0
+
+
+def _as_many_outputs(layer: nn.Conv2d, size: int, factor: int) -> bool:
+    """Whether the convolution on stored pixels has as many places as the one on `size` scaled ones."""
+    kernel, stride, padding = layer.kernel_size[0], layer.stride[0], 2 if factor > 1 else 0
+    stored = (size // factor + padding - _stored_kernel(kernel, factor)) // (stride // factor)
+    return stored == (size - kernel) // stride
+
+
+@torch.no_grad()
+def _takes_images(classifier: Classifier, image_size: int) -> str | None:
+    """The name of the first convolution that is called with the very tensor that the network is called with."""
+    found, images = [], []
+
+    def note_images(network: nn.Module, inputs: tuple) -> None:
+        images.append(inputs[0])
+
+    def note(name: str):
+        return lambda layer, inputs: found.append(name) if inputs and inputs[0] is images[0] else None
+
+    hooks = [classifier.network.register_forward_pre_hook(note_images)]
+    hooks += [
+        layer.register_forward_pre_hook(note(name))
+        for name, layer in classifier.network.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
+    try:
+        classifier(_some_pixels(image_size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _some_pixels(image_size: int) -> torch.Tensor:
+    """Noise, uint8 `[2, S, S, 3]`."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), np.uint8))
