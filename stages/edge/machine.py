@@ -123,6 +123,16 @@ def others_cores_now(seconds: float = 1.0) -> float:
     return watch.others_cores()
 
 
+def quiet_second(patience: int = 10) -> float:
+    """Wait for a second in which others leave the machine alone, at most so many: the compiler's or the installer's
+    last work is over then. Returns the cores that they used in the last one waited for."""
+    for _ in range(patience):
+        used = others_cores_now()
+        if not is_busy(used):
+            break
+    return used
+
+
 def is_busy(*others_cores: float) -> bool:
     return max(others_cores) > BUSY_CORES
 
@@ -138,7 +148,7 @@ class RunWatch:
 
     @classmethod
     def start(cls) -> "RunWatch":
-        return cls(machine_state(), others_cores_now(), _throttle_count(), CpuWatch.start())
+        return cls(machine_state(), quiet_second(), _throttle_count(), CpuWatch.start())
 
     def finish(self) -> tuple[dict[str, bool], dict[str, float | None]]:
         """The marks `busy` and `throttled` of the run; and the machine's state before and after it, flat."""

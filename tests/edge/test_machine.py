@@ -113,6 +113,13 @@ def test_a_run_is_busy_where_any_part_of_it_was():
     assert is_busy(1.0, 0.0)
 
 
+def test_a_run_waits_for_a_quiet_second_but_not_for_ever(monkeypatch):
+    used = iter([1.0, 0.5, 0.1, 0.9, 1.0, 1.0, 0.7])
+    monkeypatch.setattr(machine, "others_cores_now", lambda: next(used))
+    assert machine.quiet_second() == 0.1
+    assert machine.quiet_second(patience=4) == 0.7
+
+
 def test_energy_is_summed_over_packages_and_goes_on_where_a_counter_starts_anew(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "SYSTEM", tmp_path)
     assert machine.EnergyMeter()() is None
