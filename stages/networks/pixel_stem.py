@@ -46,13 +46,16 @@ def on_pixels(classifier: Classifier, image_size: int, name: str, factor: int) -
     """A copy whose network takes pixels from 0 to 255, as `pixel_stem` found that it can.
 
     Returns:
-        None where the logits are not the same: the network uses the images elsewhere too.
+        None where the logits are not the same, since the network uses the images elsewhere too, and where the copy has
+        fewer weights of zero: scaling mixes what was pruned singly with its neighbours.
     """
     network = copy.deepcopy(classifier.network)
     layer = network.get_submodule(name)
     scaling = _scaling(layer.kernel_size[0], factor).to(layer.weight)
     scale, shift = classifier.preprocess.scale.view(-1, 1, 1), classifier.preprocess.shift.view(-1, 1, 1)
     weight = torch.einsum("ocij,iy,jx->ocyx", layer.weight, scaling, scaling)
+    if (weight == 0).sum() < (layer.weight == 0).sum():
+        return None
     bias = (weight * shift).sum((1, 2, 3)) + (0 if layer.bias is None else layer.bias)
     take_pixels(network, name, factor)
     stem = network.get_submodule(name)

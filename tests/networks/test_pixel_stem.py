@@ -115,6 +115,16 @@ def test_a_network_that_uses_the_images_elsewhere_too_keeps_its_preprocessing():
     assert on_pixels(scaled, 32, name, factor) is None
 
 
+def test_zeros_of_single_pruned_weights_are_not_mixed_with_their_neighbours():
+    convolution = nn.Conv2d(3, 6, 4, 4)
+    with torch.no_grad():
+        convolution.weight[torch.rand_like(convolution.weight) < 0.8] = 0
+    scaled = classifier(Convolution(convolution, 8))
+    assert on_pixels(scaled, 16, "stem", 2) is None
+    stem = on_pixels(scaled, 32, "stem", 1).network.stem
+    assert torch.equal(stem.weight == 0, convolution.weight == 0)
+
+
 def test_a_name_that_has_no_such_convolution_is_refused():
     with pytest.raises(UserError, match=r"head: no convolution that could take images 2 times as small"):
         take_pixels(Convolution(nn.Conv2d(3, 6, 4, 4), 8), "head", 2)
