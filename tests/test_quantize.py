@@ -1,20 +1,23 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from toy_project import compressed_project, pruned_project
 
 from stages import quantize
-from stages.artifacts.artifact import load_artifact, load_classifier, read_description
+from stages.artifacts.artifact import load_artifact, load_classifier, read_description, save_artifact
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
-from stages.common.params import load_params
+from stages.common.params import Int8Static, Variant, load_params
 from stages.datasets.store import open_part
 from stages.export.session import open_session, session_logits
 from stages.networks.dynamic_int8 import dynamic_layers
+from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
 from stages.networks.predict import top1
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
@@ -48,6 +51,26 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
     assert description.parameters == {"method": "int8_dynamic", "per_channel": True}
     assert description.onnx["sha256"] == sha256_of(folder / "model.onnx")
     assert re.search(r"validation top-1 \d+\.\d\d % \(PyTorch \d+\.\d\d %, n = 60\)$", capsys.readouterr().out.strip())
+
+
+def test_static_int8_that_takes_stored_pixels_is_described_so_and_comes_back(unquantized):
+    network, description = load_artifact(paths.pruned("toy-none"))
+    save_artifact(paths.pruned("toy-none"), network, replace(description, input_size=48))  # twice the stored 24
+    params, folder = load_params(), paths.compressed("toy-none-static")
+    params.quantize["static"] = Int8Static(method="int8_static", calibration_images=4)
+    params.variants["toy-none-static"] = Variant(pruning="toy-none", quantizer="static")
+    quantize.compress(params, "toy-none-static", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
+    classifier, found = load_classifier(folder)
+    assert found.network.pixel_stem == {"stem.0": 2}
+    assert (found.mean, found.std, found.input_size, found.image_size) == (PIXEL_MEAN, PIXEL_STD, 24, 24)
+    images = open_part(paths.IMAGES, "validation").images
+    logits = session_logits(open_session(folder / "model.onnx", 1), images, 20)
+    with torch.no_grad():
+        expected = classifier(torch.from_numpy(np.array(images))).numpy()
+    assert np.abs(logits - expected).mean() < 0.2 * expected.std()  # rounding, in a network of random weights
+    quantize.compress(params, FP32, paths.pruned("toy-none"), paths.compressed(FP32), paths.IMAGES, 1)
+    plain = read_description(paths.compressed(FP32))
+    assert (plain.network.pixel_stem, plain.input_size, plain.mean) == ({}, 48, [0.5, 0.5, 0.5])
 
 
 def test_int8_packs_every_linear_layer_and_pointwise_convolution(project):

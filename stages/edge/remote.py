@@ -1,7 +1,8 @@
 """Time variants on a device that is reached by SSH: with the user's own OpenSSH client, keys and known hosts.
 
 What is made there stays in ~/.cache/edgewise for the next run: an environment for each set of pinned requirements, and
-each model by its hash. Neither is taken for whole before it is.
+each model by its hash. Neither is taken for whole before it is. What a run that was cut off left there goes after a
+week.
 """
 
 import contextlib
@@ -47,6 +48,9 @@ printf '%s\\n' "venv=$(python3 -c 'import ensurepip, venv; print("yes")' 2>/dev/
 printf '%s\\n' "cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)))' 2>/dev/null)"
 kept="$HOME/.cache/edgewise"
 mkdir -p "$kept/models"
+for folder in "$kept"/run-* "$kept"/env-*; do
+  if [ ! -e "$folder/complete" ] && [ -n "$(find "$folder" -prune -mtime +6 2>/dev/null)" ]; then rm -rf "$folder"; fi
+done
 printf '%s\\n' "free_kb=$(df -Pk "$kept" | awk 'END {print $4}')"
 for file in "$kept"/models/*.onnx "$kept"/*/complete; do echo "has=$file"; done
 """
@@ -178,16 +182,18 @@ def check_device(target: str, found: dict[str, str], model_bytes: int) -> None:
 
 
 def make_environment(device: Device, home: str, python: str, held: set[str], say: Callable[[str], None]) -> str:
-    """Its folder; made anew where there is none, or none that was finished."""
+    """Its folder; made anew where none was finished: one that is still being made for somebody else is not touched."""
     pins = [f"{name}=={pinned(name)}" for name in REQUIREMENTS]
-    name = hashlib.sha256(" ".join([python, *pins]).encode()).hexdigest()[:12]
-    folder = f"{home}/env-{name}"
-    if f"{folder}/complete" not in held:
-        say(f"{device.address[-1]}: making an environment with {' and '.join(pins)}, once")
-        place = shlex.quote(folder)
-        install = f"{place}/bin/python -m pip install --quiet --no-compile --disable-pip-version-check {' '.join(pins)}"
-        device.run(f"rm -rf {place}; python3 -m venv {place}; {install}; touch {place}/complete")
-    return folder
+    start = f"{home}/env-{hashlib.sha256(' '.join([python, *pins]).encode()).hexdigest()[:12]}-"
+    for path in sorted(held):
+        if path.startswith(start):
+            return path.removesuffix("/complete")
+    say(f"{device.address[-1]}: making an environment with {' and '.join(pins)}, once")
+    install = f"-m pip install --quiet --no-compile --disable-pip-version-check {' '.join(pins)}"
+    return device.run(
+        f'folder=$(mktemp -d {shlex.quote(start)}XXXXXX); python3 -m venv "$folder" >&2;'
+        f' "$folder/bin/python" {install} >&2; touch "$folder/complete"; echo "$folder"'
+    ).strip()
 
 
 def copy_models(
@@ -198,8 +204,11 @@ def copy_models(
     missing = {sha: path for sha, path in missing.items() if model_path(home, sha) not in held}
     for number, (sha, path) in enumerate(missing.items(), 1):
         say(f"{device.address[-1]}: copying model {number} of {len(missing)}, {path.stat().st_size / 1e6:.1f} MB")
-        place = shlex.quote(model_path(home, sha))
-        device.run(f"cat > {place}.partial; mv {place}.partial {place}", path.read_bytes())
+        place, content = shlex.quote(model_path(home, sha)), path.read_bytes()
+        whole = (
+            f'[ "$(wc -c < {place}.partial)" -eq {len(content)} ]'  # a lost connection ends cat as a whole file does
+        )
+        device.run(f"cat > {place}.partial; {whole}; mv {place}.partial {place}", content)
 
 
 def model_path(home: str, sha256: str) -> str:

@@ -22,7 +22,7 @@ from stages import edge_benchmark
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.edge import remote
-from stages.edge.remote import check_device, device_at
+from stages.edge.remote import check_device, device_at, probe
 from stages.edge.soak import SoakPlan
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
@@ -180,6 +180,19 @@ def test_an_environment_that_was_not_finished_is_made_again(server, project):
 
 
 @needs_server
+def test_what_was_cut_off_long_ago_is_removed_and_nothing_else(server, project):
+    kept = server.home / ".cache/edgewise"
+    for name in ("run-old", "env-old", "env-whole", "run-new", "env-new"):
+        (kept / name).mkdir(parents=True)
+    (kept / "env-whole/complete").touch()
+    week_ago = time.time() - 8 * 24 * 3600
+    for name in ("run-old", "env-old", "env-whole"):
+        os.utime(kept / name, (week_ago, week_ago))
+    probe(device_at(server.target))
+    assert sorted(path.name for path in kept.iterdir()) == ["env-new", "env-whole", "models", "run-new"]
+
+
+@needs_server
 def test_a_connection_that_cannot_be_made_ends_in_one_line_and_keeps_the_last_numbers(server, project, monkeypatch):
     paths.EDGE.mkdir(parents=True)
     (paths.EDGE / "edge.json").write_text("the last good ones")
@@ -196,6 +209,21 @@ def test_a_connection_that_cannot_be_made_ends_in_one_line_and_keeps_the_last_nu
     with pytest.raises(UserError, match="Host key verification failed"):
         run_on(server.target)
     assert (paths.EDGE / "edge.json").read_text() == "the last good ones"
+
+
+@needs_server
+def test_a_model_whose_copy_was_cut_off_is_copied_again(server, project, monkeypatch):
+    sent = remote.Device.run
+
+    def cut(device, script, content=None):
+        return sent(device, script, content[:1000] if content and ".partial" in script else content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.Device, "run", cut)
+        with pytest.raises(UserError):
+            run_on(server.target)
+    assert not list((server.home / ".cache/edgewise/models").glob("*.onnx"))
+    assert len(run_on(server.target)["rows"]) == 2
 
 
 @needs_server
