@@ -2,19 +2,23 @@ import csv
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from toy_project import compressed_project
 
 from stages import profile
-from stages.artifacts.artifact import load_classifier, read_description
+from stages.artifacts.artifact import load_artifact, load_classifier, read_description
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
 from stages.datasets.store import open_part
 from stages.export.session import open_session, session_logits
 from stages.networks.predict import predict_logits
+from stages.profiling.corruptions import cells, sample
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
 
@@ -23,6 +27,11 @@ FP32, INT8 = "toy-none-fp32", "toy-none-int8"
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(compressed_project(tmp_path))
     return tmp_path
+
+
+def set_profile(**settings):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(params | {"profile": settings}))
 
 
 def run(monkeypatch, variant):
@@ -97,7 +106,49 @@ def test_a_second_run_writes_the_same_bytes(project, monkeypatch):
     first = {path.name: path.read_bytes() for path in paths.profile(INT8).iterdir()}
     run(monkeypatch, INT8)
     assert {path.name: path.read_bytes() for path in paths.profile(INT8).iterdir()} == first
-    assert sorted(first) == ["layers.csv", "model.json", "predictions.npz", "profile.json"]
+    assert sorted(first) == ["corruptions.npz", "layers.csv", "model.json", "predictions.npz", "profile.json"]
+
+
+def test_the_confidence_is_the_softmax_of_the_likeliest_class(project, monkeypatch):
+    _, predictions = run(monkeypatch, FP32)
+    part = open_part(paths.IMAGES, "test")
+    logits = session_logits(open_session(paths.compressed(FP32) / "model.onnx", 1), part.images, 256)
+    expected = torch.softmax(torch.from_numpy(logits), 1).amax(1)
+    np.testing.assert_allclose(predictions["confidence"], expected, rtol=1e-5)
+
+
+def test_corrupted_images_are_classified_by_the_shipped_file(project, monkeypatch):
+    set_profile(corrupted_images=20, corruption_seed=3)
+    run(monkeypatch, FP32)
+    with np.load(paths.profile(FP32) / "corruptions.npz", allow_pickle=False) as stored:
+        found = dict(stored)
+    assert found["predicted"].shape == (15, 20)
+    assert np.array_equal(found["position"], sample(50, 20, 3))
+    session = open_session(paths.compressed(FP32) / "model.onnx", 1)
+    images = open_part(paths.IMAGES, "test").images[found["position"]]
+    for number, cell in enumerate(cells(images, 3)):
+        assert (found["corruption"][number], found["severity"][number]) == (cell.corruption, cell.severity)
+        assert np.array_equal(found["predicted"][number], session_logits(session, cell.images, 256).argmax(1))
+
+
+def test_no_corruptions_where_none_are_asked_for_and_all_images_where_there_are_fewer(project, monkeypatch):
+    for asked, shape in ((0, (0, 0)), (1000, (15, 50))):
+        set_profile(corrupted_images=asked)
+        run(monkeypatch, FP32)
+        with np.load(paths.profile(FP32) / "corruptions.npz", allow_pickle=False) as stored:
+            assert stored["predicted"].shape == shape
+            assert (stored["predicted"].dtype, stored["severity"].dtype) == (np.int64, np.int64)
+
+
+@pytest.mark.parametrize("variant", [FP32, INT8])
+def test_the_sections_add_up_to_the_file(project, monkeypatch, variant):
+    row, _ = run(monkeypatch, variant)
+    assert row["weight_bytes"] + row["scale_bytes"] + row["graph_bytes"] == row["size_bytes"]
+    network, description = load_artifact(paths.compressed(variant))
+    packed = [network.get_submodule(name) for name in description.layers]
+    assert row["scale_bytes"] == sum(5 * layer.out_features for layer in packed)  # a float scale, an integer zero point
+    trained = 4 * row["params"] - 3 * sum(layer.in_features * layer.out_features for layer in packed)
+    assert row["weight_bytes"] == pytest.approx(trained, rel=0.1)  # equal biases are stored once
 
 
 def test_an_artifact_of_other_images_is_refused_and_the_old_profile_stays(project, monkeypatch):

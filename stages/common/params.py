@@ -444,6 +444,9 @@ class Variant(Section):
 
 class Profile(Section):
     batch_size: Count = 256
+    corrupted_images: Annotated[int, Field(ge=0)] = 1000
+    """Test images that each corruption is tried on, or all where there are fewer; 0: no corruptions."""
+    corruption_seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Export(Section):

@@ -20,7 +20,7 @@ from stages.artifacts.artifact import (
 )
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import Int8Dynamic, Int8Static, SearchedBits, UniformBits, load_params
+from stages.common.params import Int8Dynamic, Int8Static, Profile, SearchedBits, UniformBits, load_params
 from stages.datasets.store import Part
 from stages.export.session import open_session, session_logits
 from stages.networks.build import NetworkSpec, build_network
@@ -127,7 +127,7 @@ def test_quantization_changes_neither_parameters_nor_macs(project, variant):
     counts, before = totals(count_layers(network, 32, description.layers)), totals(count_layers(parent, 32, {}))
     assert (counts.params, counts.macs) == (before.params, before.macs)
     assert counts.params_nonzero <= before.params_nonzero
-    row = profile.profile(paths.compressed(variant), paths.IMAGES, 20, 1)[0]
+    row = profile.profile(paths.compressed(variant), paths.IMAGES, Profile(batch_size=20, corrupted_images=0), 1)[0]
     if not description.spans_batch():  # PyTorch's own dynamic layers hide theirs
         assert row["params_visible"] == counts.params
 

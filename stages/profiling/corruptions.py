@@ -1,0 +1,81 @@
+"""Common corruptions of images, seeded: what cameras, light and storage do to pictures.
+
+Five of those of Hendrycks & Dietterich (arXiv 1903.12261), each at levels 1, 3 and 5 of their CIFAR-10-C: Gaussian
+noise and blur, brightness, contrast and JPEG. Their strengths are for 32 pixels; a blur grows with the image.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One corruption at one severity."""
+
+    corruption: str
+    severity: int
+    """1, 2 or 3."""
+    images: np.ndarray
+    """uint8 `[N, S, S, 3]`."""
+
+
+def sample(n: int, count: int, seed: int) -> np.ndarray:
+    """Which of `n` images are corrupted: positions int64 `[min(count, n)]` in order, drawn without regard to class."""
+    return np.sort(np.random.default_rng(seed).permutation(n)[:count])
+
+
+def cells(images: np.ndarray, seed: int) -> Iterator[Cell]:
+    """Every corruption at every severity of uint8 RGB images `[N, S, S, 3]`; the same seed gives the same pixels."""
+    pixels = np.asarray(images, np.float32) / 255
+    for number, (name, (corrupt, strengths)) in enumerate(CORRUPTIONS.items()):
+        for severity, strength in enumerate(strengths, 1):
+            generator = np.random.default_rng([seed, number, severity])
+            corrupted = corrupt(pixels, strength, generator)
+            yield Cell(name, severity, np.rint(np.clip(corrupted, 0, 1) * 255).astype(np.uint8))
+
+
+def _noise(pixels: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
+    return pixels + np.float32(deviation) * generator.standard_normal(pixels.shape, np.float32)
+
+
+def _blur(pixels: np.ndarray, deviation: float, _: np.random.Generator) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
+    deviation *= pixels.shape[1] / 32
+    return gaussian_filter(pixels, (0, deviation, deviation, 0), mode="nearest")
+
+
+def _brightness(pixels: np.ndarray, added: float, _: np.random.Generator) -> np.ndarray:
+    """Added to the value of hue, saturation and value, which scales red, green and blue; black becomes grey."""
+    value = pixels.max(-1, keepdims=True)
+    brighter = np.minimum(value + np.float32(added), 1)
+    return np.where(value > 0, pixels * (brighter / np.maximum(value, 1e-6)), brighter)
+
+
+def _contrast(pixels: np.ndarray, kept: float, _: np.random.Generator) -> np.ndarray:
+    """Towards the mean of each image and colour."""
+    means = pixels.mean((1, 2), keepdims=True)
+    return means + (pixels - means) * np.float32(kept)
+
+
+def _jpeg(pixels: np.ndarray, quality: int, _: np.random.Generator) -> np.ndarray:
+    stored = np.empty_like(pixels)
+    for place, image in enumerate(np.rint(pixels * 255).astype(np.uint8)):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        stored[place] = np.asarray(Image.open(file), np.float32) / 255
+    return stored
+
+
+CORRUPTIONS: dict[str, tuple[Callable[[np.ndarray, float, np.random.Generator], np.ndarray], tuple[float, ...]]] = {
+    "noise": (_noise, (0.04, 0.08, 0.10)),
+    "blur": (_blur, (0.4, 0.7, 1.0)),
+    "brightness": (_brightness, (0.05, 0.15, 0.30)),
+    "contrast": (_contrast, (0.75, 0.40, 0.15)),
+    "JPEG": (_jpeg, (80, 58, 40)),
+}
+"""Each with its strengths: deviation of [0, 1], deviation in pixels of 32, value added, contrast kept, quality."""
