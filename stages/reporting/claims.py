@@ -10,7 +10,7 @@ import yaml
 from stages.common.params import Params
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, control_of, is_control, model_family
-from stages.reporting.statistics import PairedDifference, holm, paired_difference
+from stages.reporting.statistics import PairedDifference, holm, paired_difference, wilson_interval
 from stages.reporting.text import p_text, percent_text
 
 HOLDS = "holds"
@@ -63,6 +63,7 @@ def assess(claims: list[Claim], run: Run, rows: list[dict], groups: dict[str, Gr
         "accuracy_gain": _accuracy_gain,
         "combination": _combination,
         "pretraining": _pretraining,
+        "printed": _printed,
         "camera": _camera,
     }
     entries = []
@@ -304,6 +305,25 @@ def _pretraining(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str
     )
     verdict = HOLDS if gain.delta > 0 and sure else FAILS
     return Finding(verdict, how, gain.delta, gain.delta, tuple(dict.fromkeys(name for pair in pairs for name in pair)))
+
+
+def _printed(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
+    """By the simulation of printed and filmed test images; it holds where the published figure is not above its interval."""
+    if run.printed is None:
+        how = f"Published for {claim.counted_there}; this run simulated no printed images (edge_benchmark.printed)."
+        return Finding(NOT_TESTED, how)
+    found, shown = run.printed, 20
+    low, high = wilson_interval(round(claim.published * shown), shown, run.params.report.confidence)
+    top1, n = found["top1_printed"], found["n_images"]
+    how = (
+        f"Published for {claim.counted_there}: no count of {shown} gives {percent_text(claim.published)}, and the nearest,"
+        f" {round(claim.published * shown)}, leaves anything from {percent_text(low)} to {percent_text(high)} possible."
+        f" Here {n:,} test images through a simulation of print, light and camera, no paper: {percent_text(top1)}"
+        f" [{percent_text(found['top1_printed_ci_low'])}, {percent_text(found['top1_printed_ci_high'])}], against"
+        f" {percent_text(found['top1_clean'])} on the same images as they are."
+    )
+    verdict = HOLDS if found["top1_printed_ci_high"] >= claim.published - claim.tolerance else FAILS
+    return Finding(verdict, how, top1, top1, (found["variant"],))
 
 
 def _camera(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:

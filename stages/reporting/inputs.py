@@ -12,7 +12,7 @@ from stages.common.files import read_csv, read_json
 from stages.common.params import Bits, Params
 
 COUNTS = ("params", "params_nonzero", "params_visible", "macs", "macs_visible", "bops")
-BYTES = ("artifact_bytes", "size_bytes", "size_gzip_bytes")
+BYTES = ("artifact_bytes", "size_bytes", "size_gzip_bytes", "weight_bytes", "scale_bytes", "graph_bytes")
 PROFILE_NUMBERS = (
     "seed",
     "n_test",
@@ -41,6 +41,26 @@ CURVE_COLUMNS = ("epoch", "training_loss", "validation_top1")
 
 
 @dataclass(frozen=True)
+class Corrupted:
+    """Of `model.onnx`, for corrupted test images; without cells where the run has none."""
+
+    position: np.ndarray
+    """`[n]` integers: which test images."""
+    cells: list[tuple[str, int]]
+    """Corruption and severity of each cell."""
+    predicted: np.ndarray
+    """`[cells, n]` integers."""
+
+    def correct(self, labels: np.ndarray) -> np.ndarray:
+        """`[cells, n]` bool, from the labels `[n_test]` of the test images."""
+        return self.predicted == labels[self.position]
+
+    def top1(self, labels: np.ndarray) -> float | None:
+        """Mean over the cells; None without any."""
+        return float(self.correct(labels).mean()) if self.predicted.size else None
+
+
+@dataclass(frozen=True)
 class Measured:
     """All that the stages say of one listed variant."""
 
@@ -50,6 +70,9 @@ class Measured:
     """`[n_test]` integers: the class that `model.onnx` gives each test image."""
     correct: np.ndarray
     """`[n_test]` bool."""
+    confidence: np.ndarray
+    """`[n_test]`: the probability that it gives that class."""
+    corrupted: Corrupted
     layers: list[dict[str, str]]
     """`layers.csv`, one row for each layer."""
     description: dict
@@ -101,16 +124,26 @@ def read_run(params: Params) -> Run:
     for variant in params.variants:
         folder = paths.profile(variant)
         profile = _read_profile(folder / "profile.json", variant, params)
-        label, predicted = read_predictions(folder, variant)
+        label, predicted, confidence = _read_predictions(folder, variant)
+        corrupted = _read_corrupted(folder, variant)
         labels = label if labels is None else labels
-        _refuse_other_images(variant, profile, label, predicted, labels, next(iter(variants.values()), None))
+        first = next(iter(variants.values()), None)
+        _refuse_other_images(variant, profile, label, predicted, labels, first)
+        _refuse_other_corruptions(variant, corrupted, len(labels), first)
         row = timed.get((variant, ONNX_RUNTIME))
         if row is None:
             raise UserError(f"{variant}: {paths.EDGE / 'edge.json'} has no {ONNX_RUNTIME} row for it: run `dvc repro`")
         description = _read_description(folder / "model.json", variant)
         _refuse_mixed_runs(variant, profile, row, description)
         variants[variant] = Measured(
-            profile, predicted, predicted == label, read_csv(folder / "layers.csv"), description, row
+            profile,
+            predicted,
+            predicted == label,
+            confidence,
+            corrupted,
+            read_csv(folder / "layers.csv"),
+            description,
+            row,
         )
     baselines, runtime = {}, _baseline_runtime(edge)
     for model in params.models:
@@ -137,17 +170,34 @@ def read_run(params: Params) -> Run:
     )
 
 
-def read_predictions(folder: Path, variant: str) -> tuple[np.ndarray, np.ndarray]:
-    """Label and predicted class of every test image, two arrays `[n_test]`, as the profile stage stored them."""
-    path = folder / "predictions.npz"
+def _read_predictions(folder: Path, variant: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Label, predicted class and its probability of every test image, as the profile stage stored them."""
+    arrays = _arrays(folder, "predictions.npz", variant, ("label", "predicted", "confidence"))
+    label, predicted, confidence = (array.ravel() for array in arrays)
+    if len(confidence) != len(predicted):
+        raise UserError(
+            f"{variant}: {folder / 'predictions.npz'} holds {len(predicted)} predictions and {len(confidence)}"
+            f" probabilities: delete {folder} and run `dvc repro`"
+        )
+    return label.astype(np.int64), predicted.astype(np.int64), confidence.astype(np.float64)
+
+
+def _read_corrupted(folder: Path, variant: str) -> Corrupted:
+    keys = ("position", "corruption", "severity", "predicted")
+    position, corruption, severity, predicted = _arrays(folder, "corruptions.npz", variant, keys)
+    cells = [(str(name), int(level)) for name, level in zip(corruption, severity, strict=False)]
+    return Corrupted(position.astype(np.int64), cells, predicted.astype(np.int64))
+
+
+def _arrays(folder: Path, name: str, variant: str, keys: tuple[str, ...]) -> list[np.ndarray]:
+    path = folder / name
     try:
         with np.load(path, allow_pickle=False) as stored:
-            label, predicted = (np.asarray(stored[name]).astype(np.int64).ravel() for name in ("label", "predicted"))
+            return [np.asarray(stored[key]) for key in keys]
     except FileNotFoundError:
         raise UserError(f"{variant}: {path} is missing: run `dvc repro` to make it") from None
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
         raise UserError(f"{variant}: {path} cannot be read ({error}): delete {folder} and run `dvc repro`") from None
-    return label, predicted
 
 
 def _read_profile(path: Path, variant: str, params: Params) -> dict:
@@ -203,6 +253,21 @@ def _refuse_other_images(
         raise UserError(
             f"{variant}: its test labels stand in another order than {first.profile['variant']}'s, so predictions"
             " cannot be paired: run `dvc repro`"
+        )
+
+
+def _refuse_other_corruptions(variant: str, corrupted: Corrupted, n_test: int, first: Measured | None) -> None:
+    position, shape = corrupted.position, (len(corrupted.cells), len(corrupted.position))
+    if corrupted.predicted.shape != shape or not ((position >= 0) & (position < n_test)).all():
+        raise UserError(
+            f"{variant}: corruptions.npz holds answers {list(corrupted.predicted.shape)} for {shape[0]} cells of"
+            f" {shape[1]} test images: delete {paths.profile(variant)} and run `dvc repro`"
+        )
+    if first is None:
+        return
+    if corrupted.cells != first.corrupted.cells or not np.array_equal(position, first.corrupted.position):
+        raise UserError(
+            f"{variant}: answers to other corrupted images than {first.profile['variant']}'s: run `dvc repro`"
         )
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from stages.reporting.bits import UNTRAINED, Allocation, contests_of, duels_of, float_layers, unpaired_of
 from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
@@ -10,6 +12,7 @@ from stages.reporting.edge import marks_of, printed_lines, runtimes_of, soak_lin
 from stages.reporting.inputs import Run
 from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
+from stages.reporting.robustness import headline_variants, robustness_of
 from stages.reporting.rows import Choices, Group, baseline_words, control_of, extra_training, is_control, small_dense
 from stages.reporting.statistics import PairedDifference
 from stages.reporting.tables import confusion_rows
@@ -82,6 +85,8 @@ def render_page(
         groups=_seed_rows(run, rows, groups),
         **_levels(run, rows, groups),
         **_bits(run, rows, groups),
+        **_accuracy(run, rows, groups, choices),
+        bytes_lines=[(row["variant"], *_bytes(run, row)) for row in rows],
         baselines=[(model, ms_text(row["latency_ms_p50"])) for model, row in run.baselines.items()],
         baseline_runtime=baseline_words(run),
         runtimes=runtimes_of(run),
@@ -418,6 +423,50 @@ def _benchmarks(run: Run) -> list[tuple[str, list[tuple[str, ...]], str]]:
         )
         tables.append((what, lines, words))
     return tables
+
+
+def _accuracy(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choices) -> dict:
+    """Lines of the tables about calibration, corruptions and single classes."""
+    errors = {row["variant"]: row["calibration_error"] for row in rows}
+    by_group = {one.group.name: one for one in robustness_of(run, groups)}
+
+    def line(group: Group) -> tuple[str, ...]:
+        error = float(np.mean([errors[variant] for variant in group.variants]))
+        cells = (
+            group.name,
+            f"{100 * group.top1:.2f}{_spread(group.top1_deviation, scale=100)}",
+            percent_text(error, 2),
+        )
+        if group.name not in by_group:
+            return cells
+        one = by_group[group.name]
+        change = ("baseline", "", "") if one.difference is None else (*_interval(one.difference), p_text(one.p_value))
+        return (*cells, f"{100 * one.clean:.1f}", f"{100 * one.corrupted:.1f}", *change)
+
+    first = next(iter(run.variants.values())).corrupted
+    shown = headline_variants(run, choices)
+    found = [confusion_rows(run, variant) for variant in shown] if len(run.classes) <= CONFUSION_TABLE else []
+    return {
+        "accuracy_lines": [line(group) for group in groups.values()],
+        "n_corrupted": f"{len(first.position):,}" if first.cells else "",
+        "corruption_names": ", ".join(dict.fromkeys(name for name, _ in first.cells)),
+        "n_cells": len(first.cells),
+        "class_variants": shown,
+        "class_lines": [
+            (
+                of_class[0]["name"],
+                *(percent_text(one["recall"]) if one["recall"] is not None else "" for one in of_class),
+            )
+            for of_class in zip(*found, strict=True)
+        ],
+    }
+
+
+def _bytes(run: Run, row: dict) -> tuple[str, ...]:
+    """Of model.onnx, of its gzip, of its parts, and of the artifact."""
+    profile = run.variants[row["variant"]].profile
+    keys = ("size_bytes", "size_gzip_bytes", "weight_bytes", "scale_bytes", "graph_bytes", "artifact_bytes")
+    return tuple(bytes_text(profile[key]) for key in keys)
 
 
 def _claims(entries: list[dict]) -> list[dict]:

@@ -15,6 +15,7 @@ from math import cos, dist, pi, sin
 from stages.reporting.bits import Contest, bits_by_layer, contests_of, objectives_of
 from stages.reporting.inputs import Run
 from stages.reporting.levels import Level, levels_of
+from stages.reporting.robustness import curves_of, headline_variants
 from stages.reporting.rows import Choices, Group, mark_front, model_family
 from stages.reporting.text import bytes_text, count_text, ms_text, percent_text, short_name, wrapped
 
@@ -78,6 +79,7 @@ def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choi
             params_bars(run, rows),
             *(levels(run, rows, found, cost, f"levels_{short}") for short, cost in LEVEL_COSTS.items()),
             *(draw(run, contest) for contest in contests for draw in (bits, searches)),
+            corruptions(run, choices),
             soak(run),
             training(run),
             confusion(run, choices.headline),
@@ -292,6 +294,38 @@ def soak(run: Run) -> Picture | None:
     return _finish(figure, "soak", f"Soak of {found['variant']}: {found['verdict']}", alt, titles)
 
 
+def corruptions(run: Run, choices: Choices) -> Picture | None:
+    """Top-1 against severity, a panel for each corruption and a line for each headline variant; None without any."""
+    shown = headline_variants(run, choices)
+    curves = {variant: curves_of(run, variant) for variant in shown}
+    kinds = list(curves[shown[0]])
+    if not kinds:
+        return None
+    figure, panels = _figure(1.9 * -(-len(kinds) // 2), rows=-(-len(kinds) // 2), columns=2)
+    titles = {}
+    for kind, axes in zip(kinds, panels.flat, strict=False):
+        axes.set_title(kind, fontsize=10)
+        for index, (variant, of_kind) in enumerate(curves.items()):
+            values = [100 * top1 for top1 in of_kind[kind]]
+            look = {"color": COLORS[index], "ls": LINES[index % len(LINES)], "marker": MARKERS[index]}
+            (line,) = axes.plot(range(len(values)), values, ms=3.5, lw=1.3, label=variant, **look)
+            line.set_gid(f"corruptions-line-{kinds.index(kind)}-{index}")
+            titles[f"corruptions-line-{kinds.index(kind)}-{index}"] = (
+                f"{kind}, {variant}: {' to '.join(f'{value:.1f} %' for value in (values[0], values[-1]))}"
+            )
+        axes.set_xticks(range(len(values)), ["none", *map(str, range(1, len(values)))])
+    for axes in panels.flat[len(kinds) :]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("top-1 (%)")
+    for axes in panels.flat[max(0, len(kinds) - 2) : len(kinds)]:
+        axes.set_xlabel("severity")
+        axes.tick_params(labelbottom=True)
+    _legend_below(figure, *panels.flat[0].get_legend_handles_labels())
+    alt = "Line plots of top-1 accuracy on corrupted test images by severity. " + "; ".join(titles.values()) + "."
+    return _finish(figure, "corruptions", "Corrupted test images", alt, titles)
+
+
 def training(run: Run) -> Picture | None:
     """Validation top-1 and training loss by epoch, a line for each run; None if nothing was trained."""
     if not run.curves:
@@ -446,13 +480,13 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(height: float, rows: int = 1):
+def _figure(height: float, rows: int = 1, columns: int = 1):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, 1, sharex=rows > 1)
+    return figure, figure.subplots(rows, columns, sharex=rows > 1, sharey=columns > 1)
 
 
 def _finish(figure, name: str, title: str, alt: str, titles: dict[str, str], labels: Sequence = ()) -> Picture:

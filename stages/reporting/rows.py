@@ -8,6 +8,7 @@ from stages.common.params import Bits, NoneContinued, Params, Training
 from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
 from stages.reporting.statistics import (
     PairedDifference,
+    calibration_error,
     front,
     holm,
     mean_and_deviation,
@@ -45,10 +46,12 @@ ROW_KEYS = (
     "peak_rss_bytes",
     "load_ms",
     "runtime",
+    "calibration_error",
+    "corrupted_top1",
 )
 """What every row says, in this order (`variants.json`, `variants.csv`)."""
 
-ROUNDING = {"top1_ci_low": 6, "top1_ci_high": 6, "top1_delta": 6}
+ROUNDING = dict.fromkeys(("top1_ci_low", "top1_ci_high", "top1_delta", "calibration_error", "corrupted_top1"), 6)
 """Decimals kept of computed fractions: more would be noise in a diff."""
 
 
@@ -190,6 +193,8 @@ def assemble_rows(run: Run, groups: dict[str, Group]) -> list[dict]:
             "top1_ci_high": high,
             "top1_delta": None if variant == baseline else (correct - int(run.variants[baseline].correct.sum())) / n,
             "p_value": groups[group].p_value,
+            "calibration_error": calibration_error(measured.confidence, measured.correct),
+            "corrupted_top1": measured.corrupted.top1(run.labels),
         }
         found = measured.edge | measured.profile | computed
         row = {key: found[key] for key in ROW_KEYS}

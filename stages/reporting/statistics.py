@@ -79,6 +79,22 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return float(min(1.0, distribution[np.abs(totals) >= abs(int(differences.sum()))].sum()))
 
 
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3), as a fraction.
+
+    Args:
+        confidence: `[n]`, the probability given to the predicted class.
+        correct: `[n]` bool.
+        bins: of equal width, over [0, 1].
+
+    Returns:
+        The mean over images of how far, in an image's bin, mean confidence and accuracy are apart.
+    """
+    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(place, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """A difference of two accuracies on the same images, as fractions."""

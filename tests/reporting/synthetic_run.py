@@ -68,6 +68,12 @@ def change_profile(folder: Path, variant: str, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def change_arrays(path: Path, change) -> None:
+    """Write a file of arrays anew, `change` being what is done with the mapping of its arrays."""
+    with np.load(path) as stored:
+        np.savez_compressed(path, **change(dict(stored)))
+
+
 def write_run(
     folder: Path,
     params: dict,
@@ -117,6 +123,8 @@ def write_run(
             "artifact_bytes": size - 30_000,
             "size_bytes": size,
             "size_gzip_bytes": int(size * (0.4 if "unstructured" in method else 0.92)),
+            **{"weight_bytes": size - 30_000, "scale_bytes": 4_000 if int8 else 0},
+            "graph_bytes": 26_000 if int8 else 30_000,
             "validation_top1": round(float(wanted), 4),
             "onnx_sha256": onnx,
             "data_name": "toys",
@@ -131,8 +139,12 @@ def write_run(
         target.mkdir(parents=True, exist_ok=True)
         (target / "profile.json").write_text(json.dumps(profile))
         np.savez_compressed(
-            target / "predictions.npz", label=labels.astype(np.int32), predicted=predicted.astype(np.int32)
+            target / "predictions.npz",
+            label=labels.astype(np.int32),
+            predicted=predicted.astype(np.int32),
+            confidence=np.clip(1 - 0.5 * hardness, 0.2, 1),
         )
+        _write_corrupted(target / "corruptions.npz", labels, predicted, hardness, len(classes))
         (target / "layers.csv").write_text(f"layer,params,weight_bits\nstem,1200,{8 if int8 else 32}\nhead,64000,32\n")
         description = {
             "name": variant,
@@ -179,6 +191,23 @@ def write_run(
         for number, name in enumerate(names):
             epochs = 0 if kind == "compressed" or name.endswith("-none") else 6
             _write_curve(folder / f"reports/curves/{kind}/{name}.csv", epochs, number)
+
+
+def _write_corrupted(path: Path, labels: np.ndarray, predicted: np.ndarray, hardness: np.ndarray, count: int) -> None:
+    """Three corruptions of every second image, which fail the hardest ones: more of them with every severity."""
+    position = np.arange(0, len(labels), 2)
+    cells = [(name, severity) for name in ("noise", "blur", "JPEG") for severity in (1, 2, 3)]
+    answers = [
+        np.where(hardness[position] < 0.9 - 0.1 * severity, predicted[position], (labels[position] + 1) % count)
+        for _, severity in cells
+    ]
+    np.savez_compressed(
+        path,
+        position=position,
+        corruption=np.array([name for name, _ in cells]),
+        severity=np.array([severity for _, severity in cells]),
+        predicted=np.array(answers),
+    )
 
 
 def _write_edge(folder: Path, edge: dict, params: dict) -> None:

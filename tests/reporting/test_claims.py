@@ -1,9 +1,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from synthetic_run import change_profile, params_of, write_run
+from synthetic_run import EDGE, change_arrays, change_profile, params_of, write_run
 
 from stages.common.params import load_params
 from stages.reporting.claims import (
@@ -171,8 +170,8 @@ def test_a_gain_over_dense_that_chance_explains_is_none_as_counted_there_either(
 
 def test_without_room_a_gain_is_not_tested(tmp_path, monkeypatch):
     write_run(tmp_path, params_of())
-    labels = np.load(tmp_path / "reports/profile/atto-none-fp32/predictions.npz")["label"]
-    np.savez(tmp_path / "reports/profile/atto-none-fp32/predictions.npz", label=labels, predicted=labels)
+    path = tmp_path / "reports/profile/atto-none-fp32/predictions.npz"
+    change_arrays(path, lambda stored: stored | {"predicted": stored["label"]})
     change_profile(tmp_path, "atto-none-fp32", top1=1.0)
     monkeypatch.chdir(tmp_path)
     found = verdicts(read_run(load_params()))["combination_top1_gain"]
@@ -185,6 +184,19 @@ def test_claims_without_their_variants_are_not_tested(tmp_path, monkeypatch):
     found = verdicts(run_with(tmp_path, monkeypatch, params))
     assert {entry["verdict"] for entry in found.values()} == {NOT_TESTED}
     assert all(entry["ours_honest"] is None for entry in found.values())
+
+
+@pytest.mark.parametrize(("high", "verdict"), [(0.92, FAILS), (0.925, HOLDS)])
+def test_printed_images_answer_by_their_interval_and_twenty_are_told_to_be_few(tmp_path, monkeypatch, high, verdict):
+    write_run(tmp_path, params_of() | {"edge_benchmark": EDGE})
+    path = tmp_path / "reports/edge/printed.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top1_printed_ci_high": high}))
+    monkeypatch.chdir(tmp_path)
+    found = verdicts(read_run(load_params()))["edge_top1"]
+    assert (found["verdict"], found["ours_honest"], found["variants"]) == (verdict, 0.842, ["atto-oto50-int8"])
+    assert "no count of 20 gives 92.5 %" in found["how"]
+    assert "from 69.9 % to 97.2 % possible" in found["how"]
+    assert "1,000 test images" in found["how"]
 
 
 def test_what_needs_a_camera_or_weights_is_not_tested(run: Run):

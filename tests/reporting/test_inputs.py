@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import params_of, write_run
+from synthetic_run import change_arrays, params_of, write_run
 
 from stages.common.errors import UserError
 from stages.common.params import load_params
@@ -21,14 +21,27 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
 
 
 def fewer_predictions() -> None:
-    with np.load(FOLDER / "predictions.npz") as stored:
-        np.savez_compressed(FOLDER / "predictions.npz", label=stored["label"][:-1], predicted=stored["predicted"][:-1])
+    change_arrays(FOLDER / "predictions.npz", lambda stored: {key: array[:-1] for key, array in stored.items()})
 
 
 def other_order() -> None:
-    with np.load(FOLDER / "predictions.npz") as stored:
-        label, predicted = stored["label"], stored["predicted"]
-    np.savez_compressed(FOLDER / "predictions.npz", label=label[::-1], predicted=predicted[::-1])
+    change_arrays(FOLDER / "predictions.npz", lambda stored: {key: array[::-1] for key, array in stored.items()})
+
+
+def fewer_probabilities() -> None:
+    change_arrays(FOLDER / "predictions.npz", lambda stored: stored | {"confidence": stored["confidence"][1:]})
+
+
+def other_corrupted_images() -> None:
+    change_arrays(FOLDER / "corruptions.npz", lambda stored: stored | {"position": stored["position"] + 1})
+
+
+def fewer_corrupted_images() -> None:
+    change_arrays(FOLDER / "corruptions.npz", lambda stored: stored | {"predicted": stored["predicted"][:, 1:]})
+
+
+def no_such_images() -> None:
+    change_arrays(FOLDER / "corruptions.npz", lambda stored: stored | {"position": stored["position"] + 10**6})
 
 
 def fewer_images() -> None:
@@ -63,6 +76,11 @@ BAD_INPUTS = {
         "cannot be read",
     ),
     "fewer predictions": (fewer_predictions, "predictions"),
+    "fewer probabilities": (fewer_probabilities, "probabilities"),
+    "missing corruptions": (lambda: (FOLDER / "corruptions.npz").unlink(), "corruptions.npz is missing"),
+    "other corrupted images": (other_corrupted_images, "other corrupted images than atto-none-fp32's"),
+    "fewer corrupted images": (fewer_corrupted_images, "for 9 cells of 200 test images"),
+    "corrupted images that are not there": (no_such_images, "for 9 cells of 200 test images"),
     "fewer test images": (fewer_images, "test images"),
     "labels in another order": (other_order, "order"),
     "other top-1": (lambda: edit(FOLDER / "profile.json", lambda p: p.update(top1=0.5)), "top-1"),

@@ -138,3 +138,16 @@ def test_seeds_have_a_table_of_their_own(seeds_run: Run):
     assert "<small>dense (3 seeds) " in page
     assert "<small>control (3 seeds) " in page
     assert len(page.encode()) < 3_000_000
+
+
+def test_the_page_tells_calibration_corruptions_classes_and_bytes(page: str, run: Run):
+    section = page[page.index('id="accuracy"') : page.index("</section>", page.index('id="accuracy"'))]
+    for words in ("Calibration error", "200 test images", "mean of all 9", "Corrupted (%)", "noise, atto-oto50-int8"):
+        assert words in section
+    assert section.count("<tr>") == 1 + len(run.variants)
+    errors = page[page.index('id="errors"') :]
+    table = errors[: errors.index("</table>")]
+    assert all(name in table for name in (*run.classes, "atto-none-fp32", "atto-oto50-int8"))
+    counts = page[page.index('id="counts"') : page.index('id="training"')]
+    assert "Scales" in counts
+    assert "26.0 KB" in counts

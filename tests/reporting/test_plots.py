@@ -52,6 +52,7 @@ def test_pictures_are_whole_and_described(pictures: dict[str, Picture]):
         "pareto_macs",
         "size",
         "params",
+        "corruptions",
         "training",
         "confusion",
     }

@@ -25,9 +25,9 @@ DESIGN_KEYS = (
 )
 
 
-def test_rows_say_what_the_design_names_in_its_order(run: Run):
+def test_rows_say_what_the_design_names_in_its_order_and_two_things_more(run: Run):
     rows = assemble_rows(run, assemble_groups(run))
-    assert " ".join(ROW_KEYS) == DESIGN_KEYS
+    assert " ".join(ROW_KEYS) == f"{DESIGN_KEYS} calibration_error corrupted_top1"
     assert [list(row) for row in rows] == [list(ROW_KEYS)] * len(run.params.variants)
     assert {row["run_id"] for row in rows} == {run.run_id}
 

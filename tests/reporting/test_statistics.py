@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import binomtest
 
 from stages.reporting.statistics import (
+    calibration_error,
     front,
     holm,
     mcnemar_p,
@@ -92,3 +93,26 @@ def test_deviation_needs_two_values():
 
 def test_front_drops_what_another_beats_and_keeps_equals():
     assert front([1, 2, 2, 3, 1], [0.5, 0.7, 0.6, 0.7, 0.5]) == [True, True, False, False, True]
+
+
+def test_the_interval_of_a_difference_is_the_bootstraps_where_many_images_differ():
+    random = np.random.default_rng(0)
+    differences = random.choice([-1, 0, 1], size=10_000, p=[0.05, 0.88, 0.07])
+    found = paired_difference(differences)
+    totals = random.multinomial(10_000, [np.mean(differences == d) for d in (-1, 0, 1)], size=20_000)
+    low, high = np.quantile((totals[:, 2] - totals[:, 0]) / 10_000, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_calibration_error_by_hand():
+    confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
+    correct = np.array([True, True, True, False, False, False])
+    assert calibration_error(confidence, correct, bins=10) == pytest.approx((4 * 0.2 + 2 * 0.55) / 6)
+    assert calibration_error(np.ones(3), np.ones(3, bool)) == 0
+    honest = np.random.default_rng(0).random(200_000)
+    assert calibration_error(honest, np.random.default_rng(1).random(200_000) < honest) < 0.005
+
+
+def test_errors_in_both_directions_do_not_cancel_between_bins():
+    confidence, correct = np.array([0.9] * 10 + [0.3] * 10), np.array([False] * 10 + [True] * 10)
+    assert calibration_error(confidence, correct) == pytest.approx((0.9 + 0.7) / 2)
