@@ -25,10 +25,10 @@ from stages.datasets.store import open_part
 from stages.edge.drift import drift_of
 from stages.edge.local import Candidate, Timing, refuse_many_threads, time_here
 from stages.edge.machine import keep_to_cores
-from stages.edge.printed import printed_row, require_opencv
+from stages.edge.printed import printed_row, require_opencv, sample
 from stages.edge.protocol import Protocol
 from stages.edge.remote import time_there
-from stages.edge.soak import SoakPlan, refuse_few_windows
+from stages.edge.soak import SoakPlan
 from stages.export.session import usable_cores
 
 SOAK_IMAGES = 64  # of the validation part, again and again
@@ -63,18 +63,10 @@ def candidates_of(params: Params) -> list[Candidate]:
 
 
 def soak_of(section: EdgeBenchmark, candidates: list[Candidate]) -> tuple[Candidate, np.ndarray, SoakPlan] | None:
-    """What to soak, on validation images uint8 `[N, H, W, 3]`, and how long.
-
-    Raises:
-        UserError: if the soak is too short to tell anything.
-    """
+    """What to soak, on validation images uint8 `[N, H, W, 3]`, and how long."""
     if (soak := section.soak) is None:
         return None
     plan = SoakPlan(60 * soak.minutes, soak.images_per_second, soak.window_seconds)
-    try:
-        refuse_few_windows(plan)
-    except ValueError as error:
-        raise UserError(f"edge_benchmark.{error}") from None
     chosen = next(candidate for candidate in candidates if candidate.variant == soak.variant)
     return chosen, np.array(open_part(paths.IMAGES, "validation").images[:SOAK_IMAGES]), plan
 
@@ -100,9 +92,13 @@ def say(line: str) -> None:
 
 def main() -> None:
     params = load_params()
-    section = params.edge_benchmark
-    if section.printed is not None:
+    section, printed = params.edge_benchmark, params.edge_benchmark.printed
+    if printed is not None:
         require_opencv()
+        try:
+            chosen = sample(len(open_part(paths.IMAGES, "test")), printed.images, printed.seed)
+        except ValueError as error:
+            raise UserError(f"edge_benchmark.printed.{error}") from None
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
     with atomic_folder(paths.EDGE) as unfinished:
@@ -110,10 +106,9 @@ def main() -> None:
             drift = drift_of(timing.soak, params.report.confidence)
             result["soak"] = section.soak.model_dump() | asdict(drift)
             write_csv(unfinished / "soak.csv", timing.soak)
-        if section.printed is not None:
+        if printed is not None:
             with tempfile.TemporaryDirectory() as folder:
-                printed = section.printed
-                row = printed_row(printed.variant, printed.images, printed.seed, params.report.confidence, Path(folder))
+                row = printed_row(printed.variant, chosen, printed.seed, params.report.confidence, Path(folder))
             write_json(unfinished / "printed.json", row)
         write_json(unfinished / "edge.json", result)
         write_csv(unfinished / "windows.csv", timing.windows)

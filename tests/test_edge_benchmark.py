@@ -148,7 +148,7 @@ def test_the_soak_and_the_printed_samples_are_judged_beside_the_timings(measured
     soak = edge["soak"]
     assert (soak["variant"], soak["minutes"], soak["wrong"]) == (INT8, 0.01, 0)
     assert soak["soak_seconds"] >= 0.6
-    assert soak["verdict"] in ("stable", "drifts")
+    assert soak["verdict"] in ("stable", "drifts", "cannot tell")
     assert (soak["verdict"] == "drifts") == bool(soak["reasons"])
     assert len(edge["soak_rows"]) >= 4
     assert sum(int(row["runs"]) for row in edge["soak_rows"]) == soak["soak_runs"]
@@ -157,10 +157,10 @@ def test_the_soak_and_the_printed_samples_are_judged_beside_the_timings(measured
     assert printed["onnx_sha256"] == next(row for row in edge["rows"] if row["variant"] == INT8)["onnx_sha256"]
 
 
-def test_a_soak_that_is_too_short_is_refused_before_anything_is_timed(project, monkeypatch):
-    change_params(project, soak={"variant": INT8, "minutes": 0.1})
+def test_more_printed_images_than_there_are_are_refused_before_anything_is_timed(project, monkeypatch):
+    change_params(project, printed={"variant": INT8, "images": 51})
     monkeypatch.setattr(edge_benchmark, "time_here", lambda *_: pytest.fail("timed"))
-    with pytest.raises(UserError, match=r"edge_benchmark\.soak of 6 s in windows of 5 s: it needs at least 4 windows"):
+    with pytest.raises(UserError, match=r"edge_benchmark\.printed\.images = 51: 1 to 50, the images of the test part"):
         edge_benchmark.main()
 
 

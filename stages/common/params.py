@@ -4,11 +4,12 @@
 """
 
 import difflib
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
@@ -461,25 +462,53 @@ class Export(Section):
 class Soak(Section):
     """One variant, run on and on: does its latency drift?"""
 
+    FEWEST_WINDOWS: ClassVar[int] = 4
+
     variant: Name
     minutes: Annotated[float, Field(gt=0, le=10080)]
     images_per_second: Annotated[float, Field(ge=0)] = 0.0
     """A camera's rate; 0 runs one inference after the other."""
     window_seconds: Positive = 5.0
 
+    @model_validator(mode="after")
+    def windows_tell_a_drift_from_noise(self) -> "Soak":
+        if 60 * self.minutes < self.FEWEST_WINDOWS * self.window_seconds:
+            raise ValueError(
+                f"{60 * self.minutes:g} s in windows of {self.window_seconds:g} s: it needs at least"
+                f" {self.FEWEST_WINDOWS} windows: make minutes longer, or window_seconds shorter"
+            )
+        if self.images_per_second and self.images_per_second * self.window_seconds < 1:
+            raise ValueError(
+                f"at {self.images_per_second:g} images_per_second windows of {self.window_seconds:g} s would be empty:"
+                " make window_seconds longer"
+            )
+        return self
+
 
 class Printed(Section):
     """One variant on test images that are printed and filmed in simulation."""
 
     variant: Name
-    images: Count = 1000
+    images: Count | None = None
+    """null: 1,000, or all where the test part has fewer."""
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+SSH_TARGET = re.compile(r"ssh://(?:(?P<user>[^\s@/:-][^\s@/:]*)@)?(?P<host>[^\s@/:-][^\s@/:]*)(?::(?P<port>\d+))?/?")
+
+
+def _known_target(target: str) -> str:
+    found = SSH_TARGET.fullmatch(target)
+    if target == "local" or (found and (found["port"] is None or 0 < int(found["port"]) < 65536)):
+        return target
+    raise ValueError(
+        "must be local or ssh://user@host[:port] with a port from 1 to 65535 (give an IPv6 address a name in"
+        " ~/.ssh/config)"
+    )
+
+
 class EdgeBenchmark(Section):
-    target: Annotated[
-        str, Field(pattern=r"^(local|ssh://([^\s@/:-][^\s@/:]*@)?[^\s@/:-][^\s@/:]*(:[0-9]{1,5})?/?)$")
-    ] = "local"
+    target: Annotated[str, AfterValidator(_known_target)] = "local"
     """This machine, or a device: `ssh://user@host[:port]`."""
     runtimes: Annotated[
         list[Literal["onnxruntime", "openvino", "executorch", "torch-eager", "torch-compile"]],

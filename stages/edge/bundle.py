@@ -9,6 +9,7 @@ Run: python -m stages.edge.bundle <variant> [--accuracy 0.95] [--out dist]
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from stages.artifacts.artifact import ONNX, Description, check_onnx, read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
-from stages.common.files import atomic_folder, write_json, write_text
+from stages.common.files import atomic_folder, clear_disk_errors, write_json, write_text
 from stages.common.params import Params, load_params
 from stages.datasets.store import open_part, read_info
 from stages.edge.device.edgewise_model import BUNDLE, confidences
@@ -36,7 +37,8 @@ SOURCES = {
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow")
 CAMERA = "opencv-python-headless"
 PRINTED = "printed"
-"""Folder of the printed-sample test within a bundle; it goes with the bundle that a new one replaces."""
+"""Folder of the printed-sample test within a bundle."""
+CARD = "README.md"
 
 
 def listed_variant(params: Params, variant: str) -> str:
@@ -109,22 +111,34 @@ def refuse_other_folder(folder: Path) -> None:
 
 
 def write_bundle(folder: Path, source: Path, description: Description, content: dict, card: str | None) -> None:
-    """Write the whole folder or nothing; a bundle that was there is replaced at the end.
+    """Write a new folder, or a new bundle over the former one in it: what else lies there stays.
+
+    Nothing is replaced before all is written, and `bundle.json`, which has the model's hash, comes last: a device
+    refuses what is half one bundle and half another.
 
     Raises:
         UserError: if there is no room or no access, or the copied model is not the one described.
     """
-    with atomic_folder(folder) as unfinished:
+    staged = folder / ".new" if folder.exists() else folder
+    with atomic_folder(staged) as unfinished:
         shutil.copyfile(source / ONNX, unfinished / ONNX)
         check_onnx(unfinished, description)
         write_json(unfinished / BUNDLE, content)
         if card is not None:
-            write_text(unfinished / "README.md", card)
+            write_text(unfinished / CARD, card)
         for name, path in SOURCES.items():
             shutil.copyfile(path, unfinished / name)
         pins = [f"{name}=={pinned(name)}\n" for name in REQUIREMENTS]
         write_text(unfinished / "requirements.txt", "".join(pins))
         write_text(unfinished / "requirements-camera.txt", f"-r requirements.txt\n{CAMERA}=={pinned(CAMERA)}\n")
+    if staged == folder:
+        return
+    with clear_disk_errors(folder):
+        if card is None:
+            folder.joinpath(CARD).unlink(missing_ok=True)
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == BUNDLE):
+            os.replace(path, folder / path.name)
+        staged.rmdir()
 
 
 def read_card(variant: str, onnx_sha256: str) -> tuple[str | None, str]:

@@ -34,7 +34,7 @@ class Drift:
     wrong: int
     """Answers that differed from the first one on the same image."""
     verdict: str
-    """`stable` or `drifts`."""
+    """`stable`, `drifts`, or `cannot tell`: too short or too noisy a soak."""
     reasons: list[str]
 
 
@@ -42,7 +42,8 @@ def drift_of(windows: Sequence[dict], confidence: float) -> Drift:
     """Judge a soak by its windows (rows of `soak`).
 
     It drifts where the latency's change over the soak is, with its interval, away from 0 and larger than `DRIFTS`,
-    where memory grows by more than `LARGEST_GROWTH`, or where an answer changed.
+    where memory grows by more than `LARGEST_GROWTH`, or where an answer changed. It is stable only where the interval
+    leaves no room for a larger change.
     """
     hours = np.array([window["seconds"] for window in windows]) / 3600
     latency = np.array([window["latency_ms_p50"] for window in windows])
@@ -58,6 +59,7 @@ def drift_of(windows: Sequence[dict], confidence: float) -> Drift:
         reasons.append(f"memory grows by {growth / 1e6:.1f} MB")
     if wrong:
         reasons.append(f"{wrong} answers changed")
+    room = max(-low, high) * length > 100 * DRIFTS
     return Drift(
         soak_seconds=windows[-1]["seconds"],
         soak_runs=int(sum(window["runs"] for window in windows)),
@@ -72,7 +74,7 @@ def drift_of(windows: Sequence[dict], confidence: float) -> Drift:
         rss_growth_bytes=growth,
         late=int(sum(window["late"] for window in windows)),
         wrong=wrong,
-        verdict="drifts" if reasons else "stable",
+        verdict="drifts" if reasons else "cannot tell" if room else "stable",
         reasons=reasons,
     )
 

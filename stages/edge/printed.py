@@ -29,18 +29,18 @@ from stages.export.session import open_session, session_logits
 
 VIDEO, RESULT = "printed.mp4", "printed.json"
 IMAGES = 1000
-"""Where `--images` says nothing and the test part has as many."""
+"""Where nothing is said and the test part has as many."""
 
 
 def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
     """Which test images are printed: a seeded sample without repetition, in the stored order.
 
     Raises:
-        UserError: if there are not so many.
+        ValueError: in words for the user, if there are not so many.
     """
     images = min(IMAGES, n_test) if images is None else images
     if not 1 <= images <= n_test:
-        raise UserError(f"--images {images}: 1 to {n_test:,}, the images of the test part")
+        raise ValueError(f"images = {images}: 1 to {n_test:,}, the images of the test part")
     return np.sort(np.random.default_rng(seed).choice(n_test, images, replace=False))
 
 
@@ -94,18 +94,17 @@ def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confiden
     }
 
 
-def printed_row(variant: str, images: int | None, seed: int, confidence: float, folder: Path) -> dict:
-    """Put the variant to the test; the video is left in `folder`.
+def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, folder: Path) -> dict:
+    """Put the variant to the test on the test images `chosen`; the video is left in `folder`.
 
     Raises:
-        UserError: if the artifact is missing, broken or made from other images, or there are not so many images.
+        UserError: if the artifact is missing, broken or made from other images.
     """
     source, info = paths.compressed(variant), read_info(paths.IMAGES)
     description = read_description(source)
     check_onnx(source, description)
     description.require_images(source, info.sha256)
     part = open_part(paths.IMAGES, "test")
-    chosen = sample(len(part), images, seed)
     row = {"variant": variant, "onnx_sha256": description.onnx["sha256"], "data_name": info.name}
     row |= {"data_source": info.source, "data_sha256": info.sha256}
     row |= printed_test(source / ONNX, part, chosen, seed, confidence, folder / VIDEO)
@@ -148,8 +147,12 @@ def main() -> None:
     variant = listed_variant(params, arguments.variant)
     folder = arguments.out or Path("dist") / variant / PRINTED
     refuse_other_folder(folder)
+    try:
+        chosen = sample(len(open_part(paths.IMAGES, "test")), arguments.images, arguments.seed)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
     with atomic_folder(folder) as unfinished:
-        row = printed_row(variant, arguments.images, arguments.seed, params.report.confidence, unfinished)
+        row = printed_row(variant, chosen, arguments.seed, params.report.confidence, unfinished)
         write_json(unfinished / RESULT, row)
     for name, what in (("printed", "printed and filmed"), ("clean", "as they are")):
         low, high = (100 * row[f"top1_{name}_ci_{side}"] for side in ("low", "high"))

@@ -2,14 +2,13 @@
 
 What is made there stays in ~/.cache/edgewise for the next run: an environment for each set of pinned requirements, and
 each model by its hash. Neither is taken for whole before it is. What a run that was cut off left there goes after a
-week.
+week, what no run has used for a month then.
 """
 
 import contextlib
 import hashlib
 import io
 import json
-import re
 import shlex
 import subprocess
 import tarfile
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from stages.common.errors import UserError
-from stages.common.params import EdgeBenchmark
+from stages.common.params import SSH_TARGET, EdgeBenchmark
 from stages.edge.bundle import STAGES, pinned
 from stages.edge.local import Candidate, Timing, refuse_many_threads
 from stages.edge.protocol import Protocol
@@ -49,11 +48,18 @@ printf '%s\\n' "cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)
 kept="$HOME/.cache/edgewise"
 mkdir -p "$kept/models"
 for folder in "$kept"/run-* "$kept"/env-*; do
-  if [ ! -e "$folder/complete" ] && [ -n "$(find "$folder" -prune -mtime +6 2>/dev/null)" ]; then rm -rf "$folder"; fi
+  used="$folder" days=6
+  if [ -e "$folder/complete" ]; then used="$folder/complete" days=29; fi
+  if [ -n "$(find "$used" -prune -mtime +$days 2>/dev/null)" ]; then rm -rf "$folder"; fi
 done
+find "$kept/models" -type f -mtime +29 -exec rm -f {} +
 printf '%s\\n' "free_kb=$(df -Pk "$kept" | awk 'END {print $4}')"
 for file in "$kept"/models/*.onnx "$kept"/*/complete; do echo "has=$file"; done
 """
+
+
+ENDS_WITH_THE_CONNECTION = "exec 3<&0; (cat <&3; kill 0) >/dev/null 2>&1 & watch=$!; "
+"""Before a script that `Device.follow` runs: SSH closes its input when it is cut, and then all that it started ends."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Device:
         command = [*SSH, *self.address, f"set -e; {script}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
             for line in client.stdout:
-                say(f"{self.address[-1]}: {line.decode(errors='replace').rstrip()}")
+                say(line.decode(errors="replace").rstrip())
             said = client.stderr.read().decode(errors="replace")
         if client.returncode:
             raise self.failure(client.returncode, said)
@@ -90,7 +96,9 @@ class Device:
         lines = [line for line in said.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
         if code == 255:
-            remedy = "ssh must reach it without a question (keys, known_hosts)"
+            remedy = "is it on, and named right?"
+            if "Permission denied" in reason or "verification failed" in reason:
+                remedy = "ssh must reach it without a question (keys, known_hosts)"
             return UserError(f"{self.target}: the connection failed or was lost: {reason.strip()}: {remedy}, run again")
         if "No space left" in said:
             return UserError(f"{self.target}: its disk is full ({reason.strip()}): make room there, then run again")
@@ -98,10 +106,8 @@ class Device:
 
 
 def device_at(target: str) -> Device:
-    """From `ssh://[user@]host[:port]`."""
-    user, host, port = re.fullmatch(r"ssh://(?:([^@]+)@)?([^:/]+)(?::(\d+))?/?", target).groups()
-    if port is not None and not 0 < int(port) < 65536:
-        raise UserError(f"edge_benchmark.target = {target!r}: port {port} is none: 1 to 65535")
+    """From `ssh://[user@]host[:port]`, as the params have checked it."""
+    user, host, port = SSH_TARGET.fullmatch(target).groups()
     place = f"{user}@{host}" if user else host
     return Device(target, (*(("-p", port) if port else ()), place))
 
@@ -123,18 +129,23 @@ def time_there(
             what was made there before is kept.
     """
     device = device_at(target)
+
+    def say_there(line: str) -> None:
+        say(f"{device.address[-1]}: {line}")
+
     found, held = probe(device)
     check_device(target, found, sum(c.folder.joinpath("model.onnx").stat().st_size for c in candidates))
     refuse_many_threads(protocol.threads, int(found["cores"]))
     home = f"{found['home']}/.cache/edgewise"
-    environment = make_environment(device, home, found["python"], held, say)
-    copy_models(device, home, candidates, held, say)
+    environment = make_environment(device, home, found["python"], held, say_there)
+    copy_models(device, home, candidates, held, say_there)
     plan, content = plan_of(home, candidates, section, protocol, soaked)
-    folder = device.run(f"mktemp -d {shlex.quote(home)}/run-XXXXXX").strip()
+    used = " ".join(shlex.quote(path) for path in [f"{environment}/complete", *(m["file"] for m in plan["models"])])
+    folder = device.run(f"touch {used}; mktemp -d {shlex.quote(home)}/run-XXXXXX").strip()
     try:
         device.run(f"tar xf - -C {shlex.quote(folder)}", _tar({"plan.json": json.dumps(plan).encode(), **content}))
         python = shlex.quote(f"{environment}/bin/python")
-        device.follow(f"cd {shlex.quote(folder)}; exec {python} -u timing.py plan.json result.json", say)
+        device.follow(f"cd {shlex.quote(folder)}; exec {python} -u timing.py plan.json result.json", say_there)
         timed = json.loads(device.run(f"cat {shlex.quote(folder)}/result.json"))
     except ValueError as error:
         raise UserError(f"{target}: its result cannot be read ({error}): run again") from None
@@ -188,12 +199,15 @@ def make_environment(device: Device, home: str, python: str, held: set[str], say
     for path in sorted(held):
         if path.startswith(start):
             return path.removesuffix("/complete")
-    say(f"{device.address[-1]}: making an environment with {' and '.join(pins)}, once")
+    say(f"making an environment with {' and '.join(pins)}, once")
     install = f"-m pip install --quiet --no-compile --disable-pip-version-check {' '.join(pins)}"
-    return device.run(
-        f'folder=$(mktemp -d {shlex.quote(start)}XXXXXX); python3 -m venv "$folder" >&2;'
-        f' "$folder/bin/python" {install} >&2; touch "$folder/complete"; echo "$folder"'
-    ).strip()
+    told: list[str] = []
+    device.follow(
+        f'{ENDS_WITH_THE_CONNECTION} folder=$(mktemp -d {shlex.quote(start)}XXXXXX); python3 -m venv "$folder" >&2;'
+        f' "$folder/bin/python" {install} >&2; touch "$folder/complete"; echo "$folder"; kill $watch',
+        told.append,
+    )
+    return told[-1]
 
 
 def copy_models(
@@ -203,7 +217,7 @@ def copy_models(
     missing = {c.onnx_sha256: c.folder / "model.onnx" for c in candidates}
     missing = {sha: path for sha, path in missing.items() if model_path(home, sha) not in held}
     for number, (sha, path) in enumerate(missing.items(), 1):
-        say(f"{device.address[-1]}: copying model {number} of {len(missing)}, {path.stat().st_size / 1e6:.1f} MB")
+        say(f"copying model {number} of {len(missing)}, {path.stat().st_size / 1e6:.1f} MB")
         place, content = shlex.quote(model_path(home, sha)), path.read_bytes()
         whole = (
             f'[ "$(wc -c < {place}.partial)" -eq {len(content)} ]'  # a lost connection ends cat as a whole file does

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEWEST_WINDOWS = 4
-
 
 @dataclass(frozen=True)
 class SoakPlan:
@@ -18,20 +16,6 @@ class SoakPlan:
     images_per_second: float
     """0: one inference after the other."""
     window_seconds: float
-
-
-def refuse_few_windows(plan: SoakPlan) -> None:
-    """Raise a `ValueError`, in words for the user, where there would be no telling a drift from noise."""
-    if plan.seconds < FEWEST_WINDOWS * plan.window_seconds:
-        raise ValueError(
-            f"soak of {plan.seconds:g} s in windows of {plan.window_seconds:g} s: it needs at least {FEWEST_WINDOWS}"
-            " windows: make it longer, or the windows shorter"
-        )
-    if plan.images_per_second and plan.images_per_second * plan.window_seconds < 1:
-        raise ValueError(
-            f"soak at {plan.images_per_second:g} images_per_second: windows of {plan.window_seconds:g} s would be"
-            " empty: make them longer"
-        )
 
 
 def soak(
@@ -51,7 +35,6 @@ def soak(
         One flat row for each window: when it ended, its calls, percentiles of their times, how many began late (where
         there is a rate), how many answered another class than the first time, and the state.
     """
-    refuse_few_windows(plan)
     expected = [int(run(image).argmax()) for image in images]
     clock: Callable[[], int] = time.perf_counter_ns
     interval = int(1e9 / plan.images_per_second) if plan.images_per_second else 0

@@ -3,6 +3,7 @@
 import yaml
 
 from stages.reporting.bits import float_layers
+from stages.reporting.edge import timing_marks
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, baseline_words, control_of, group_of
 from stages.reporting.statistics import PairedDifference
@@ -152,6 +153,7 @@ def _limits(run: Run, row: dict) -> str:
         f"- The accuracy is that of {run.variants[row['variant']].profile['data_name']}'s test images; other cameras,"
         " light or image sizes were not tested.",
         "- Latency and memory are those of the machine named; other machines differ, int8 most of all.",
+        *(f"- {mark}" for mark in timing_marks(run, row["variant"])),
     ]
     agreement = row["agreement"]
     if agreement < 1:

@@ -308,7 +308,7 @@ def _pretraining(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str
 
 
 def _printed(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
-    """By the simulation of printed and filmed test images; it holds where the published figure is not above its interval."""
+    """By the simulation of printed and filmed images; it holds where the published figure is not above its interval."""
     if run.printed is None:
         how = f"Published for {claim.counted_there}; this run simulated no printed images (edge_benchmark.printed)."
         return Finding(NOT_TESTED, how)
@@ -316,9 +316,10 @@ def _printed(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Gr
     low, high = wilson_interval(round(claim.published * shown), shown, run.params.report.confidence)
     top1, n = found["top1_printed"], found["n_images"]
     how = (
-        f"Published for {claim.counted_there}: no count of {shown} gives {percent_text(claim.published)}, and the nearest,"
-        f" {round(claim.published * shown)}, leaves anything from {percent_text(low)} to {percent_text(high)} possible."
-        f" Here {n:,} test images through a simulation of print, light and camera, no paper: {percent_text(top1)}"
+        f"Published for {claim.counted_there}: no count of {shown} gives {percent_text(claim.published)}, and the"
+        f" nearest, {round(claim.published * shown)}, leaves anything from {percent_text(low)} to {percent_text(high)}"
+        f" possible. Here {n:,} test images through a simulation of print, light and camera, no paper:"
+        f" {percent_text(top1)}"
         f" [{percent_text(found['top1_printed_ci_low'])}, {percent_text(found['top1_printed_ci_high'])}], against"
         f" {percent_text(found['top1_clean'])} on the same images as they are."
     )

@@ -47,19 +47,29 @@ def runtimes_of(run: Run) -> Runtimes | None:
     return Runtimes(names, lines, missing, refused)
 
 
-def marks_of(run: Run) -> list[str]:
-    """What has to be said of the run before its figures are read; empty for a quiet and faithful one."""
+def timing_marks(run: Run, variant: str | None = None) -> list[str]:
+    """What has to be said of the times, of one variant or of all."""
     marks = []
     if run.edge.get("busy"):
         marks.append("Other programs were using this machine while latency was measured: take its times with care.")
     if run.edge.get("throttled"):
         marks.append("The processor was slowed down while latency was measured: take its times with care.")
-    unsteady = [f"{row['variant']} in {row['runtime']}" for row in run.timings if row.get("unsteady")]
+    unsteady = [
+        f"{row['variant']} in {row['runtime']}"
+        for row in run.timings
+        if row.get("unsteady") and variant in (None, row["variant"])
+    ]
     if unsteady:
         marks.append(
             "The speed-up differs by more than 5 % between the two halves of the run, so that a second run may tell"
             f" another: {', '.join(unsteady)}."
         )
+    return marks
+
+
+def marks_of(run: Run) -> list[str]:
+    """What has to be said of the run before its figures are read; empty for a quiet and faithful one."""
+    marks = timing_marks(run)
     if unfaithful := exports_of(run):
         marks.append(f"model.onnx does not do what the PyTorch artifact does: {', '.join(unfaithful)}.")
     return marks

@@ -394,8 +394,16 @@ def test_a_bad_file_ends_the_command_with_exit_code_2_and_no_traceback(raw, tmp_
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"target": "pi@raspberry"}, "edge_benchmark.target = 'pi@raspberry'"),
-        ({"target": "ssh://-oProxyCommand=x"}, "edge_benchmark.target"),
+        ({"target": "pi@raspberry"}, "edge_benchmark.target = 'pi@raspberry': must be local or ssh://user@host[:port]"),
+        ({"target": "ssh://-oProxyCommand=x"}, "must be local or ssh://"),
+        ({"target": "ssh://a;touch b"}, "must be local or ssh://"),
+        ({"target": "ssh://pi@raspberry:70000"}, "with a port from 1 to 65535"),
+        ({"target": "ssh://[::1]:22"}, "give an IPv6 address a name"),
+        ({"soak": {"variant": "convnext-none-fp32", "minutes": 0.1}}, "6 s in windows of 5 s: it needs at least 4"),
+        (
+            {"soak": {"variant": "convnext-none-fp32", "minutes": 9, "images_per_second": 0.1}},
+            "at 0.1 images_per_second windows of 5 s would be empty",
+        ),
         ({"runtimes": ["openvino"]}, "runtimes must hold onnxruntime"),
         ({"runtimes": ["onnxruntime", "onnxruntime"]}, "runtimes: each once"),
         ({"threads": 2, "affinity": [0]}, "affinity names 1 cores for 2 threads"),

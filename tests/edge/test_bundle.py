@@ -146,6 +146,21 @@ def test_a_broken_model_leaves_the_former_bundle_as_it_was(project):
     assert [path.name for path in folder.parent.iterdir()] == [VARIANT]
 
 
+def test_a_new_bundle_leaves_what_else_lies_in_the_folder(project):
+    folder = make_bundle(project, "--accuracy", "0.1")
+    names = {path.name for path in folder.iterdir()}
+    (folder / "env").mkdir()
+    (folder / "env/mine").write_text("keep")
+    (folder / "README.md").write_text("the card of another model")
+    (folder / "predict.py").write_text("an older one")
+    before = (folder / "bundle.json").read_text()
+    make_bundle(project, "--accuracy", "0.2")
+    assert (folder / "env/mine").read_text() == "keep"
+    assert (folder / "predict.py").read_bytes() == SOURCES["predict.py"].read_bytes()
+    assert (folder / "bundle.json").read_text() != before
+    assert {path.name for path in folder.iterdir()} == names | {"env"}
+
+
 def test_what_is_no_bundle_is_not_replaced(project):
     with pytest.raises(UserError, match="is no bundle: move it away"):
         make_bundle(project, "--accuracy", "0.1", "--out", str(paths.compressed(VARIANT).parent))

@@ -49,6 +49,13 @@ def test_a_slope_that_is_sure_but_small_does_not_matter():
     assert drift.verdict == "stable"
 
 
+@pytest.mark.parametrize(("windows", "share"), [(5, 0.2), (60, 0.5)])
+def test_a_soak_too_short_or_too_noisy_cannot_tell(windows, share):
+    drift = drift_of(windows_of(5 * noise(windows, share)), 0.95)
+    assert max(-drift.change_percent_low, drift.change_percent_high) > 5
+    assert (drift.verdict, drift.reasons) == ("cannot tell", [])
+
+
 def test_single_slow_windows_are_no_drift():
     latency = 5 * noise(60)
     latency[[50, 55]] *= 10

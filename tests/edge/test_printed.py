@@ -64,8 +64,13 @@ def test_the_sample_is_seeded_has_no_image_twice_and_fits_the_test_part():
     assert not np.array_equal(sample(2000, 1000, 0), sample(2000, 1000, 1))
     assert np.array_equal(sample(50, None, 0), np.arange(50))
     for images in (0, 51):
-        with pytest.raises(UserError, match="1 to 50, the images of the test part"):
+        with pytest.raises(ValueError, match=f"images = {images}: 1 to 50, the images of the test part"):
             sample(50, images, 0)
+
+
+def test_more_images_than_there_are_are_refused(project, monkeypatch):
+    with pytest.raises(UserError, match=r"--images = 51: 1 to 50"):
+        run(monkeypatch, "--images", "51")
 
 
 def test_the_interval_is_wilsons():

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,14 +183,52 @@ def test_an_environment_that_was_not_finished_is_made_again(server, project):
 @needs_server
 def test_what_was_cut_off_long_ago_is_removed_and_nothing_else(server, project):
     kept = server.home / ".cache/edgewise"
-    for name in ("run-old", "env-old", "env-whole", "run-new", "env-new"):
+    day = 24 * 3600
+    for name, age in {"run-old": 8, "env-old": 8, "env-used": 40, "env-unused": 40, "run-new": 1, "env-new": 1}.items():
         (kept / name).mkdir(parents=True)
-    (kept / "env-whole/complete").touch()
-    week_ago = time.time() - 8 * 24 * 3600
-    for name in ("run-old", "env-old", "env-whole"):
-        os.utime(kept / name, (week_ago, week_ago))
+        if name in ("env-used", "env-unused"):
+            (kept / name / "complete").touch()
+        os.utime(kept / name, (time.time() - age * day,) * 2)
+    os.utime(kept / "env-unused/complete", (time.time() - 31 * day,) * 2)
+    (kept / "models").mkdir()
+    for name, age in {"used.onnx": 8, "unused.onnx": 31, "cut.onnx.partial": 31}.items():
+        (kept / "models" / name).touch()
+        os.utime(kept / "models" / name, (time.time() - age * day,) * 2)
     probe(device_at(server.target))
-    assert sorted(path.name for path in kept.iterdir()) == ["env-new", "env-whole", "models", "run-new"]
+    assert sorted(path.name for path in kept.iterdir()) == ["env-new", "env-used", "models", "run-new"]
+    assert [path.name for path in (kept / "models").iterdir()] == ["used.onnx"]
+
+
+@needs_server
+def test_what_a_run_uses_counts_as_used(server, project):
+    run_on(server.target)
+    kept = server.home / ".cache/edgewise"
+    used = [*kept.glob("env-*/complete"), *kept.glob("models/*.onnx")]
+    for path in used:
+        os.utime(path, (time.time() - 20 * 24 * 3600,) * 2)
+    run_on(server.target)
+    assert len(used) == 3
+    assert all(path.stat().st_mtime > time.time() - 3600 for path in used)
+
+
+@needs_server
+def test_an_installation_ends_with_the_connection_and_is_not_taken_for_whole(server, project, monkeypatch):
+    (server.home / "pip").write_text('touch "$HOME/installing"; sleep 60 & wait\n')
+
+    def cut_while_installing():
+        _wait_for(lambda: (server.home / "installing").exists())
+        for process in _processes("sshd") & _descendants(server.process.pid):
+            os.kill(process, signal.SIGKILL)
+
+    cutter = threading.Thread(target=cut_while_installing)
+    cutter.start()
+    with pytest.raises(UserError, match="the connection failed or was lost"):
+        run_on(server.target)
+    cutter.join()
+    _wait_for(lambda: not _processes("sleep 60"))
+    assert not list(server.home.glob(".cache/edgewise/env-*/complete"))
+    (server.home / "pip").write_text("exit 0\n")
+    assert run_on(server.target)["rows"]
 
 
 @needs_server
@@ -287,8 +326,9 @@ def test_a_damaged_model_is_not_timed(server, project):
     damaged = next((server.home / ".cache/edgewise/models").glob("*.onnx"))
     damaged.chmod(damaged.stat().st_mode | stat.S_IWUSR)
     damaged.write_bytes(b"half of it")
-    with pytest.raises(UserError, match=r"is not the model.onnx of toy-none-.*: it was damaged"):
+    with pytest.raises(UserError, match=r"was not the model.onnx of toy-none-.* and is removed: run again"):
         run_on(server.target)
+    assert len(run_on(server.target)["rows"]) == 2
 
 
 GOOD = {"architecture": "aarch64", "python": "3.11.2", "venv": "yes", "free_kb": "9000000", "cores": "4"}
@@ -311,8 +351,6 @@ def test_a_device_that_cannot_run_it_is_refused_with_the_remedy(wrong, words):
 def test_user_and_port_are_those_of_the_target():
     assert device_at("ssh://pi@raspberry.local:2222").address == ("-p", "2222", "pi@raspberry.local")
     assert device_at("ssh://raspberry/").address == ("raspberry",)
-    with pytest.raises(UserError, match="port 70000 is none"):
-        device_at("ssh://pi@raspberry:70000")
 
 
 def test_the_soaks_images_go_with_the_plan(project):

@@ -1,5 +1,6 @@
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ def test_the_metadata_in_front_is_what_the_hub_reads(run: Run):
     assert "datasets" not in metadata  # only names of data sets on the hub may stand there
     value = metadata["model-index"][0]["results"][0]["metrics"][0]["value"]
     assert value == round(float(run.variants["atto-oto50-int8"].correct.mean()), 6)
+
+
+def test_the_card_says_that_its_times_are_of_a_busy_machine(run: Run):
+    slow = replace(run, edge=run.edge | {"busy": True}, timings=[row | {"unsteady": True} for row in run.timings])
+    text = cards(slow)["atto-l1-fp32"]
+    assert "- Other programs were using this machine" in text
+    assert "may tell another: atto-l1-fp32 in onnxruntime." in text
+    assert "Other programs" not in cards(run)["atto-l1-fp32"]
 
 
 def test_the_card_says_numbers_lineage_limits_and_licences(run: Run):

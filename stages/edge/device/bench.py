@@ -19,10 +19,11 @@ try:
     import numpy as np
     from edgewise_machine import BUSY_CORES, EnergyMeter, RunWatch, describe_machine
     from edgewise_memory import peak_rss_bytes
-    from edgewise_model import Model, open_model, stop, threads_argument
+    from edgewise_model import Model, open_model, run_script, stop, threads_argument
     from edgewise_protocol import Contender, Protocol, measure, random_pixels, summarise
 except ImportError as missing:
-    sys.exit(f"error: {missing}: pip install -r requirements.txt")
+    own = str(missing.name).startswith("edgewise_")
+    sys.exit(f"error: {missing}: {'copy the whole bundle again' if own else 'pip install -r requirements.txt'}")
 
 WARMUP_RUNS, WINDOWS = 20, 10
 
@@ -133,6 +134,8 @@ def main() -> None:
         parser.error("--seconds: more than 0 and at most 86400")
     if arguments.json and not arguments.json.parent.is_dir():
         stop(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
+    if arguments.json and arguments.json.is_dir():
+        stop(f"cannot write {arguments.json}: it is a folder")
     try:
         result = bench(open_model(Path(__file__).parent, arguments.threads), arguments.threads, arguments.seconds)
     except KeyboardInterrupt:
@@ -143,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,10 +20,11 @@ try:
     import numpy as np
     from edgewise_decode import decode, to_rgb
     from edgewise_frames import CROP, Frame, NewestFrames, NoFrames, centre_square, frames_of, open_video
-    from edgewise_model import Answer, Model, open_model, stop, threads_argument
+    from edgewise_model import Answer, Model, open_model, run_script, stop, threads_argument
     from PIL import Image, ImageOps
 except ImportError as missing:
-    sys.exit(f"error: {missing}: pip install -r requirements-camera.txt")
+    own = str(missing.name).startswith("edgewise_")
+    sys.exit(f"error: {missing}: {'copy the whole bundle again' if own else 'pip install -r requirements-camera.txt'}")
 
 PARTS = ("decode", "resize", "inference", "drawing")
 SURE, UNSURE = (80, 200, 80), (60, 160, 240)  # BGR
@@ -82,8 +83,11 @@ def summary(tally: Tally, dropped: int) -> str:
     )
 
 
-def folder_frames(folder: Path) -> Iterator[Frame]:
+def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
     """The images of a folder in the order of their names, upright and as RGB at first; the rest is named and left out.
+
+    Args:
+        left_out: is told the files that are no images.
 
     Raises:
         NoFrames: if the folder is missing, or no file of it is an image.
@@ -98,7 +102,9 @@ def folder_frames(folder: Path) -> Iterator[Frame]:
                 image.load()
                 rgb = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
         except Exception as error:  # Pillow's errors have no common class
-            print(f"{path}: left out: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
+            print(f"{path}: left out: {reason}", file=sys.stderr)
+            left_out.append(path)
             continue
         found = True
         yield Frame(np.ascontiguousarray(rgb[..., ::-1]), (time.perf_counter_ns() - started) / 1e6)
@@ -207,9 +213,9 @@ def run(arguments: argparse.Namespace) -> str | None:
     if not arguments.folder:
         capture = open_video(source)
         rate, crop = capture.get(cv2.CAP_PROP_FPS) or FALLBACK_RATE, crop or CROP
-    screen = Screen(not arguments.headless, arguments.save, rate)
+    screen, left_out = Screen(not arguments.headless, arguments.save, rate), []
     if capture is None:
-        frames: Iterable[Frame] = folder_frames(arguments.folder)
+        frames: Iterable[Frame] = folder_frames(arguments.folder, left_out)
     elif arguments.video and not arguments.realtime:
         frames = frames_of(capture)
     else:
@@ -237,7 +243,7 @@ def run(arguments: argparse.Namespace) -> str | None:
     print(summary(tally, dropped()))
     if ended and live and not arguments.video:
         return f"camera {source} gives no more frames: was it unplugged?"
-    return None
+    return f"{len(left_out)} files of {source} were left out" if left_out else None
 
 
 def parse() -> argparse.Namespace:
@@ -264,6 +270,8 @@ def parse() -> argparse.Namespace:
         parser.error("--crop: more than 0 and at most 1")
     if arguments.save and arguments.video and arguments.save.resolve() == arguments.video.resolve():
         parser.error("--save would overwrite the video that is played")
+    if arguments.camera < 0:
+        parser.error("--camera: 0 or more")
     if arguments.max_frames is not None and arguments.max_frames < 1:
         parser.error("--max-frames: at least 1")
     return arguments
@@ -281,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

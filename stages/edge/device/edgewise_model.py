@@ -76,6 +76,16 @@ def stop(reason: object) -> NoReturn:
     sys.exit(f"error: {reason}")
 
 
+def run_script(main: Callable[[], object]) -> None:
+    """Run a script's `main`; where nobody reads what it prints any more (`| head`), it ends without a word."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
+        sys.exit(141)  # as a shell reports a process that SIGPIPE ended
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -109,6 +119,7 @@ def read_bundle(folder: Path) -> Bundle:
             confidence_threshold=raw["confidence_threshold"],
             onnxruntime=raw["versions"]["onnxruntime"],
         )
+        _check_types(bundle)
         found = sha256_of(folder / MODEL)
     except OSError as error:
         stop(f"{error.filename}: {error.strerror}: copy the whole bundle again")
@@ -122,10 +133,30 @@ def read_bundle(folder: Path) -> Bundle:
     return bundle
 
 
+def _check_types(bundle: Bundle) -> None:
+    """Raises a `ValueError` that names the first value of another kind than it must be."""
+    named = isinstance(bundle.classes, list) and all(isinstance(name, str) for name in bundle.classes)
+    sound = {
+        "variant": isinstance(bundle.variant, str),
+        "classes": named and bool(bundle.classes),
+        "image_size": type(bundle.image_size) is int and bundle.image_size > 0,
+        "confidence_threshold": type(bundle.confidence_threshold) in (int, float),
+        "versions.onnxruntime": isinstance(bundle.onnxruntime, str),
+    }
+    if wrong := [name for name, is_so in sound.items() if not is_so]:
+        raise ValueError(f"{wrong[0]} is of another kind than it must be")
+
+
 def open_model(folder: Path, threads: int) -> Model:
     """The bundle's model in ONNX Runtime; ends the program where that cannot be."""
     bundle = read_bundle(folder)
-    run, import_ms, load_ms = load_onnx(folder / MODEL, threads)
+    loaded = load_onnx(folder / MODEL, threads)
+    for what, of_model, told in [
+        ("images of side", loaded.image_size, bundle.image_size),
+        ("classes", loaded.classes, len(bundle.classes)),
+    ]:
+        if of_model != told:
+            stop(f"{folder / MODEL} has {of_model} as its {what}, {BUNDLE} {told}: copy the whole bundle again")
     import onnxruntime
 
     if _numbers(onnxruntime.__version__) < _numbers(bundle.onnxruntime):
@@ -134,11 +165,23 @@ def open_model(folder: Path, threads: int) -> Model:
             " made with: pip install -r requirements.txt",
             file=sys.stderr,
         )
-    return Model(bundle, run, import_ms, load_ms)
+    return Model(bundle, loaded.run, loaded.import_ms, loaded.load_ms)
 
 
-def load_onnx(path: Path, threads: int) -> tuple[Callable[[np.ndarray], np.ndarray], float, float]:
-    """A function from uint8 pixels `[B, H, W, 3]` to logits; the ms of importing ONNX Runtime, and of loading the file.
+@dataclass(frozen=True)
+class Loaded:
+    run: Callable[[np.ndarray], np.ndarray]
+    """uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
+    image_size: int
+    classes: int
+    import_ms: float
+    """Importing ONNX Runtime."""
+    load_ms: float
+    """From the file to a session that can run."""
+
+
+def load_onnx(path: Path, threads: int) -> Loaded:
+    """A `model.onnx` in ONNX Runtime.
 
     Ends the program where that cannot be. Waiting threads sleep instead of spinning: a spinning session would take the
     cores from whatever runs next to it.
@@ -162,9 +205,12 @@ def load_onnx(path: Path, threads: int) -> tuple[Callable[[np.ndarray], np.ndarr
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         stop(f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {reason}")
     times.append(time.perf_counter_ns())
-    name, wanted = session.get_inputs()[0].name, [session.get_outputs()[0].name]
-    import_ms, load_ms = (np.diff(times) / 1e6).tolist()
-    return lambda pixels: session.run(wanted, {name: pixels})[0], import_ms, load_ms
+    pixels, logits = session.get_inputs()[0], session.get_outputs()[0]
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run([logits.name], {pixels.name: images})[0]
+
+    return Loaded(run, pixels.shape[1], logits.shape[1], *(np.diff(times) / 1e6).tolist())
 
 
 def threads_argument(text: str) -> int:

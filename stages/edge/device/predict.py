@@ -15,10 +15,11 @@ from pathlib import Path
 try:
     import numpy as np
     from edgewise_decode import decode
-    from edgewise_model import Model, open_model, threads_argument
+    from edgewise_model import Model, open_model, run_script, threads_argument
     from PIL import Image
 except ImportError as missing:
-    sys.exit(f"error: {missing}: pip install -r requirements.txt")
+    own = str(missing.name).startswith("edgewise_")
+    sys.exit(f"error: {missing}: {'copy the whole bundle again' if own else 'pip install -r requirements.txt'}")
 
 
 def answer_line(model: Model, path: Path) -> str:
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

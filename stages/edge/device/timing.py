@@ -27,23 +27,24 @@ FRESH_PROCESSES = 3
 
 
 def check_models(models: list[dict]) -> None:
-    """Ends the program where a file is not the one that was meant."""
+    """Ends the program where a file is not the one that was meant, and removes it."""
     for model in models:
         path = Path(model["file"])
         if not path.is_file() or sha256_of(path) != model["onnx_sha256"]:
-            stop(f"{path} is not the model.onnx of {model['variant']}: it was damaged on its way, run again")
+            path.unlink(missing_ok=True)
+            stop(f"{path} was not the model.onnx of {model['variant']} and is removed: run again")
 
 
 def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str, float]:
     """What start-up costs, in a process that has loaded nothing before."""
-    run, import_ms, load_ms = load_onnx(path, threads)
+    loaded = load_onnx(path, threads)
     pixels = random_pixels(batch, image_size, 0)
     started = time.perf_counter_ns()
-    run(pixels)
+    loaded.run(pixels)
     first_ms = (time.perf_counter_ns() - started) / 1e6
     return {
-        "import_ms": import_ms,
-        "load_ms": load_ms,
+        "import_ms": loaded.import_ms,
+        "load_ms": loaded.load_ms,
         "first_inference_ms": first_ms,
         "peak_rss_bytes": peak_rss_bytes(),
     }
@@ -74,7 +75,7 @@ def time_models(plan: dict, say: Callable[[str], None]) -> dict:
     check_models(models)
     say(f"start-up of {len(models)} models")
     starts = [fresh(model, protocol) | {"onnx_sha256": model["onnx_sha256"]} for model in models]
-    runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads)[0] for model in models}
+    runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads).run for model in models}
     places = {model["variant"]: place for place, model in enumerate(models)}
     contenders = [
         Contender(

@@ -45,6 +45,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_timing(tmp_path):
     done = on_device(toy_bundle(), "bench.py", "--seconds", 3000, "--json", tmp_path / "none" / "bench.json")
     assert done.returncode == 1
     assert "there is no folder" in done.stderr
+    done = on_device(toy_bundle(), "bench.py", "--seconds", 3000, "--json", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "it is a folder" in done.stderr
 
 
 def test_a_time_that_makes_no_sense_is_refused():

@@ -46,9 +46,9 @@ def test_a_folder_is_classified_as_predict_does_and_what_is_no_image_is_left_out
         Image.fromarray(generator.integers(0, 256, (30, 40 + number, 3), np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "notes.txt").write_text("no image")
     done = on_device(toy_bundle(), "camera.py", "--headless", "--folder", tmp_path)
-    assert done.returncode == 0
+    assert done.returncode == 1  # as predict.py's
     assert re.search(SUMMARY, done.stdout)[1] == "3"
-    assert re.fullmatch(r".*notes\.txt: left out: .*\n", done.stderr)
+    assert re.fullmatch(r".*notes\.txt: left out: .*\nerror: 1 files of .* were left out\n", done.stderr)
     predicted = on_device(toy_bundle(), "predict.py", *sorted(tmp_path.glob("*.png"))).stdout
     assert re.search(SUMMARY, done.stdout)[3] == str(predicted.count("unsure"))
 
@@ -120,6 +120,6 @@ def test_a_video_is_not_saved_over_itself_nor_where_no_folder_is(tmp_path):
     assert re.fullmatch(r"error: .* cannot be written: .*\n", done.stderr)
 
 
-@pytest.mark.parametrize("wrong", [["--crop=0"], ["--crop=1.5"], ["--max-frames=0"], ["--realtime"]])
+@pytest.mark.parametrize("wrong", [["--camera=-1"], ["--crop=0"], ["--crop=1.5"], ["--max-frames=0"], ["--realtime"]])
 def test_odd_options_are_refused(wrong):
     assert on_device(toy_bundle(), "camera.py", "--headless", *wrong).returncode == 2

@@ -1,12 +1,13 @@
 import json
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
-from toy_bundle import on_device, toy_bundle
+from toy_bundle import device_command, on_device, toy_bundle
 
 from stages.datasets.decode import decode
 from stages.edge.device import edgewise_model
@@ -107,6 +108,41 @@ def test_a_missing_or_damaged_file_of_the_bundle_is_named(changeable, image):
     done = on_device(changeable, "predict.py", image)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "bundle.json is damaged" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("classes", ["a"] * 9, "has 5 as its classes, bundle.json 9: copy the whole bundle again"),
+        ("classes", None, "classes is of another kind than it must be"),
+        ("classes", [1, 2, 3, 4, 5], "classes is of another kind"),
+        ("image_size", 16, "has 24 as its images of side, bundle.json 16"),
+        ("image_size", "24", "image_size is of another kind"),
+        ("confidence_threshold", None, "confidence_threshold is of another kind"),
+    ],
+)
+def test_a_bundle_json_that_does_not_fit_the_model_is_refused_by_every_script(changeable, image, key, value, words):
+    rewrite(changeable, **{key: value})
+    for script, argument in [("predict.py", image), ("bench.py", "--seconds=1"), ("camera.py", f"--folder={image}")]:
+        done = on_device(changeable, script, argument)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+        assert words in done.stderr
+
+
+def test_a_missing_module_of_the_bundle_is_not_taken_for_a_package(changeable, image):
+    (changeable / "edgewise_decode.py").unlink()
+    done = on_device(changeable, "predict.py", image)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: .*edgewise_decode.*: copy the whole bundle again\n", done.stderr)
+
+
+def test_a_reader_that_has_had_enough_ends_it_without_a_word(image):
+    command = [*device_command(toy_bundle(), "predict.py", *[image] * 200)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout.readline()
+        done.stdout.close()
+        assert done.stderr.read() == ""
+    assert done.returncode == 141
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "PIL", "numpy"])
