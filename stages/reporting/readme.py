@@ -1,7 +1,8 @@
 """The numbers in README.md: written from a profile's report files, never by hand.
 
 `python -m stages.reporting.readme` (at the top) fills every block `<!-- <profile>:<block> -->` ... `<!-- end -->` from
-`profiles/<profile>/reports/`; a test fails where README.md and those files differ.
+`profiles/<profile>/reports/`, and from `reports/` where the profile is called `default`. A test fails where README.md
+and those files differ, and where a measured figure stands outside a block.
 """
 
 import re
@@ -40,7 +41,7 @@ def filled(text: str, top: Path) -> str:
     def content(match: re.Match) -> str:
         if match["block"] not in BLOCKS:
             raise UserError(f"README.md: no block {match['block']!r}; known: {', '.join(BLOCKS)}")
-        reports = top / "profiles" / match["profile"] / "reports"
+        reports = (top if match["profile"] == "default" else top / "profiles" / match["profile"]) / "reports"
         return f"{match[1]}{BLOCKS[match['block']](reports)}\n{match[4]}"
 
     return BLOCK.sub(content, text)
@@ -78,6 +79,82 @@ def headline_block(reports: Path) -> str:
         f" {ms_text(chosen['latency_ms_p50'])} instead of {ms_text(dense['latency_ms_p50'])}** (both in ONNX Runtime;"
         f" {eager}), {accuracy}{change}. {_machine(run)}"
     )
+
+
+def findings_block(reports: Path) -> str:
+    """What stands out: smallest, fastest, corruptions, prints, soak, and what has to be said of the times."""
+    rows, run, metrics = (read_json(reports / f"{name}.json") for name in ("variants", "run", "metrics"))
+    by_name = {row["variant"]: row for row in rows}
+
+    def dense_of(row: dict) -> dict:
+        return by_name[f"{row['model']}-none-fp32"]
+
+    smallest = min(rows, key=lambda row: row["artifact_bytes"])
+    fastest = max(rows, key=lambda row: row["latency_ratio"])
+    chosen = by_name[metrics["headline_variant"]]
+    gone, gone_onnx = (1 - smallest[key] / dense_of(smallest)[key] for key in ("artifact_bytes", "size_bytes"))
+    lines = [
+        f"`{smallest['variant']}` is the smallest: {percent_text(gone)} less than dense float32 in `model.safetensors`,"
+        f" {percent_text(gone_onnx)} in `model.onnx`, {_accuracy(rows, smallest)}.",
+        f"`{fastest['variant']}` is the fastest: {fastest['latency_ratio']:.1f} times as fast as dense in"
+        f" {run['baseline_runtime']}, {_accuracy(rows, fastest)}; dense float32 in ONNX Runtime is"
+        f" {dense_of(fastest)['latency_ratio']:.1f} times as fast.",
+        *_corruptions(chosen, dense_of(chosen)),
+        *_printed(run["printed"]),
+        *_soak(run.get("soak")),
+        *(f"Marked: {words}." for key, words in MARKS.items() if run[key]),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+MARKS = {
+    "busy": "others used the processor while latency was measured",
+    "throttled": "the processor was slowed down while latency was measured",
+}
+
+
+def _corruptions(row: dict, dense: dict) -> list[str]:
+    if row.get("corrupted_top1") is None or row is dense:
+        return []
+    corrupted, errors = (
+        [percent_text(one[k]) for one in (row, dense)] for k in ("corrupted_top1", "calibration_error")
+    )
+    return [
+        f"On corrupted test images (noise, blur, brightness, contrast, JPEG) `{row['variant']}` has {corrupted[0]},"
+        f" dense {corrupted[1]}; their calibration errors are {errors[0]} and {errors[1]}."
+    ]
+
+
+def _printed(printed: dict | None) -> list[str]:
+    if not printed:
+        return []
+    filmed, clean = (
+        f"{percent_text(printed[key], 2)} [{percent_text(printed[f'{key}_ci_low'], 2)},"
+        f" {percent_text(printed[f'{key}_ci_high'], 2)}]"
+        for key in ("top1_printed", "top1_clean")
+    )
+    return [
+        f"On {printed['n_images']:,} test images that are printed and filmed in simulation `{printed['variant']}` has"
+        f" {filmed}, on the same as they are {clean}."
+    ]
+
+
+def _soak(soak: dict | None) -> list[str]:
+    if not soak:
+        return []
+    low, change, high = (soak[f"change_percent{end}"] for end in ("_low", "", "_high"))
+    return [
+        f"A soak of `{soak['variant']}` over {soak['soak_seconds'] / 60:.1f} minutes: {soak['verdict']}, the latency's"
+        f" change {change:+.1f} % [{low:+.1f}, {high:+.1f}], {soak['wrong']} of {soak['soak_runs']:,} answers changed."
+    ]
+
+
+def _accuracy(rows: list[dict], row: dict) -> str:
+    """Its test top-1, and the change against dense."""
+    if row["top1_delta"] is None:
+        return f"{percent_text(row['top1'], 2)} top-1"
+    words = f"{points_text(row['top1_delta'], 2)} points, {_p_words(rows)} {p_equals(row['p_value'])}"
+    return f"{percent_text(row['top1'], 2)} top-1 ({words})"
 
 
 def variants_block(reports: Path) -> str:
@@ -161,6 +238,7 @@ def claims_block(reports: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline_block,
+    "findings": findings_block,
     "variants": variants_block,
     "groups": groups_block,
     "claims": claims_block,

@@ -1,9 +1,10 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import params_of, write_run
+from synthetic_run import EDGE, params_of, write_run
 
 from stages import report
 from stages.common.errors import UserError
@@ -104,8 +105,59 @@ def test_a_dense_headline_has_a_sentence_of_its_own(tmp_path, monkeypatch):
     assert "instead of" not in text
 
 
+def test_the_findings_are_those_of_the_rows_and_of_the_run(tmp_path, monkeypatch):
+    top = reported(tmp_path, monkeypatch, params_of() | {"edge_benchmark": EDGE})
+    reports = top / "profiles/tiny-one/reports"
+    rows = {row["variant"]: row for row in json.loads((reports / "variants.json").read_text())}
+    text = filled(block("findings"), top)
+    small, dense = rows["atto-oto50-int8"], rows["atto-none-fp32"]
+    for words in (
+        f"`atto-oto50-int8` is the smallest: {100 * (1 - small['artifact_bytes'] / dense['artifact_bytes']):.1f} %",
+        f"is the fastest: {max(row['latency_ratio'] for row in rows.values()):.1f} times",
+        f"in ONNX Runtime is {dense['latency_ratio']:.1f} times",
+        f"corrupted test images (noise, blur, brightness, contrast, JPEG) `atto-oto50-int8` has"
+        f" {100 * small['corrupted_top1']:.1f} %, dense {100 * dense['corrupted_top1']:.1f} %",
+        "filmed in simulation `atto-oto50-int8` has 84.20 % [81.80 %, 86.30 %], on the same as they are 86.10 %",
+        "over 1.0 minutes: stable, the latency's change +0.1 % [-1.0, +1.1], 0 of 10,800 answers changed",
+    ):
+        assert words in text
+    assert "Marked" not in text
+    run = json.loads((reports / "run.json").read_text())
+    (reports / "run.json").write_text(json.dumps(run | {"busy": True, "printed": None, "soak": None}))
+    text = filled(block("findings"), top)
+    assert "Marked: others used the processor" in text
+    assert "printed" not in text
+
+
+def test_the_default_is_a_profile_too(tmp_path, monkeypatch):
+    top = reported(tmp_path, monkeypatch, params_of())
+    (top / "profiles/tiny-one").rename(top / "kept")
+    (top / "kept/reports").rename(top / "reports")
+    (top / "kept/params.yaml").rename(top / "params.yaml")
+    assert "`atto-oto50-int8`" in filled(block("headline").replace("tiny-one", "default"), top)
+
+
+MEASURED = re.compile(
+    r"[-+\N{MINUS SIGN}]\d+\.\d|\d\.\d+ ?(%|points|ms\b|[KMG]B\b|times)|\d\N{MULTIPLICATION SIGN}|\d (ms|points)\b"
+)
+"""What a measured figure looks like: a signed decimal, or a decimal with a unit."""
+
+
+def test_no_measured_figure_stands_in_the_readme_outside_the_blocks_that_are_filled():
+    text = re.sub(r"<!-- [\w-]+:\w+ -->.*?<!-- end -->", "", (TOP / "README.md").read_text(), flags=re.DOTALL)
+    found = [line for line in text.splitlines() if MEASURED.search(line)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "figure", ["0.46 ms", "\N{MINUS SIGN}0.12 points", "86.54 %", "1.44 MB", "6.8 times", "3 points"]
+)
+def test_a_measured_figure_is_recognised(figure):
+    assert MEASURED.search(f"words {figure} words")
+
+
 def test_an_unknown_block_or_a_missing_report_is_named(top):
-    with pytest.raises(UserError, match="no block 'nothing'; known: headline, variants, groups, claims"):
+    with pytest.raises(UserError, match="no block 'nothing'; known: headline, findings, variants, groups, claims"):
         filled(block("nothing"), top)
     (top / "profiles/tiny-one/reports/run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json is missing"):
