@@ -55,7 +55,7 @@ def claim_text(value: float | None, unit: str) -> str:
 
 
 def ms_text(milliseconds: float) -> str:
-    return f"{_three_digits(milliseconds)} ms"
+    return f"{milliseconds:.3f} ms" if milliseconds < 1 else f"{_three_digits(milliseconds)} ms"
 
 
 def ratio_text(ratio: float) -> str:
