@@ -21,7 +21,7 @@ from stages.common.files import write_csv
 from stages.common.params import Params, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
-from stages.export.session import open_session, session_logits, usable_cores
+from stages.export.session import int8_overflows, open_session, session_logits, usable_cores
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
@@ -50,10 +50,15 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
     exported, original = metrics["validation_top1"], metrics["validation_top1_torch"]
     difference = abs(exported - original)
     if difference > LARGEST_DIFFERENCE and round(difference * len(part)) > ALLOWED_IMAGES:
+        overflow = (
+            "; this processor has no VNNI, so products of 8 bits overflow: int8_static with weight_bits: 7 does not"
+            if int8_overflows()
+            else ""
+        )
         raise UserError(
             f"model.onnx has top-1 {100 * exported:.2f} % on the {len(part)} validation images, PyTorch"
             f" {100 * original:.2f} %: more than {100 * LARGEST_DIFFERENCE:.1f} points apart, not saved; try another"
-            " quantizer for this network, or take the variant out of params.yaml so that the others go on"
+            f" quantizer for this network, or take the variant out of params.yaml so that the others go on{overflow}"
         )
     return metrics
 

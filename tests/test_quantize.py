@@ -57,7 +57,7 @@ def test_static_int8_that_takes_stored_pixels_is_described_so_and_comes_back(unq
     network, description = load_artifact(paths.pruned("toy-none"))
     save_artifact(paths.pruned("toy-none"), network, replace(description, input_size=48))  # twice the stored 24
     params, folder = load_params(), paths.compressed("toy-none-static")
-    params.quantize["static"] = Int8Static(method="int8_static", calibration_images=4)
+    params.quantize["static"] = Int8Static(method="int8_static", calibration_images=4, weight_bits=7)
     params.variants["toy-none-static"] = Variant(pruning="toy-none", quantizer="static")
     quantize.compress(params, "toy-none-static", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
     classifier, found = load_classifier(folder)
@@ -67,7 +67,7 @@ def test_static_int8_that_takes_stored_pixels_is_described_so_and_comes_back(unq
     logits = session_logits(open_session(folder / "model.onnx", 1), images, 20)
     with torch.no_grad():
         expected = classifier(torch.from_numpy(np.array(images))).numpy()
-    assert np.abs(logits - expected).mean() < 0.2 * expected.std()  # rounding, in a network of random weights
+    assert np.abs(logits - expected).mean() < 0.01 * expected.std()  # on every processor: 7 bits overflow nowhere
     quantize.compress(params, FP32, paths.pruned("toy-none"), paths.compressed(FP32), paths.IMAGES, 1)
     plain = read_description(paths.compressed(FP32))
     assert (plain.network.pixel_stem, plain.input_size, plain.mean) == ({}, 48, [0.5, 0.5, 0.5])

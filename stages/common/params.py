@@ -321,6 +321,8 @@ class Calibrated(Section):
 
 class Int8Static(Calibrated):
     method: Literal["int8_static"]
+    weight_bits: Literal[7, 8] = 8
+    """7 for x86 processors without VNNI, which add pairs of products in 16 bits: those of 8 bits overflow there."""
     calibration: Literal["minmax", "percentile", "entropy"] = "percentile"
     """How the range of an activation is chosen from what the calibration images show."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99

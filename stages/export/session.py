@@ -1,6 +1,7 @@
 """Run `model.onnx`: what a device does, so torch is never imported here."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,15 @@ from stages.common.errors import UserError
 def usable_cores() -> int:
     """Cores that this process may use: fewer than the machine's where affinity says so."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def int8_overflows() -> bool:
+    """Whether ONNX Runtime adds pairs of products in 16 bits here, which those of 8 bits overflow: x86 without VNNI."""
+    try:
+        flags = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    except (OSError, IndexError):  # another system, or ARM, whose products are added in 32 bits
+        return False
+    return not flags & {"avx_vnni", "avx512_vnni"}
 
 
 def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:

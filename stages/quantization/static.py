@@ -15,7 +15,7 @@ from stages.quantization.calibration import activation_ranges
 from stages.quantization.layers import refuse_shared_weights, without_integer_form
 from stages.quantization.rounding import round_nearest
 
-BITS = 8
+ACTIVATION_BITS = 8
 PIXELS = Grid(scale=1.0, zero_point=0)
 """Of stored pixels, which are integers from 0 to 255."""
 
@@ -55,14 +55,15 @@ def int8_static(
     linear = Classifier(classifier.preprocess, network).eval()
     ranges = activation_ranges(linear, layers, sides, images, quantizer)
     kept += [name for name in layers if name not in ranges]
+    bits = quantizer.weight_bits
     for name, ends_by_side in ranges.items():
         layer = layers[name]
         grids = {side: Grid.over(*ends) for side, ends in ends_by_side.items()}
         if name in stem:
             grids["input"] = PIXELS
-        rounded = round_nearest(layer.weight, BITS)
-        replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, BITS, grids))
-    storage = dict.fromkeys(ranges, LayerStorage(BITS, BITS, "symmetric_per_channel", "static"))
+        rounded = round_nearest(layer.weight, bits)
+        replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, bits, grids))
+    storage = dict.fromkeys(ranges, LayerStorage(bits, ACTIVATION_BITS, "symmetric_per_channel", "static"))
     return Classifier(classifier.preprocess, network).eval(), storage, kept, stem
 
 

@@ -102,7 +102,7 @@ def findings_block(reports: Path) -> str:
         *_corruptions(chosen, dense_of(chosen)),
         *_printed(run["printed"]),
         *_soak(run.get("soak")),
-        *(f"Marked: {words}." for key, words in MARKS.items() if run[key]),
+        *(f"Marked: {words}." for key, words in MARKS.items() if run.get(key)),
     ]
     return "\n".join(f"- {line}" for line in lines)
 

@@ -47,6 +47,14 @@ def test_linear_layers_have_input_grids_convolutions_both_and_depthwise_ones_sta
         assert (layer.output_scale is None) == isinstance(layer, nn.Linear)
 
 
+@pytest.mark.parametrize("bits", [7, 8])
+def test_weights_have_the_bits_that_were_asked_for_and_activations_eight(classifier, bits):
+    quantized, layers, _, _ = int8_static(classifier, Int8Static(method="int8_static", weight_bits=bits), IMAGES)
+    assert {(s.weight_bits, s.activation_bits) for s in layers.values()} == {(bits, 8)}
+    largest = [int(layer.weight.abs().max()) for layer in integer_layers(quantized.network).values()]
+    assert set(largest) <= {2 ** (bits - 1) - 1, 2 ** (bits - 1)}
+
+
 class WithUnused(nn.Module):
     """An auxiliary layer that only training would run."""
 
