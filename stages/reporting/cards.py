@@ -3,11 +3,10 @@
 import yaml
 
 from stages.reporting.bits import float_layers
-from stages.reporting.edge import timing_marks
+from stages.reporting.edge import marks_of
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, baseline_words, control_of, group_of
-from stages.reporting.statistics import PairedDifference
-from stages.reporting.text import bytes_text, count_text, ms_text, p_equals, percent_text, points_text, ratio_text
+from stages.reporting.text import bytes_text, count_text, difference_text, ms_text, percent_text, ratio_text
 
 LOADING = """\
 import numpy as np
@@ -92,11 +91,11 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
     pooled = f", pooled over {seeds} seeds" if seeds > 1 else ""
     baseline, control = run.params.baseline_of(row["variant"]), control_of(run.params, row["variant"])
     if group.difference is not None:
-        lines.append(f"| against {baseline}{pooled} | {_difference(group.difference, group.p_value)} |")
+        lines.append(f"| against {baseline}{pooled} | {difference_text(group.difference, group.p_value)} |")
     if group.control is not None:
         lines.append(
             f"| against {control}, the control that trained as long{pooled} |"
-            f" {_difference(group.control, group.control_p_value)} |"
+            f" {difference_text(group.control, group.control_p_value)} |"
         )
     if group.top1_deviation is not None:
         lines.append(
@@ -115,11 +114,6 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
         f"| measured with | {row['runtime']} on {machine} |",
     ]
     return "\n".join(lines)
-
-
-def _difference(difference: PairedDifference, p_value: float) -> str:
-    delta, low, high = (points_text(value, 2) for value in (difference.delta, difference.low, difference.high))
-    return f"{delta} points [{low}, {high}] (paired exact test, Holm-corrected p {p_equals(p_value)})"
 
 
 def _data(run: Run, row: dict) -> str:
@@ -153,7 +147,7 @@ def _limits(run: Run, row: dict) -> str:
         f"- The accuracy is that of {run.variants[row['variant']].profile['data_name']}'s test images; other cameras,"
         " light or image sizes were not tested.",
         "- Latency and memory are those of the machine named; other machines differ, int8 most of all.",
-        *(f"- {mark}" for mark in timing_marks(run, row["variant"])),
+        *(f"- {mark}" for mark in marks_of(run, [row["variant"]])),
     ]
     agreement = row["agreement"]
     if agreement < 1:

@@ -1,9 +1,10 @@
 """What the edge benchmark says beside the variant table: runtimes, a soak, printed samples."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
-from stages.reporting.text import ms_text, percent_text, ratio_text
+from stages.reporting.text import ms_text, percent_text, ratio_text, share_text
 
 LEAST_AGREEMENT = 0.995  # share of test images on which model.onnx must give PyTorch's class, where it is float
 LARGEST_DIFFERENCE = 0.002  # of top-1 between model.onnx and PyTorch, where layers compute on integers
@@ -47,43 +48,34 @@ def runtimes_of(run: Run) -> Runtimes | None:
     return Runtimes(names, lines, missing, refused)
 
 
-def timing_marks(run: Run, variant: str | None = None) -> list[str]:
-    """What has to be said of the times, of one variant or of all."""
+def marks_of(run: Run, variants: Collection[str]) -> list[str]:
+    """What has to be said before the figures of these variants are read; empty for a quiet and faithful run."""
     marks = []
     if run.edge.get("busy"):
         marks.append("Other programs were using this machine while latency was measured: take its times with care.")
     if run.edge.get("throttled"):
         marks.append("The processor was slowed down while latency was measured: take its times with care.")
-    unsteady = [
-        f"{row['variant']} in {row['runtime']}"
-        for row in run.timings
-        if row.get("unsteady") and variant in (None, row["variant"])
-    ]
+    timings = [row for row in run.timings if row["variant"] in variants]
+    unsteady = [f"{row['variant']} in {row['runtime']}" for row in timings if row.get("unsteady")]
     if unsteady:
         marks.append(
             "The speed-up differs by more than 5 % between the two halves of the run, so that a second run may tell"
             f" another: {', '.join(unsteady)}."
         )
-    return marks
-
-
-def marks_of(run: Run) -> list[str]:
-    """What has to be said of the run before its figures are read; empty for a quiet and faithful one."""
-    marks = timing_marks(run)
-    if unfaithful := exports_of(run):
+    if unfaithful := exports_of(run, variants):
         marks.append(f"model.onnx does not do what the PyTorch artifact does: {', '.join(unfaithful)}.")
     return marks
 
 
-def exports_of(run: Run) -> list[str]:
-    """Variants whose model.onnx is not faithful to the PyTorch artifact on the test images; empty where all are.
+def exports_of(run: Run, variants: Collection[str]) -> list[str]:
+    """Those whose model.onnx is not faithful to the PyTorch artifact on the test images; empty where all are.
 
     Layers that compute on integers may fall to either side of a rounding edge, so that their top-1 counts; all else has
     to give the same class. One image is always allowed.
     """
     unfaithful = []
-    for variant, measured in run.variants.items():
-        row, n = measured.profile, len(run.labels)
+    for variant in variants:
+        row, n = run.variants[variant].profile, len(run.labels)
         if row.get("quantized_operators"):
             apart = abs(row["top1"] - row.get("top1_torch", row["top1"]))
             if apart > LARGEST_DIFFERENCE and round(apart * n) > 1:
@@ -124,8 +116,7 @@ def printed_lines(run: Run) -> list[tuple[str, str]]:
         return []
 
     def share(key: str) -> str:
-        low, high = printed[f"{key}_ci_low"], printed[f"{key}_ci_high"]
-        return f"{percent_text(printed[key], 2)} [{percent_text(low, 2)}, {percent_text(high, 2)}]"
+        return share_text(printed[key], printed[f"{key}_ci_low"], printed[f"{key}_ci_high"])
 
     return [
         ("variant", printed["variant"]),

@@ -27,6 +27,7 @@ from stages.reporting.text import (
     percent_text,
     points_text,
     ratio_text,
+    spread_text,
 )
 
 CONFUSION_TABLE = 20
@@ -78,7 +79,7 @@ def render_page(
         confidence=percent_text(run.params.report.confidence, 0).replace(" ", "\N{NO-BREAK SPACE}"),
         headline=_headline(run, by_name, groups, choices),
         alternatives=_alternatives(run, by_name, choices),
-        marks=marks_of(run),
+        marks=marks_of(run, run.variants),
         columns=COLUMNS,
         variants=[(row, _cells(run, row, groups[row["group"]]), row["variant"] == choices.headline) for row in rows],
         several_threads=(run.edge.get("protocol") or {}).get("threads", 1) > 1,
@@ -116,13 +117,6 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
     group = groups[row["group"]]
     drop = run.params.report.headline_max_drop
     dense = "the best dense network's" if len(run.params.models) > 1 else "the dense network's"
-    if group.top1_deviation is None:
-        spread = "one seed, so the spread of training again is not known"
-    else:
-        seeds = len(group.variants)
-        spread = (
-            f"mean of {seeds} seeds {percent_text(group.top1)} \N{PLUS-MINUS SIGN} {100 * group.top1_deviation:.1f}"
-        )
     smaller = ratio_text(baseline["size_bytes"] / row["size_bytes"])
     interval = f"[{percent_text(row['top1_ci_low'])}, {percent_text(row['top1_ci_high'])}], n = {row['n_test']:,}"
     return {
@@ -144,7 +138,7 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
             ("test top-1", percent_text(row["top1"]), f"{interval}; dense: {percent_text(baseline['top1'])}"),
         ],
         "change": _change(run, group, choices.headline),
-        "spread": spread,
+        "spread": spread_text(group),
     }
 
 

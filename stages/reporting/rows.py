@@ -204,6 +204,30 @@ def assemble_rows(run: Run, groups: dict[str, Group]) -> list[dict]:
     return rows
 
 
+def validation_top1(run: Run, variant: str) -> float:
+    return run.variants[variant].profile["validation_top1"]
+
+
+def best_dense_top1(run: Run) -> float:
+    """The best baseline's validation top-1, over all models: a poor network that compresses well is no bargain."""
+    return max(validation_top1(run, run.params.baseline_of(variant)) for variant in run.params.variants)
+
+
+def least_top1(run: Run, max_drop: float) -> float:
+    """The validation top-1 that a variant needs to be within `max_drop` (a fraction) of the best baseline."""
+    return best_dense_top1(run) - max_drop - 1e-12  # what rounding may take from an exact difference
+
+
+def smallest(run: Run, variants: list[str]) -> str:
+    """The smallest `model.onnx`; ties go to the higher validation top-1, then to the earlier name."""
+    return min(variants, key=lambda name: (run.variants[name].profile["size_bytes"], -validation_top1(run, name)))
+
+
+def most_accurate(run: Run, variants: list[str]) -> str:
+    """The highest validation top-1; ties go to the smaller `model.onnx`, then to the earlier name."""
+    return min(variants, key=lambda name: (-validation_top1(run, name), run.variants[name].profile["size_bytes"]))
+
+
 @dataclass(frozen=True)
 class Choices:
     """The variants a person would choose between, found on validation figures only."""
@@ -218,29 +242,16 @@ class Choices:
 def choose(run: Run) -> Choices:
     """Choose on validation top-1, so that the test figure is reported for a choice that it had no part in.
 
-    The allowed drop is `report.headline_max_drop` under the best baseline's validation top-1, over all models: a poor
-    network that compresses well is no bargain. Baselines are candidates, so there is always one. Ties go to the higher
-    validation top-1, then to the earlier name.
+    The allowed drop is `report.headline_max_drop` under the best baseline's validation top-1. Baselines are candidates,
+    so there is always one. Ties go to the higher validation top-1, then to the earlier name.
     """
-    params = run.params
-
-    def validation(variant: str) -> float:
-        return run.variants[variant].profile["validation_top1"]
-
-    least = max(validation(params.baseline_of(variant)) for variant in params.variants)
-    least -= params.report.headline_max_drop + 1e-12
-    allowed = [variant for variant in params.variants if validation(variant) >= least]
-
-    def by_bytes(variant: str) -> tuple[float, float]:
-        return run.variants[variant].profile["size_bytes"], -validation(variant)
+    variants, least = list(run.params.variants), least_top1(run, run.params.report.headline_max_drop)
+    allowed = [variant for variant in variants if validation_top1(run, variant) >= least]
 
     def by_latency(variant: str) -> tuple[float, float]:
-        return run.variants[variant].edge["latency_ms_p50"], -validation(variant)
+        return run.variants[variant].edge["latency_ms_p50"], -validation_top1(run, variant)
 
-    def by_accuracy(variant: str) -> tuple[float, float]:
-        return -validation(variant), run.variants[variant].profile["size_bytes"]
-
-    return Choices(min(allowed, key=by_bytes), min(allowed, key=by_latency), min(params.variants, key=by_accuracy))
+    return Choices(smallest(run, allowed), min(allowed, key=by_latency), most_accurate(run, variants))
 
 
 def headline_metrics(run: Run, rows: list[dict], choices: Choices) -> dict[str, float | int | str]:
@@ -253,7 +264,7 @@ def headline_metrics(run: Run, rows: list[dict], choices: Choices) -> dict[str, 
         "dense_top1": dense["top1"],
         "dense_size_bytes": dense["size_bytes"],
         "headline_variant": choices.headline,
-        "headline_validation_top1": run.variants[choices.headline].profile["validation_top1"],
+        "headline_validation_top1": validation_top1(run, choices.headline),
         "headline_top1": chosen["top1"],
         "headline_top1_delta": chosen["top1_delta"] or 0.0,
         "headline_size_ratio": round(dense["size_bytes"] / chosen["size_bytes"], 4),
@@ -290,7 +301,7 @@ def small_dense(run: Run) -> str | None:
         for variant in run.params.variants
         if run.params.prune[run.params.pruner_of(variant)].method == "small_dense"
     ]
-    return max(listed, key=lambda variant: run.variants[variant].profile["validation_top1"], default=None)
+    return max(listed, key=lambda variant: validation_top1(run, variant), default=None)
 
 
 def mark_front(rows: list[dict], cost: str) -> dict[str, bool]:

@@ -3,12 +3,15 @@
 import re
 
 from stages.common.params import Params
-from stages.reporting.rows import group_of, model_family
+from stages.reporting.rows import Group, group_of, model_family
+from stages.reporting.statistics import PairedDifference
+
+BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 
 
 def bytes_text(size: float) -> str:
     """Decimal units, three significant digits: `1.25 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+    for unit, scale in BYTE_UNITS.items():
         if size >= scale:
             return f"{_three_digits(size / scale)} {unit}"
     return f"{size:.0f} bytes"
@@ -43,6 +46,24 @@ def p_text(p: float) -> str:
 def p_equals(p: float) -> str:
     """For a sentence: `= 0.031` or `< 0.001`."""
     return p_text(p) if p < 0.001 else f"= {p_text(p)}"
+
+
+def share_text(share: float, low: float, high: float) -> str:
+    """A share with its interval: `85.89 % [85.19 %, 86.56 %]`."""
+    return f"{percent_text(share, 2)} [{percent_text(low, 2)}, {percent_text(high, 2)}]"
+
+
+def difference_text(difference: PairedDifference, p_value: float) -> str:
+    delta, low, high = (points_text(value, 2) for value in (difference.delta, difference.low, difference.high))
+    return f"{delta} points [{low}, {high}] (paired exact test, Holm-corrected p {p_equals(p_value)})"
+
+
+def spread_text(group: Group, decimals: int = 1) -> str:
+    """How far training again moved the test top-1, as far as the seeds of the run tell."""
+    if group.top1_deviation is None:
+        return "one seed, so the spread of training again is not known"
+    mean, deviation = percent_text(group.top1, decimals), f"{100 * group.top1_deviation:.{decimals}f}"
+    return f"mean of {len(group.variants)} seeds {mean} \N{PLUS-MINUS SIGN} {deviation}"
 
 
 def claim_text(value: float | None, unit: str) -> str:

@@ -44,31 +44,36 @@ def test_what_is_not_installed_and_what_did_not_run_is_told(folder):
 
 def test_there_is_no_table_where_no_other_runtime_was_asked_for(run):
     assert runtimes_of(run) is None
-    assert (soak_lines(run), printed_lines(run), soak(run), marks_of(run)) == ([], [], None, [])
+    assert (soak_lines(run), printed_lines(run), soak(run), marks_of(run, run.variants)) == ([], [], None, [])
 
 
 def test_a_busy_throttled_or_unsteady_run_is_marked(folder):
     rows = json.loads((folder / "reports/edge/edge.json").read_text())["rows"]
     rows[0]["unsteady"] = True
     change_edge(folder, busy=True, throttled=True, rows=rows)
-    busy, throttled, unsteady = marks_of(read_run(load_params()))
+    run = read_run(load_params())
+    busy, throttled, unsteady = marks_of(run, run.variants)
     assert "Other programs" in busy
     assert "slowed down" in throttled
     assert unsteady.endswith("atto-none-fp32 in onnxruntime.")
+    assert marks_of(run, [VARIANT]) == [busy, throttled]
 
 
 def test_a_file_that_is_not_faithful_to_its_artifact_is_named(folder):
-    assert exports_of(read_run(load_params())) == []
+    run = read_run(load_params())
+    assert exports_of(run, run.variants) == []
     change_profile(folder, "atto-none-fp32", agreement=0.99)
     change_profile(folder, "atto-l1-fp32", agreement=0.9975)  # one image of 400
     top1 = json.loads((folder / "reports/profile" / VARIANT / "profile.json").read_text())["top1"]
     change_profile(folder, VARIANT, quantized_operators=5, agreement=0.9, top1_torch=top1 - 0.01)
     run = read_run(load_params())
-    assert exports_of(run) == [
+    assert exports_of(run, run.variants) == [
         "atto-none-fp32 (the same class on 99.00 %)",
         f"{VARIANT} (top-1 1.00 % apart)",
     ]
-    assert marks_of(run)[-1].startswith("model.onnx does not do what the PyTorch artifact does: atto-none-fp32")
+    assert marks_of(run, run.variants)[-1].startswith(
+        "model.onnx does not do what the PyTorch artifact does: atto-none-fp32"
+    )
 
 
 def test_soak_and_printed_samples_stand_on_the_page_with_their_figures(folder):
