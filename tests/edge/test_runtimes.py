@@ -10,6 +10,7 @@ from stages.common import paths
 from stages.common.errors import UserError
 from stages.edge import runtimes
 from stages.edge.runtimes import EXECUTORCH, ONNXRUNTIME, OPENVINO, RUNTIMES, TORCH_COMPILE, TORCH_EAGER, not_installed
+from stages.export.session import int8_overflows
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
 PIXELS = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8)
@@ -29,6 +30,8 @@ def logits_in(runtime, folder, prepared):
 def test_a_runtime_gives_the_logits_of_pytorch(project, runtime, variant, tmp_path):
     if reason := not_installed(runtime):
         pytest.skip(reason)
+    if variant == INT8 and runtime is ONNXRUNTIME and int8_overflows():
+        pytest.skip("products of 8 bits overflow here")
     folder = project / paths.compressed(variant)
     expected = TORCH_EAGER.open(folder, 1, 1)(PIXELS)
     assert expected.std() > 0.1

@@ -22,7 +22,7 @@ from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.params import Int8Dynamic, Int8Static, Profile, SearchedBits, UniformBits, load_params
 from stages.datasets.store import Part
-from stages.export.session import open_session, session_logits
+from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.integer_weights import Grid, integer_layers
 from stages.networks.layer_scale import fold_layer_scale
@@ -38,6 +38,7 @@ QUANTIZERS = {
     "fp32": {"method": "fp32"},
     "int8": {"method": "int8_dynamic"},
     "static": {"method": "int8_static", "calibration_images": 4},
+    "static_7": {"method": "int8_static", "calibration_images": 4, "weight_bits": 7},
     "uniform_2": {"method": "uniform_bits", "bits": 2},
     "uniform_3": {"method": "uniform_bits", "bits": 3, "rounding": "gptq", "calibration_images": 4},
     "uniform_8": {"method": "uniform_bits", "bits": 8},
@@ -110,13 +111,15 @@ ALL = [f"toy-{pruner}-{quantizer}" for pruner in PRUNERS for quantizer in QUANTI
 @pytest.mark.parametrize("variant", ALL)
 def test_the_file_agrees_with_pytorch(project, variant):
     classifier, description = load_classifier(paths.compressed(variant))
+    integers = description.onnx["quantized_operators"] > 0
+    if integers and int8_overflows() and not variant.endswith("static_7"):
+        pytest.skip("products of 8 bits overflow here")
     images = np.random.default_rng(1).integers(0, 256, (40, 24, 24, 3), dtype=np.uint8)
     session = open_session(paths.compressed(variant) / "model.onnx", 1)
     batch = 1 if description.spans_batch() else 20
     logits = session_logits(session, images, batch)
     with torch.no_grad():
         expected = torch.cat([classifier(x) for x in torch.from_numpy(images).split(batch)]).numpy()
-    integers = description.onnx["quantized_operators"] > 0
     assert np.abs(logits - expected).max() < (0.2 if integers else 1e-3) * expected.std()
 
 
