@@ -25,7 +25,7 @@ EIGHT_BITS = pytest.param(8, marks=pytest.mark.skipif(int8_overflows(), reason="
 
 
 def with_bits(network: nn.Module, bits: int, static: bool = False) -> nn.Module:
-    """Every layer rounded; with grids wide enough for nearly all, grouped convolutions in float as `int8_static` does."""
+    """Every layer rounded; `static`: with grids wide enough for nearly all values, grouped convolutions in float."""
     network = copy.deepcopy(network)
     for name, layer in list(network.named_modules()):
         if type(layer) not in KINDS or (static and getattr(layer, "groups", 1) > 1):
