@@ -92,18 +92,17 @@ def test_cards_of_variants_that_are_no_longer_listed_go(folder: Path):
     assert not (folder / "reports/cards/old.md").exists()
 
 
-def test_the_stage_runs_without_torch_and_starts_quickly(folder: Path):
+def test_the_stage_runs_without_torch_and_imports_nothing_heavy_before_it_reads(folder: Path):
     code = (
-        "import sys, time; start = time.perf_counter(); import stages.report; took = time.perf_counter() - start;"
+        "import sys; import stages.report;"
         "heavy = {'torch', 'timm', 'matplotlib', 'jinja2', 'onnxruntime'} & sys.modules.keys();"
-        "stages.report.main(); print(took, heavy, 'torch' in sys.modules)"
+        "stages.report.main(); print(heavy, 'torch' in sys.modules)"
     )
     root = Path(report.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root)}
     )
-    took, heavy, torch = done.stdout.split()
-    assert float(took) < 1.0
+    heavy, torch = done.stdout.split()
     assert heavy == "set()"
     assert torch == "False"
 

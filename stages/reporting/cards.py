@@ -102,6 +102,14 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
             f"| over {seeds} seeds | {percent_text(group.top1, 2)} \N{PLUS-MINUS SIGN}"
             f" {100 * group.top1_deviation:.2f} (standard deviation) |"
         )
+    lines.append(f"| calibration error | {percent_text(row['calibration_error'], 2)} (15 bins) |")
+    if row["corrupted_top1"] is not None:
+        corrupted = run.variants[row["variant"]].corrupted
+        names = ", ".join(dict.fromkeys(name for name, _ in corrupted.cells))
+        lines.append(
+            f"| top-1 on corrupted images | {percent_text(row['corrupted_top1'])}, the mean over {names} at growing"
+            f" severities ({len(corrupted.cells)} times {len(corrupted.position):,} test images) |"
+        )
     lines += [
         f"| model.onnx | {bytes_text(row['size_bytes'])}, gzip {bytes_text(row['size_gzip_bytes'])} |",
         f"| parameters | {count_text(row['params'])}, of which not zero {count_text(row['params_nonzero'])} |",

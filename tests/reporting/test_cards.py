@@ -47,6 +47,8 @@ def test_the_card_says_numbers_lineage_limits_and_licences(run: Run):
         "seed 0",
         run.run_id,
         "## Limits",
+        "| calibration error |",
+        "the mean over noise, blur, JPEG at growing severities (9 times 200 test images)",
         "data: CC0",
         "Holm",
         "A CPU of the tests",
