@@ -492,6 +492,7 @@ def _figure(height: float, rows: int = 1, columns: int = 1):
 def _finish(figure, name: str, title: str, alt: str, titles: dict[str, str], labels: Sequence = ()) -> Picture:
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    figure.set_layout_engine("none")  # found once, it serves both
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return Picture(name, title, alt, png.getvalue(), _for_page(svg.getvalue(), name, alt, titles), list(labels))
 
