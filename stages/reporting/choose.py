@@ -119,9 +119,10 @@ def refusal(run: Run, limits: dict[str, float]) -> str:
         words = f"kept by {kept} {of}" if kept else f"cannot be met: kept by none {of}"
         lines.append((option, f"{_limit(run, option, most)}; {words}"))
     variant = nearest(run, limits)
-    over = percent_text(distance(run, variant, limits), 2)
+    missed = distance(run, variant, limits)
+    over = f"{percent_text(missed, 2)} over" if missed < 1 else f"{ratio_text(1 + missed)}"
     note = " (a drop counts as error rate)" if DROP in limits else ""
-    lines.append(("nearest", f"{variant}: at worst {over} over a limit{note}, no other by less"))
+    lines.append(("nearest", f"{variant}: at worst {over} a limit{note}, no other by less"))
     marks = (("take care", mark) for mark in marks_of(run, []))  # of the machine; others tell of test images
     return _written([*lines, *_figures(run, variant, limits), *marks])
 
@@ -161,7 +162,7 @@ def _tested(run: Run, variant: str) -> list[tuple[str, str]]:
     groups = assemble_groups(run)
     rows = {row["variant"]: row for row in assemble_rows(run, groups)}
     row, baseline = rows[variant], run.params.baseline_of(variant)
-    group, dense_bytes = groups[row["group"]], rows[baseline]["size_bytes"]
+    group, dense = groups[row["group"]], rows[baseline]
     top1 = share_text(row["top1"], row["top1_ci_low"], row["top1_ci_high"])
     confidence = percent_text(run.params.report.confidence, 0)
     if group.difference is None:
@@ -175,8 +176,10 @@ def _tested(run: Run, variant: str) -> list[tuple[str, str]]:
         ("seeds", spread_text(group, 2)),
         (
             "dense costs",
-            f"{ratio_text(dense_bytes / row['size_bytes'])} the bytes ({baseline}, {bytes_text(dense_bytes)}),"
-            f" {ratio_text(row['latency_ratio'])} the time (in {baseline_words(run)})",
+            f"{ratio_text(dense['size_bytes'] / row['size_bytes'])} the bytes ({baseline},"
+            f" {bytes_text(dense['size_bytes'])}), {ratio_text(dense['latency_ms_p50'] / row['latency_ms_p50'])} the"
+            f" time in ONNX Runtime ({_amount(LATENCY, dense['latency_ms_p50'])}), {ratio_text(row['latency_ratio'])}"
+            f" in {baseline_words(run)}",
         ),
     ]
 
@@ -198,15 +201,23 @@ def _written(lines: list[tuple[str, str]]) -> str:
 
 def points(text: str) -> float:
     """Points as typed, to a fraction."""
-    if not 0 <= (value := float(text)) <= 100:
-        raise argparse.ArgumentTypeError(f"{text}: points are from 0 to 100")
+    if not 0 <= (value := _number(text)) <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: give points of top-1 from 0 to 100, such as 1.0")
     return value / 100
 
 
 def milliseconds(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give more than 0 ms")
+    if not 0 < (value := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give milliseconds above 0, such as 2.5")
     return value
+
+
+def _number(text: str) -> float:
+    """NaN, which keeps no bound, for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def size(text: str) -> int:

@@ -1,5 +1,6 @@
 """Read what the pipeline measured for the listed variants, and refuse what does not belong together."""
 
+import csv
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def read_run(params: Params) -> Run:
             predicted == label,
             confidence,
             corrupted,
-            read_csv(folder / "layers.csv"),
+            _read_layers(folder / "layers.csv", variant),
             description,
             row,
         )
@@ -198,6 +199,16 @@ def _arrays(folder: Path, name: str, variant: str, keys: tuple[str, ...]) -> lis
         raise UserError(f"{variant}: {path} is missing: run `dvc repro` to make it") from None
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
         raise UserError(f"{variant}: {path} cannot be read ({error}): delete {folder} and run `dvc repro`") from None
+
+
+def _read_layers(path: Path, variant: str) -> list[dict[str, str]]:
+    try:
+        layers = read_csv(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{variant}: {path} cannot be read ({error}): delete it and run `dvc repro`") from None
+    if not layers:
+        raise UserError(f"{variant}: {path} holds no layers: delete it and run `dvc repro`")
+    return layers
 
 
 def _read_profile(path: Path, variant: str, params: Params) -> dict:
@@ -283,11 +294,14 @@ def _refuse_mixed_runs(variant: str, profile: dict, row: dict, description: dict
 
 def _read_edge(path: Path) -> dict:
     edge = read_json(path)
-    if not isinstance(edge, dict) or not isinstance(edge.get("rows"), list) or not edge.get("run_id"):
-        raise UserError(f"{path} lacks its run_id or rows: delete it and run `dvc repro`")
+    kinds = {"rows": list, "run_id": str, "machine": dict, "protocol": dict}
+    if not isinstance(edge, dict) or not all(isinstance(edge.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path} lacks one of {', '.join(kinds)}: delete it and run `dvc repro`")
     for row in edge["rows"]:
         variant = str(row.get("variant", "a row without a name")) if isinstance(row, dict) else "a broken row"
         _require(path, variant, row if isinstance(row, dict) else {}, EDGE_NUMBERS, ("variant", "runtime"))
+        if row["latency_ms_p50"] <= 0:
+            raise UserError(f"{variant}: {path} has a latency of {row['latency_ms_p50']} ms: delete it, `dvc repro`")
         if row["runtime"] == ONNX_RUNTIME:
             _require(path, variant, row, (), ("onnx_sha256",))
     return edge

@@ -29,22 +29,41 @@ from stages.reporting.text import (
 
 README = Path("README.md")
 BLOCK = re.compile(r"(<!-- (?P<profile>[\w-]+):(?P<block>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"<!-- (?:[\w-]+:\w+|end) -->")
+NO_FASTER = 0.97
+"""Of the dense network's latency: what takes more than this share is not called faster."""
 
 
 def filled(text: str, top: Path) -> str:
     """`text` with every block's content made anew from the report files below `top`.
 
     Raises:
-        UserError: if a block has an unknown name, or its report is missing.
+        UserError: if a block has an unknown name or no end, or its report is missing, broken or of several runs.
     """
+    _refuse_open_blocks(text)
 
     def content(match: re.Match) -> str:
         if match["block"] not in BLOCKS:
             raise UserError(f"README.md: no block {match['block']!r}; known: {', '.join(BLOCKS)}")
         reports = (top if match["profile"] == "default" else top / "profiles" / match["profile"]) / "reports"
-        return f"{match[1]}{BLOCKS[match['block']](reports)}\n{match[4]}"
+        try:
+            return f"{match[1]}{BLOCKS[match['block']](reports)}\n{match[4]}"
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"{reports}: what {match['block']!r} wants is not there or of another run"
+                f" ({type(error).__name__}: {error}): run `dvc repro report` there, or take its files from one commit"
+            ) from None
 
     return BLOCK.sub(content, text)
+
+
+def _refuse_open_blocks(text: str) -> None:
+    """Raise a `UserError` where a block begins before the last one has ended: all between them would be lost."""
+    last = None
+    for mark in [*MARK.findall(text), None]:
+        if last not in (None, "<!-- end -->") and mark != "<!-- end -->":
+            raise UserError(f"README.md: {last} has no <!-- end -->: put it where the block ends; nothing was written")
+        last = mark
 
 
 def headline_block(reports: Path) -> str:
@@ -68,16 +87,20 @@ def headline_block(reports: Path) -> str:
             f" {bytes_text(chosen['size_bytes'])}, {ms_text(chosen['latency_ms_p50'])} in ONNX Runtime ({eager}),"
             f" {accuracy}. {_machine(run)}"
         )
+    size = f"{bytes_text(chosen['size_bytes'])} instead of {bytes_text(dense['size_bytes'])}"
+    time, of_dense = (ms_text(row["latency_ms_p50"]) for row in (chosen, dense))
+    if chosen["latency_ms_p50"] > NO_FASTER * dense["latency_ms_p50"]:
+        costs = f"**{size}**, and no faster: {time}, dense {of_dense} (both in ONNX Runtime; {eager})"
+    else:
+        costs = f"**{size}, {time} instead of {of_dense}** (both in ONNX Runtime; {eager})"
     change = f", {points_text(chosen['top1_delta'], 2)} points against dense, {_p_words(rows)}"
     change += f" {p_equals(chosen['p_value'])}"
     beyond = _over_control(params, rows, chosen)
     if beyond:
         change += f", {beyond} points against the control that trained for as long without compression"
     return (
-        f"{images}, `{chosen['variant']}` is the smallest variant {within}:"
-        f" **{bytes_text(chosen['size_bytes'])} instead of {bytes_text(dense['size_bytes'])},"
-        f" {ms_text(chosen['latency_ms_p50'])} instead of {ms_text(dense['latency_ms_p50'])}** (both in ONNX Runtime;"
-        f" {eager}), {accuracy}{change}. {_machine(run)}"
+        f"{images}, `{chosen['variant']}` is the smallest variant {within}: {costs}, {accuracy}{change}."
+        f" {_machine(run)}"
     )
 
 
@@ -90,15 +113,16 @@ def findings_block(reports: Path) -> str:
         return by_name[f"{row['model']}-none-fp32"]
 
     smallest = min(rows, key=lambda row: row["artifact_bytes"])
-    fastest = max(rows, key=lambda row: row["latency_ratio"])
+    fastest = min(rows, key=lambda row: row["latency_ms_p50"])
     chosen = by_name[metrics["headline_variant"]]
     gone, gone_onnx = (1 - smallest[key] / dense_of(smallest)[key] for key in ("artifact_bytes", "size_bytes"))
     lines = [
         f"`{smallest['variant']}` is the smallest: {percent_text(gone)} less than dense float32 in `model.safetensors`,"
         f" {percent_text(gone_onnx)} in `model.onnx`, {_accuracy(rows, smallest)}.",
-        f"`{fastest['variant']}` is the fastest: {fastest['latency_ratio']:.1f} times as fast as dense in"
-        f" {run['baseline_runtime']}, {_accuracy(rows, fastest)}; dense float32 in ONNX Runtime is"
-        f" {dense_of(fastest)['latency_ratio']:.1f} times as fast.",
+        f"`{fastest['variant']}` has the lowest median latency, {ms_text(fastest['latency_ms_p50'])}:"
+        f" {fastest['latency_ratio']:.1f} times as fast as dense in {run['baseline_runtime']},"
+        f" {_accuracy(rows, fastest)}; dense float32 in ONNX Runtime takes"
+        f" {ms_text(dense_of(fastest)['latency_ms_p50'])}, {dense_of(fastest)['latency_ratio']:.1f} times as fast.",
         *_corruptions(chosen, dense_of(chosen)),
         *_printed(run["printed"]),
         *_soak(run.get("soak")),
@@ -204,10 +228,14 @@ def groups_block(reports: Path) -> str:
     ]
     for name, members in groups.items():
         pairs = [(row, by_name[params.baseline_of(row["variant"])]) for row in members]
-        costs = [
-            percent_text(sum(row[cost] / dense[cost] for row, dense in pairs) / len(pairs))
+        shares = {
+            cost: [row[cost] / dense[cost] for row, dense in pairs]
             for cost in ("macs", "artifact_bytes", "size_bytes", "latency_ms_p50")
-        ]
+        }
+        costs = [percent_text(sum(of_cost) / len(of_cost)) for of_cost in shares.values()]
+        mean, deviation = mean_and_deviation(shares["latency_ms_p50"])
+        if deviation:
+            costs[-1] = f"{100 * mean:.1f} \N{PLUS-MINUS SIGN} {100 * deviation:.1f} %"
         controls = [control_of(params, row["variant"]) for row in members]
         over = [row["top1"] - by_name[c]["top1"] for row, c in zip(members, controls, strict=True) if c in by_name]
         deltas = [row["top1"] - dense["top1"] for row, dense in pairs if row is not dense]
@@ -217,7 +245,7 @@ def groups_block(reports: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"Means \N{PLUS-MINUS SIGN} standard deviation over {_seeds(rows)}; costs are shares of the same seed's dense"
+        f"Means (latency and accuracy \N{PLUS-MINUS SIGN} standard deviation) over {_seeds(rows)}; costs are shares of the same seed's dense"
         f" float network in ONNX Runtime; weights are `model.safetensors`. {run['data_name']},"
         f" n = {run['n_test']:,} test images; run `{run['run_id']}`. {_machine(run)}",
     ]
@@ -229,7 +257,9 @@ def claims_block(reports: Path) -> str:
     units = {claim.id: claim.unit for claim in read_claims()}
     lines = ["| the study says | published | ours, counted as there | ours, counted honestly | verdict |"]
     lines.append("|---|---:|---:|---:|---|")
-    for entry in read_json(reports / "claims.json"):
+    if not (entries := read_json(reports / "claims.json")):
+        raise UserError(f"{reports / 'claims.json'}: holds no claims: run `dvc repro report`")
+    for entry in entries:
         values = [entry[key] for key in ("published", "ours_as_counted_there", "ours_honest")]
         figures = " | ".join(claim_text(value, units[entry["id"]]) for value in values)
         lines.append(f"| {entry['claim']} | {figures} | **{entry['verdict']}** |")
@@ -287,6 +317,8 @@ def _plural(count: int, noun: str) -> str:
 
 
 def main() -> None:
+    if not README.exists():
+        raise UserError(f"{README.resolve()} is missing: run this at the top of the checkout, not in a profile")
     text = README.read_text(encoding="utf-8")
     write_text(README, filled(text, Path(".")))
 

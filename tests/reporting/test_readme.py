@@ -10,8 +10,9 @@ from synthetic_run import EDGE, params_of, write_run
 
 from stages import report
 from stages.common.errors import UserError
+from stages.reporting import readme
 from stages.reporting.readme import BLOCKS, filled
-from stages.reporting.text import points_text
+from stages.reporting.text import ms_text, points_text
 
 TOP = Path(__file__).parents[2]
 
@@ -93,6 +94,10 @@ def test_the_groups_are_means_over_seeds_with_their_spread(tmp_path, monkeypatch
     ours = [top1[f"atto{seed}-oto50-fp32"] for seed in ("", "-s1", "-s2")]
     dense = [top1[f"atto{seed}-none-fp32"] for seed in ("", "-s1", "-s2")]
     assert cells["oto50"][0] == "25.0 %"
+    latency = {row["variant"]: row["latency_ms_p50"] for row in rows}
+    ratios = [latency[f"atto{seed}-oto50-fp32"] / latency[f"atto{seed}-none-fp32"] for seed in ("", "-s1", "-s2")]
+    spread = f" \N{PLUS-MINUS SIGN} {100 * np.std(ratios, ddof=1):.1f}" if np.std(ratios) else ""
+    assert cells["oto50"][3] == f"{100 * np.mean(ratios):.1f}{spread} %"
     by_name = {row["variant"]: row["artifact_bytes"] for row in rows}
     shares = [by_name[f"atto{seed}-oto50-fp32"] / by_name[f"atto{seed}-none-fp32"] for seed in ("", "-s1", "-s2")]
     assert cells["oto50"][1] == f"{100 * np.mean(shares):.1f} %"
@@ -124,10 +129,12 @@ def test_the_findings_are_those_of_the_rows_and_of_the_run(tmp_path, monkeypatch
     rows = {row["variant"]: row for row in json.loads((reports / "variants.json").read_text())}
     text = filled(block("findings"), top)
     small, dense = rows["atto-oto50-int8"], rows["atto-none-fp32"]
+    fast = min(rows.values(), key=lambda row: row["latency_ms_p50"])
     for words in (
         f"`atto-oto50-int8` is the smallest: {100 * (1 - small['artifact_bytes'] / dense['artifact_bytes']):.1f} %",
-        f"is the fastest: {max(row['latency_ratio'] for row in rows.values()):.1f} times",
-        f"in ONNX Runtime is {dense['latency_ratio']:.1f} times",
+        f"`{fast['variant']}` has the lowest median latency, {ms_text(fast['latency_ms_p50'])}:"
+        f" {fast['latency_ratio']:.1f} times as fast as dense in PyTorch eager",
+        f"in ONNX Runtime takes {ms_text(dense['latency_ms_p50'])}, {dense['latency_ratio']:.1f} times as fast",
         f"corrupted test images (noise, blur, brightness, contrast, JPEG) `atto-oto50-int8` has"
         f" {100 * small['corrupted_top1']:.1f} %, dense {100 * dense['corrupted_top1']:.1f} %",
         "filmed in simulation `atto-oto50-int8` has 84.20 % [81.80 %, 86.30 %], on the same as they are 86.10 %",
@@ -175,3 +182,51 @@ def test_an_unknown_block_or_a_missing_report_is_named(top):
     (top / "profiles/tiny-one/reports/run.json").unlink()
     with pytest.raises(UserError, match=r"run\.json is missing"):
         filled(block("headline"), top)
+
+
+@pytest.mark.parametrize("name", ["headline", "variants"])
+def test_a_block_without_an_end_is_refused_before_the_text_behind_it_is_lost(top, name):
+    text = block(name).replace("<!-- end -->\n", "") + block("claims")
+    with pytest.raises(UserError, match=rf"<!-- tiny-one:{name} --> has no <!-- end -->: .*nothing was written"):
+        filled(text, top)
+    with pytest.raises(UserError, match="has no <!-- end -->"):
+        filled(block(name).replace("<!-- end -->\n", ""), top)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("headline", "variants", {}),
+        ("variants", "variants", [{}]),
+        ("headline", "metrics", {}),
+        ("headline", "metrics", {"headline_variant": "gone"}),
+        ("findings", "run", None),
+        ("claims", "claims", [{"id": "x"}]),
+        ("claims", "claims", []),
+    ],
+)
+def test_report_files_that_do_not_fit_are_named(top, name, file, content):
+    (top / f"profiles/tiny-one/reports/{file}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"profiles/tiny-one/reports.*run `dvc repro report`"):
+        filled(block(name), top)
+
+
+def test_outside_the_top_the_command_says_where_to_run_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"README\.md is missing: run this at the top of the checkout"):
+        readme.main()
+
+
+@pytest.mark.parametrize(("share", "faster"), [(0.5, True), (1.1, False)])
+def test_the_headline_calls_nothing_faster_that_is_not(top, share, faster):
+    path = top / "profiles/tiny-one/reports/variants.json"
+    rows = json.loads(path.read_text())
+    metrics = json.loads((path.parent / "metrics.json").read_text())
+    by_name = {row["variant"]: row for row in rows}
+    chosen, dense = by_name[metrics["headline_variant"]], by_name["atto-none-fp32"]
+    chosen["latency_ms_p50"] = share * dense["latency_ms_p50"]
+    path.write_text(json.dumps(rows))
+    text = filled(block("headline"), top)
+    words = f"{ms_text(chosen['latency_ms_p50'])} instead of {ms_text(dense['latency_ms_p50'])}** (both in ONNX"
+    assert (words in text) == faster
+    assert ("and no faster: " in text) == (not faster)
