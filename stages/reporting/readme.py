@@ -123,6 +123,7 @@ def findings_block(reports: Path) -> str:
         f" {fastest['latency_ratio']:.1f} times as fast as dense in {run['baseline_runtime']},"
         f" {_accuracy(rows, fastest)}; dense float32 in ONNX Runtime takes"
         f" {ms_text(dense_of(fastest)['latency_ms_p50'])}, {dense_of(fastest)['latency_ratio']:.1f} times as fast.",
+        *_narrower(load_params(reports.parent / "params.yaml"), rows, chosen),
         *_corruptions(chosen, dense_of(chosen)),
         *_printed(run["printed"]),
         *_soak(run.get("soak")),
@@ -135,6 +136,24 @@ MARKS = {
     "busy": "others used the processor while latency was measured",
     "throttled": "the processor was slowed down while latency was measured",
 }
+
+
+def _narrower(params: Params, rows: list[dict], chosen: dict) -> list[str]:
+    """What simply training a narrower network gives, by the chosen variant's quantizer."""
+    found = [
+        row
+        for row in rows
+        if row is not chosen
+        and params.prune[row["pruner"]].method == "small_dense"
+        and all(row[key] == chosen[key] for key in ("model", "quantizer", "seed"))
+    ]
+    return [
+        f"Simply a narrower network, trained from scratch for as long: `{row['variant']}` has {count_text(row['macs'])}"
+        f" MACs, {bytes_text(row['size_bytes'])}, {ms_text(row['latency_ms_p50'])}, {_accuracy(rows, row)};"
+        f" `{chosen['variant']}` has {count_text(chosen['macs'])} MACs, {bytes_text(chosen['size_bytes'])},"
+        f" {ms_text(chosen['latency_ms_p50'])}, {percent_text(chosen['top1'], 2)}."
+        for row in found
+    ]
 
 
 def _corruptions(row: dict, dense: dict) -> list[str]:

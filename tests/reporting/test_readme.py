@@ -230,3 +230,23 @@ def test_the_headline_calls_nothing_faster_that_is_not(top, share, faster):
     words = f"{ms_text(chosen['latency_ms_p50'])} instead of {ms_text(dense['latency_ms_p50'])}** (both in ONNX"
     assert (words in text) == faster
     assert ("and no faster: " in text) == (not faster)
+
+
+def test_the_findings_tell_what_simply_training_a_narrower_network_gives(tmp_path, monkeypatch):
+    budget = {"epochs": 4, "learning_rate_factor": 0.5}
+    pruners = {
+        "none": {"method": "none"},
+        "continued": budget | {"method": "none_continued"},
+        "oto50": budget | {"method": "oto", "group_sparsity": 0.5},
+        "narrow": budget | {"method": "small_dense", "macs_reduction": 0.5},
+    }
+    variants = [("none", "fp32"), ("continued", "fp32"), ("oto50", "int8"), ("narrow", "int8"), ("narrow", "fp32")]
+    top = reported(tmp_path, monkeypatch, params_of(pruners=pruners, variants=variants))
+    metrics = json.loads((top / "profiles/tiny-one/reports/metrics.json").read_text())
+    rows = json.loads((top / "profiles/tiny-one/reports/variants.json").read_text())
+    text = filled(block("findings"), top)
+    quantizer = next(row["quantizer"] for row in rows if row["variant"] == metrics["headline_variant"])
+    (line,) = [line for line in text.splitlines() if "Simply a narrower network" in line]
+    assert f"`atto-narrow-{quantizer}` has" in line
+    assert f"`{metrics['headline_variant']}` has" in line
+    assert "narrower" not in filled(block("findings"), reported(tmp_path / "other", monkeypatch, params_of()))
