@@ -208,7 +208,7 @@ def test_where_none_fits_the_limits_that_cannot_be_met_and_the_nearest_are_told(
     assert line(out, "--max-drop") == "at most 1 point under dense; kept by 5 of 6 variants"
     assert line(out, "--max-latency-ms") == "at most 0.1 ms; cannot be met: kept by none of 6 variants"
     assert line(out, "--max-size") == "at most 1.00 MB; kept by 1 of 6 variants"
-    assert line(out, "nearest").startswith("atto-oto50-int8: at worst 2.5\N{MULTIPLICATION SIGN} a limit")
+    assert line(out, "nearest").startswith("atto-oto50-int8: at worst 2.50\N{MULTIPLICATION SIGN} a limit")
     assert line(out, "latency") == "0.25 ms; at most 0.1 ms, missed by 0.15 ms"
     assert line(out, "model.onnx") == "705 KB; at most 1.00 MB"
     assert "test top-1" not in out
