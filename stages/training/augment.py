@@ -1,8 +1,8 @@
 """Augmentation of whole batches on the device, the same in one process as shared out over several.
 
-What is random is drawn on the CPU for the whole batch, whichever of its images a process works on. Flip and crop are one
-gather, TrivialAugment and erasing are ours, as the libraries' change one image at a time or all alike; mixup and cutmix
-are timm's.
+What is random is drawn on the CPU for the whole batch, whichever of its images a process works on. Flip and crop are
+one gather, TrivialAugment and erasing are ours, as the libraries' change one image at a time or all alike; mixup and
+cutmix are timm's.
 """
 
 import math
@@ -117,7 +117,7 @@ def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
 def draw_rectangles(
     images: int, size: torch.Size | tuple[int, int], probability: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """A rectangle in each image (top, left, bottom, right: int64 `[images, 4]`), empty where nothing is to be erased."""
+    """A rectangle in each image, empty where nothing is to be erased: top, left, bottom, right, int64 `[images, 4]`."""
     height, width = size
 
     def uniform(low: float, high: float) -> torch.Tensor:

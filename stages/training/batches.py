@@ -35,7 +35,7 @@ class Images:
             self._held = tuple(torch.from_numpy(np.array(array)).to(device) for array in (part.images, part.labels))
 
     def batches(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """For each index int64 `[B]`: images uint8 `[B, H, W, 3]` and labels int64 `[B]`, on the device, in its order."""
+        """For each index int64 `[B]`, images uint8 `[B, H, W, 3]` and labels int64 `[B]` in its order."""
         if self._held is not None:
             for index in indices:
                 on_device = torch.from_numpy(index).to(self.device, non_blocking=True)

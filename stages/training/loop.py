@@ -243,10 +243,8 @@ class _Run:
         """
         generator = _seed_epoch(self.seed, epoch)
         order = torch.randperm(len(self.part), generator=generator).numpy()
-        indices = [
-            order[start : start + self.recipe.batch_size]
-            for start in range(0, self.batches * self.recipe.batch_size, self.recipe.batch_size)
-        ]
+        size = self.recipe.batch_size
+        indices = [order[batch * size : (batch + 1) * size] for batch in range(self.batches)]
         share = share_of(len(indices[0]), processes.rank(), processes.count())
         batches = self.images.batches(index[share.numpy()] for index in indices)
         for index, (pixels, labels) in zip(indices, batches, strict=True):
