@@ -97,15 +97,17 @@ def flip_and_crop(pixels: torch.Tensor, flips: torch.Tensor, shifts: torch.Tenso
 
     Args:
         pixels: uint8 `[N, H, W, 3]`.
-        flips: bool `[N]`, on the CPU.
-        shifts: int64 `[2, N, 1]` in pixels, on the CPU: down and to the right.
+        flips: bool `[N]`.
+        shifts: int64 `[2, N, 1]` in pixels: down and to the right.
     """
     n, height, width, _ = pixels.shape
-    rows = _reflected(torch.arange(height) + shifts[0], height)
-    columns = _reflected(torch.arange(width) + shifts[1], width)
+    flips, shifts = flips.to(pixels.device), shifts.to(pixels.device)
+    first, row, column = (torch.arange(size, device=pixels.device) for size in (n, height, width))
+    rows = _reflected(row + shifts[0], height)
+    columns = _reflected(column + shifts[1], width)
     columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    flat = (torch.arange(n)[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
-    return pixels.reshape(-1, 3).index_select(0, flat.flatten().to(pixels.device)).view(n, height, width, 3)
+    flat = (first[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    return pixels.reshape(-1, 3).index_select(0, flat.flatten()).view(n, height, width, 3)
 
 
 def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
