@@ -821,6 +821,9 @@ def plan(params: Params) -> str:
         for key in params.prunings
         if key not in used
     ]
+    location = params.data.location
+    if location and "://" not in location and not Path(location).expanduser().exists():
+        lines.append(f"remark    data.location: {location} is not there (seen from {Path.cwd()}): download would stop")
     return "\n".join(lines)
 
 
