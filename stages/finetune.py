@@ -17,7 +17,9 @@ from stages.common.params import Params, check_models, key_argument, load_params
 from stages.datasets.store import Info, open_part, read_info
 from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of, state_hash
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.host import prepare_host
 from stages.training.loop import CURVE_COLUMNS, train
+from stages.training.processes import is_first, joined, launch
 
 
 def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Description:
@@ -48,10 +50,7 @@ def refuse_large_batch(batch_size: int, images: int) -> None:
         )
 
 
-def main() -> None:
-    params = load_params()
-    key = key_argument("models", params.models)
-    check_models(params)
+def finetune(params: Params, key: str) -> None:
     info = read_info(paths.IMAGES)
     refuse_large_batch(params.finetune.batch_size, info.counts["train"])
     spec = spec_of(params.models[key], len(info.classes))
@@ -81,12 +80,22 @@ def main() -> None:
             checkpoints=checkpoints,
         )
         description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
-        save_artifact(paths.dense(key), trained.network, description)
-        write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
+        if is_first():
+            save_artifact(paths.dense(key), trained.network, description)
+            write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
     print(
         f"{key}: epoch {trained.epoch} of {params.finetune.epochs},"
         f" validation top-1 {100 * trained.validation_top1:.2f} %"
     )
+
+
+def main() -> None:
+    params = load_params()
+    key = key_argument("models", params.models)
+    check_models(params)
+    launch(params.base)
+    with joined(prepare_host(params.base)):
+        finetune(params, key)
 
 
 if __name__ == "__main__":

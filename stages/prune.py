@@ -17,12 +17,14 @@ from stages.artifacts.artifact import Description, load_artifact, parent_of, sav
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.common.params import key_argument, load_params
+from stages.common.params import Params, Training, key_argument, load_params
 from stages.datasets.store import Info, open_part, read_info
 from stages.pruning.methods import prune
 from stages.pruning.session import Session
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.host import prepare_host
 from stages.training.loop import CURVE_COLUMNS
+from stages.training.processes import is_first, joined, launch
 
 
 def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:
@@ -38,9 +40,7 @@ def _count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def main() -> None:
-    params = load_params()
-    key = key_argument("prunings", params.prunings)
+def prune_one(params: Params, key: str) -> None:
     folder = paths.dense(params.prunings[key].model)
     dense, parent = load_artifact(folder)
     refuse_unfit(folder, parent, read_info(paths.IMAGES))
@@ -60,12 +60,22 @@ def main() -> None:
             parent=parent_of(folder, parent),
             metrics=pruned.metrics | {"params_dense": before, "params": after},
         )
-        save_artifact(paths.pruned(key), pruned.network, description)
-        write_csv(paths.pruned_curve(key), pruned.curve, CURVE_COLUMNS)
+        if is_first():
+            save_artifact(paths.pruned(key), pruned.network, description)
+            write_csv(paths.pruned_curve(key), pruned.curve, CURVE_COLUMNS)
     print(
         f"{key}: {before:,} to {after:,} parameters, validation top-1 {100 * pruned.metrics['validation_top1']:.2f} %"
         f" (dense {100 * parent.metrics['validation_top1']:.2f} %)"
     )
+
+
+def main() -> None:
+    params = load_params()
+    key = key_argument("prunings", params.prunings)
+    if isinstance(params.prune[params.prunings[key].pruner], Training):
+        launch(params.base)
+    with joined(prepare_host(params.base)):
+        prune_one(params, key)
 
 
 if __name__ == "__main__":

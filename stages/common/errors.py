@@ -1,11 +1,14 @@
 """Errors that are the user's to mend: one clear line and exit code 2, never a traceback."""
 
 import errno
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 DISK_REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
@@ -16,6 +19,8 @@ DISK_REMEDIES = {
 """What helps, by `OSError.errno`; other errors of the system are the program's, and get their traceback."""
 INTERRUPTED = 130  # exit code: as a shell reports a process that SIGINT ended
 UNHEARD = 141  # as it reports one that SIGPIPE ended
+LAUNCHED = "TORCHELASTIC_ERROR_FILE"
+"""In processes that torchrun started: the file in which it looks for the reason of a failure."""
 
 
 class UserError(Exception):
@@ -45,17 +50,25 @@ def run_stage(main: Callable[[], object]) -> None:
         main()
         sys.stdout.flush()  # or a closed pipe would show only when the interpreter ends, with a traceback
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
         sys.exit(UNHEARD)
     except OSError as error:
         if (readable := disk_error(error)) is None:
             raise
-        print(f"error: {readable}", file=sys.stderr)
-        sys.exit(2)
+        _fail(readable)
     except KeyboardInterrupt as interruption:
         kept = str(interruption) or "nothing half-done is kept"
-        print(f"interrupted: {kept}; `dvc repro` goes on from there", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted: {kept}; `dvc repro` goes on from there", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _fail(error: UserError) -> NoReturn:
+    """Exit code 2, and the message on stderr: one of several processes leaves it to the one that started them."""
+    if file := os.environ.get(LAUNCHED):
+        Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

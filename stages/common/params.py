@@ -39,6 +39,9 @@ class Base(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads for training and accuracy; 0 takes all cores. Timing has its own: `edge_benchmark.threads`."""
+    launcher: Annotated[str, Field(pattern=r"^(python|torchrun( .+)?)$")] = "python"
+    """Of finetune and prune: `torchrun --nproc-per-node 2`, for example, trains in two processes, each with half of
+    every batch and `threads` threads; with several nodes the stage is started on each."""
 
 
 class Data(Section):
@@ -89,10 +92,16 @@ class Finetune(Section):
     crop_padding: Annotated[int, Field(ge=0)] = 4
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
+    trivial_augment: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the images that TrivialAugment changes (arXiv 2103.10158, its wide space): one random operation at one
+    random strength."""
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability for each image of a grey rectangle over 2 to 33 % of it (arXiv 1708.04896)."""
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Exponential moving average of the weights; 0 switches it off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    """`torch.compile` the training step: a minute or more to start, then faster, most of all on a GPU."""
 
     @model_validator(mode="after")
     def mixing_pairs_images(self) -> "Finetune":
@@ -812,6 +821,9 @@ def plan(params: Params) -> str:
         for key in params.prunings
         if key not in used
     ]
+    location = params.data.location
+    if location and "://" not in location and not Path(location).expanduser().exists():
+        lines.append(f"remark    data.location: {location} is not there (seen from {Path.cwd()}): download would stop")
     return "\n".join(lines)
 
 

@@ -1,31 +1,113 @@
-"""Augmentation of whole batches on the device: flip and crop by one gather, mixup, cutmix and erasing from timm."""
+"""Augmentation of whole batches on the device, the same in one process as shared out over several.
+
+What is random is drawn on the CPU for the whole batch, whichever of its images a process works on. Flip and crop are
+one gather, TrivialAugment and erasing are ours, as the libraries' change one image at a time or all alike; mixup and
+cutmix are timm's.
+"""
+
+import math
 
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 
+from stages.common.errors import UserError
 from stages.common.params import Finetune
+from stages.networks.preprocess import Preprocess
+from stages.training.trivial_augment import draw, trivial_augment
+
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+"""Of a rectangle to erase: share of the image, height over width."""
 
 
-def flip_and_crop(pixels: torch.Tensor, flips: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
-    """Mirror the images that `flips` marks and shift each by up to `padding` pixels, reflecting at the border.
+class Augmentation:
+    """From a batch of stored images to what the network sees, by the recipe's settings.
+
+    Args:
+        images: in the training part.
+        classes: of the network's output.
+        seed: of the order of flips.
+    """
+
+    def __init__(self, recipe: Finetune, images: int, classes: int, seed: int) -> None:
+        self.recipe = recipe
+        self.flip = AlternatingFlip(images, recipe.horizontal_flip, seed)
+        self.mix = None
+        if recipe.mixup or recipe.cutmix:
+            self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+
+    def __call__(
+        self,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        preprocess: Preprocess,
+        *,
+        index: np.ndarray,
+        share: torch.Tensor,
+        epoch: int,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            pixels: uint8 `[N, H, W, 3]`: the share of this process in the batch, with its labels int64 `[N]`.
+            preprocess: for normalisation.
+            index: int64 `[B]`: the whole batch's images in the training part.
+            share: int64 `[N]`: which of the batch these are.
+            epoch: counted from 0.
+            generator: on the CPU, in the same state in every process; timm's mixing draws from NumPy's global one.
+
+        Returns:
+            Images `[N, 3, H, W]`, normalised; labels int64 `[N]` as they are, or mixed to `[N, classes]`.
+        """
+        recipe, batch = self.recipe, len(index)
+        shifts = torch.randint(-recipe.crop_padding, recipe.crop_padding + 1, (2, batch, 1), generator=generator)
+        pixels = flip_and_crop(pixels, self.flip(index, epoch)[share], shifts[:, share])
+        if recipe.trivial_augment:
+            draws = draw(batch, recipe.trivial_augment, generator)[share]
+            pixels = trivial_augment(pixels.permute(0, 3, 1, 2), draws).permute(0, 2, 3, 1)
+        x = preprocess.normalise(pixels)
+        if recipe.random_erasing:
+            rectangles = draw_rectangles(batch, x.shape[2:], recipe.random_erasing, generator)
+            x = erase(x, rectangles[share].to(x.device))
+        if self.mix is not None and len(x) % 2 == 0:
+            x, labels = self.mix(x, labels)
+        return x, labels
+
+
+def share_of(batch: int, rank: int, processes: int) -> torch.Tensor:
+    """int64 `[batch / processes]`: the images of a batch that a process works on.
+
+    Mixing pairs the first image with the last, the second with the last but one, and so on: pairs stay together, and in
+    this order.
+
+    Raises:
+        UserError: if the pairs cannot be shared out evenly.
+    """
+    if processes > 1 and batch % (2 * processes):
+        raise UserError(
+            f"finetune.batch_size: {batch} images are not to be shared out evenly over {processes} processes: make it a"
+            f" multiple of {2 * processes}"
+        )
+    position = torch.arange(batch)
+    return position[torch.minimum(position, batch - 1 - position) % processes == rank]
+
+
+def flip_and_crop(pixels: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Mirror the images that `flips` marks and shift each, reflecting at the border.
 
     Args:
         pixels: uint8 `[N, H, W, 3]`.
         flips: bool `[N]`.
-        generator: on the CPU; draws one shift for each image and axis.
+        shifts: int64 `[2, N, 1]` in pixels: down and to the right.
     """
     n, height, width, _ = pixels.shape
-    if padding:
-        shifts = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator)
-        rows = _reflected(torch.arange(height) + shifts[0], height)
-        columns = _reflected(torch.arange(width) + shifts[1], width)
-    else:
-        rows, columns = torch.arange(height).expand(n, -1), torch.arange(width).expand(n, -1)
+    flips, shifts = flips.to(pixels.device), shifts.to(pixels.device)
+    first, row, column = (torch.arange(size, device=pixels.device) for size in (n, height, width))
+    rows = _reflected(row + shifts[0], height)
+    columns = _reflected(column + shifts[1], width)
     columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    flat = (torch.arange(n)[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
-    return pixels.reshape(-1, 3).index_select(0, flat.flatten().to(pixels.device)).view(n, height, width, 3)
+    flat = (first[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    return pixels.reshape(-1, 3).index_select(0, flat.flatten()).view(n, height, width, 3)
 
 
 def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
@@ -34,27 +116,32 @@ def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
     return torch.where(index >= size, 2 * (size - 1) - index, index).clamp(0, size - 1)
 
 
-class BatchMixing:
-    """Mixup, cutmix and random erasing as timm does them, for the recipe's settings.
+def draw_rectangles(
+    images: int, size: torch.Size | tuple[int, int], probability: float, generator: torch.Generator
+) -> torch.Tensor:
+    """A rectangle in each image, empty where nothing is to be erased: top, left, bottom, right, int64 `[images, 4]`."""
+    height, width = size
 
-    timm draws from Python's, NumPy's and torch's global generators: the loop seeds them for each epoch.
-    """
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(images, generator=generator)
 
-    def __init__(self, recipe: Finetune, classes: int, device: torch.device) -> None:
-        self.mix = None
-        if recipe.mixup or recipe.cutmix:
-            self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
-        self.erase = None
-        if recipe.random_erasing:
-            self.erase = RandomErasing(recipe.random_erasing, mode="pixel", max_count=1, device=device)
+    area = height * width * uniform(*ERASED_AREA)
+    aspect = uniform(*(math.log(limit) for limit in ERASED_ASPECT)).exp()
+    tall = (area * aspect).sqrt().round().clamp(1, height)
+    wide = (area / aspect).sqrt().round().clamp(1, width)
+    top = (uniform(0, 1) * (height - tall + 1)).floor()
+    left = (uniform(0, 1) * (width - wide + 1)).floor()
+    tall = tall * (uniform(0, 1) < probability)
+    return torch.stack([top, left, top + tall, left + wide], 1).long()
 
-    def __call__(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` `[N, 3, H, W]` normalised; labels int64 `[N]` come back as they are, or mixed to `[N, classes]`."""
-        if self.erase is not None:
-            x = self.erase(x)
-        if self.mix is not None and len(x) % 2 == 0:
-            x, labels = self.mix(x, labels)
-        return x, labels
+
+def erase(x: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
+    """Set `rectangles` (int64 `[N, 4]`, as drawn) of the normalised images `[N, 3, H, W]` to the data's mean: zero."""
+    top, left, bottom, right = rectangles.t()[:, :, None, None]
+    row = torch.arange(x.shape[2], device=x.device).view(1, -1, 1)
+    column = torch.arange(x.shape[3], device=x.device).view(1, 1, -1)
+    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    return x.masked_fill(inside[:, None], 0)
 
 
 class AlternatingFlip:

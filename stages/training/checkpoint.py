@@ -16,6 +16,7 @@ import torch
 import stages
 from stages.common.errors import UserError
 from stages.common.files import atomic_file, clear_disk_errors
+from stages.training import processes
 
 CODE = (
     *("common", "datasets", "networks", "pruning", "quantization", "training"),
@@ -30,6 +31,8 @@ FINISHED = "finished"
 def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """A folder for this very training, found again after a kill.
 
+    Of several processes the first one locks the folder and writes into it; it must be the same disk for all.
+
     When the block ends well the folder stays, with the finished training in it: DVC may be killed before it has taken
     the outputs over, and then runs the stage again. The next training of the same parent removes it.
 
@@ -43,6 +46,10 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     key = hashlib.sha256(json.dumps([identity, versions, _code_hash()], sort_keys=True).encode()).hexdigest()
     folder = parent / key[:16]
+    if not processes.is_first():
+        processes.wait_for_all()
+        yield folder
+        return
     with clear_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as lock:
@@ -60,6 +67,7 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
         for other in parent.iterdir():
             if other != folder and (other / FINISHED).exists():
                 shutil.rmtree(other, ignore_errors=True)
+        processes.wait_for_all()
         yield folder
         (folder / FINISHED).touch()
 

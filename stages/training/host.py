@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +12,7 @@ from stages.common.params import Base
 
 
 def prepare_host(base: Base) -> torch.device:
-    """Set threads and allocator as `base` says, and name the device to train on.
+    """Set threads and allocator as `base` says, and name the device to train on: this process's own.
 
     Raises:
         UserError: if `base.device` asks for CUDA where there is none.
@@ -21,7 +22,16 @@ def prepare_host(base: Base) -> torch.device:
     _keep_memory()
     if base.device == "cuda" and not torch.cuda.is_available():
         raise UserError("base.device = 'cuda': this machine has no usable CUDA device; set it to auto or cpu")
-    return torch.device("cuda" if base.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if base.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"base.launcher starts more processes than there are CUDA devices ({torch.cuda.device_count()}): lower its"
+            " --nproc-per-node"
+        )
+    torch.cuda.set_device(device)
+    return device
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
@@ -47,6 +57,24 @@ def clear_memory_errors(what: str) -> Iterator[None]:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise UserError(f"{what} does not fit into memory: lower it; the last finished epoch is kept") from None
         raise
+
+
+@contextlib.contextmanager
+def clear_compile_errors(title: str) -> Iterator[None]:
+    """Turn what `torch.compile` cannot do with this network, or without a C++ compiler, into one clear error.
+
+    Raises:
+        UserError: with torch's own reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{title}: finetune.compile = true does not work here ({reason}): set it to false") from None
 
 
 def _keep_memory() -> None:

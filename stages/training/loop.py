@@ -1,7 +1,8 @@
-"""The training loop: epochs over memory-mapped images, best epoch by validation, resumable after any kill.
+"""The training loop: epochs over stored images, best epoch by validation, resumable after any kill.
 
 Everything random in an epoch is drawn from generators seeded by (seed, epoch), so an epoch does not depend on how
-the process came to it: a resumed training ends, on the CPU, bit for bit where the uninterrupted one does.
+the process came to it: a resumed training ends, on the CPU, bit for bit where the uninterrupted one does. Several
+processes (`training.processes`) take the same steps together as one would, up to rounding and dropout's draws.
 """
 
 import copy
@@ -26,11 +27,13 @@ from stages.datasets.store import Part
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.networks.tensors import load_tensors
-from stages.training.augment import AlternatingFlip, BatchMixing, flip_and_crop
+from stages.training import processes
+from stages.training.augment import Augmentation, share_of
+from stages.training.batches import Images
 from stages.training.checkpoint import load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation, freeze, soft_loss
-from stages.training.host import clear_memory_errors, prepare_host, use_bfloat16
+from stages.training.host import clear_compile_errors, clear_memory_errors, prepare_host, use_bfloat16
 from stages.training.optimizers import Optimizers, schedule
 
 CURVE_COLUMNS = (
@@ -119,7 +122,7 @@ def train(
     if not 0 <= first < last <= recipe.epochs:
         raise ValueError(f"epochs [{first}, {last}) do not lie within the recipe's {recipe.epochs}")
     device = prepare_host(base)
-    with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"):
+    with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"), clear_compile_errors(title):
         run = _Run(network, train_part, preprocess, recipe, device, seed, title, constraint, distillation, rate_key)
         curve: list[dict[str, float]] = []
         chosen: dict[str, Any] = {}
@@ -157,7 +160,7 @@ def train(
                 if wanted and (constraint is None or constraint.met_after(run.last_step(epoch))):
                     weights = {name: tensor.detach().cpu().clone() for name, tensor in candidate.state_dict().items()}
                     chosen = {"epoch": epoch + 1, "score": score, "weights": weights}
-                if checkpoints is not None:
+                if checkpoints is not None and processes.is_first():
                     state = {"epochs": [first, last], "curve": curve, "chosen": chosen}
                     save_checkpoint(checkpoints, state | {"run": run.state_dict(finished=epoch + 1 == last)})
                 progress.epoch(loss, curve[-1]["validation_top1"], curve[-1]["images_per_second"])
@@ -210,8 +213,11 @@ class _Run:
         self.batches, self.steps = steps_per_epoch(recipe, len(part)), steps_in(recipe, len(part))
         self.optimizers = Optimizers(network, recipe)
         self.average = _average_of(network, recipe) if recipe.average_decay else None
-        self.flip = AlternatingFlip(len(part), recipe.horizontal_flip, seed)
-        self.mixing = BatchMixing(recipe, _classes(network, preprocess.input_size, title), device)
+        self.images = Images(part, device)
+        self.augment = Augmentation(recipe, len(part), _classes(network, preprocess.input_size, title), seed)
+        self.call = processes.with_mean_gradients(network, device)
+        if recipe.compile:
+            self.call = torch.compile(self.call)
 
     def train_epoch(self, epoch: int, progress: EpochProgress) -> float:
         """One step for each batch; gives back the mean loss.
@@ -223,7 +229,7 @@ class _Run:
         for batch, (x, targets) in enumerate(self.batches_of(epoch)):
             total += self.step(epoch * self.batches + batch, x, targets)
             progress.step()
-        mean = total.item() / self.batches
+        mean = processes.summed(total).item() / processes.count() / self.batches
         if not np.isfinite(mean):
             raise UserError(
                 f"{self.title}: the loss became {mean} in epoch {epoch + 1}: lower {self.rate_key}; nothing was saved"
@@ -231,15 +237,19 @@ class _Run:
         return mean
 
     def batches_of(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The epoch's images, augmented and in its own order: `[B, 3, H, W]`; labels `[B]`, or mixed `[B, classes]`."""
+        """This process's share of the epoch's images, augmented and in the epoch's own order.
+
+        Images `[N, 3, H, W]`; labels `[N]`, or mixed `[N, classes]`; N is the batch size over the number of processes.
+        """
         generator = _seed_epoch(self.seed, epoch)
         order = torch.randperm(len(self.part), generator=generator).numpy()
-        for batch in range(self.batches):
-            index = np.sort(order[batch * self.recipe.batch_size : (batch + 1) * self.recipe.batch_size])
-            pixels = torch.from_numpy(self.part.images[index]).to(self.device, non_blocking=True)
-            labels = torch.from_numpy(self.part.labels[index]).to(self.device, non_blocking=True)
-            pixels = flip_and_crop(pixels, self.flip(index, epoch), self.recipe.crop_padding, generator)
-            yield self.mixing(self.preprocess.normalise(pixels), labels)
+        size = self.recipe.batch_size
+        indices = [order[batch * size : (batch + 1) * size] for batch in range(self.batches)]
+        share = share_of(len(indices[0]), processes.rank(), processes.count())
+        batches = self.images.batches(index[share.numpy()] for index in indices)
+        for index, (pixels, labels) in zip(indices, batches, strict=True):
+            more = {"index": index, "share": share, "epoch": epoch, "generator": generator}
+            yield self.augment(pixels, labels, self.preprocess, **more)
 
     def step(self, step: int, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Move the weights once; gives back the loss, still on the device."""
@@ -264,7 +274,7 @@ class _Run:
             if self.distillation is not None:
                 with torch.no_grad():
                     teacher_logits = self.distillation.teacher(x)
-            logits = self.network(x)
+            logits = self.call(x)
         smoothing = self.recipe.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are smooth already
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if teacher_logits is None:
@@ -290,9 +300,14 @@ class _Run:
         return average
 
     def predict(self, network: nn.Module, part: Part) -> np.ndarray:
-        """Logits `[N, classes]` at the training's precision."""
+        """Logits `[N, classes]` at the training's precision; every process computes some of them and gets all."""
         classifier = Classifier(self.preprocess, network)
-        return predict_logits(classifier, part.images, EVALUATION_BATCH, self.device, autocast=self.bfloat16)
+        bounds = [len(part) * rank // processes.count() for rank in range(processes.count() + 1)]
+        mine = slice(bounds[processes.rank()], bounds[processes.rank() + 1])
+        found = predict_logits(classifier, part.images[mine], EVALUATION_BATCH, self.device, autocast=self.bfloat16)
+        logits = torch.zeros(len(part), found.shape[1], device=self.device)
+        logits[mine] = torch.from_numpy(found).to(self.device)
+        return processes.summed(logits).cpu().numpy()
 
     def state_dict(self, finished: bool) -> dict[str, Any]:
         """All that an unfinished training goes on from; of a finished one only where the constraint came to."""
@@ -350,9 +365,12 @@ def _average_of(network: nn.Module, recipe: Finetune) -> AveragedModel:
 
 
 def _seed_epoch(seed: int, epoch: int) -> torch.Generator:
-    """Seed all global generators (dropout, timm's mixing) and give one for order and crops."""
+    """Seed all global generators (dropout, timm's mixing) and give one for order and augmentation.
+
+    Dropout's draws are each process's own; all others are the same in all.
+    """
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
-    torch.manual_seed(mixed)
+    torch.manual_seed(mixed + processes.rank())
     return torch.Generator().manual_seed(mixed)

@@ -25,7 +25,7 @@ class Optimizers:
             {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
         ]
         if recipe.optimizer == "sgd":
-            main = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+            main = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
         else:
             betas = (0.9, 0.99) if recipe.optimizer == "muon" else (0.9, 0.999)
             main = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)

@@ -366,6 +366,19 @@ def test_the_command_prints_the_plan_of_the_file_given_or_at_hand(raw, tmp_path)
     assert all(f"variant   {key}:" in printed for key in raw["variants"])
 
 
+def test_the_plan_remarks_on_images_that_are_not_there(raw, tmp_path):
+    raw["data"] |= {"source": "folder", "location": str(tmp_path / "images")}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+
+    def remarks() -> list[str]:
+        told = plan(load_params(tmp_path / "params.yaml")).splitlines()
+        return [line for line in told if line.startswith("remark    data.location")]
+
+    assert remarks()[0].startswith(f"remark    data.location: {tmp_path / 'images'} is not there (seen from ")
+    (tmp_path / "images").mkdir()
+    assert remarks() == []
+
+
 def test_the_plan_remarks_on_a_pruning_that_no_variant_uses(raw, tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     remarks = [line for line in plan(load_params(tmp_path / "params.yaml")).splitlines() if line.startswith("remark")]

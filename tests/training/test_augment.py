@@ -1,9 +1,17 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.autoaugment import _apply_op
 
+from stages.common.errors import UserError
 from stages.common.params import Finetune
-from stages.training.augment import AlternatingFlip, BatchMixing, flip_and_crop
+from stages.networks.preprocess import Preprocess
+from stages.training.augment import AlternatingFlip, Augmentation, draw_rectangles, erase, flip_and_crop, share_of
+from stages.training.trivial_augment import BINS, OPERATIONS, Draws, draw, trivial_augment
+
+BASE = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "learning_rate": 0.1}
+PREPROCESS = Preprocess([0.5] * 3, [0.25] * 3, 8)
 
 
 @pytest.fixture
@@ -11,29 +19,43 @@ def pixels() -> torch.Tensor:
     return torch.randint(0, 256, (16, 6, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_without_padding_and_flips_the_pixels_stay(pixels):
-    same = flip_and_crop(pixels, torch.zeros(16, dtype=torch.bool), 0, torch.Generator())
-    assert torch.equal(same, pixels)
+def shifts(padding: int) -> torch.Tensor:
+    return torch.randint(-padding, padding + 1, (2, 16, 1), generator=torch.Generator().manual_seed(0))
+
+
+def augmented(recipe: Finetune, pixels: torch.Tensor, rank: int = 0, processes: int = 1, seed: int = 5):
+    """Images and labels of one process's share of the batch."""
+    np.random.seed(seed)
+    index, labels, share = np.arange(16), torch.arange(16) % 4, share_of(16, rank, processes)
+    return Augmentation(recipe, 16, 4, seed=0)(
+        pixels[share],
+        labels[share],
+        PREPROCESS,
+        index=index,
+        share=share,
+        epoch=1,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def test_without_shifts_and_flips_the_pixels_stay(pixels):
+    assert torch.equal(flip_and_crop(pixels, torch.zeros(16, dtype=torch.bool), shifts(0)), pixels)
 
 
 def test_marked_images_are_mirrored_and_no_others(pixels):
     flips = torch.arange(16) % 2 == 0
-    out = flip_and_crop(pixels, flips, 0, torch.Generator())
+    out = flip_and_crop(pixels, flips, shifts(0))
     assert torch.equal(out[flips], pixels[flips].flip(2))
     assert torch.equal(out[~flips], pixels[~flips])
 
 
 def test_crops_are_windows_of_the_reflect_padded_image(pixels):
     padded = torch.nn.functional.pad(pixels.permute(0, 3, 1, 2).float(), (2, 2, 2, 2), mode="reflect").to(torch.uint8)
-    out = flip_and_crop(pixels, torch.zeros(16, dtype=torch.bool), 2, torch.Generator().manual_seed(0)).permute(
-        0, 3, 1, 2
-    )
-    found = []
-    for image, source in zip(out, padded, strict=True):
-        windows = [(y, x) for y in range(5) for x in range(5) if torch.equal(source[:, y : y + 6, x : x + 8], image)]
-        assert windows
-        found.append(windows[0])
-    assert len(set(found)) > 5  # each image has its own shift
+    moved = shifts(2)
+    out = flip_and_crop(pixels, torch.zeros(16, dtype=torch.bool), moved).permute(0, 3, 1, 2)
+    for image, source, (down, right) in zip(out, padded, moved[:, :, 0].t().tolist(), strict=True):
+        assert torch.equal(source[:, 2 + down : 8 + down, 2 + right : 10 + right], image)
+    assert len(set(map(tuple, moved[:, :, 0].t().tolist()))) > 5
 
 
 def test_every_image_is_seen_both_ways_in_two_epochs():
@@ -44,13 +66,109 @@ def test_every_image_is_seen_both_ways_in_two_epochs():
     assert not AlternatingFlip(1000, False, seed=0)(index, 1).any()
 
 
-def test_mixing_gives_soft_targets_that_sum_to_one_and_erasing_alone_keeps_the_labels():
-    x, labels = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
-    base = {"epochs": 1, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.1}
-    mixed, targets = BatchMixing(Finetune(**base, mixup=1.0, cutmix=1.0), 4, torch.device("cpu"))(x.clone(), labels)
-    assert targets.shape == (8, 4)
-    torch.testing.assert_close(targets.sum(1), torch.ones(8))
-    assert not torch.equal(mixed, x)
-    erased, same = BatchMixing(Finetune(**base, random_erasing=0.9), 4, torch.device("cpu"))(x.clone(), labels)
-    assert torch.equal(same, labels)
-    assert 0 < (erased != x).float().mean() < 0.5
+def test_without_augmentation_images_are_only_normalised(pixels):
+    x, labels = augmented(Finetune(**BASE, horizontal_flip=False, crop_padding=0), pixels)
+    assert torch.equal(x, PREPROCESS.normalise(pixels))
+    assert torch.equal(labels, torch.arange(16) % 4)
+
+
+def test_mixing_gives_soft_targets_that_sum_to_one(pixels):
+    _, targets = augmented(Finetune(**BASE, mixup=1.0, cutmix=1.0), pixels)
+    assert targets.shape == (16, 4)
+    torch.testing.assert_close(targets.sum(1), torch.ones(16))
+    assert ((targets > 0.1).sum(1) > 1).any()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mixup": 1.0}, {"cutmix": 1.0}, {"random_erasing": 0.7}, {"trivial_augment": 0.9}],
+    ids=lambda settings: next(iter(settings), "plain"),
+)
+def test_processes_see_what_one_process_would(pixels, processes, settings):
+    pixels = pixels[:, :6, :6]
+    recipe = Finetune(**BASE, **settings)
+    x, labels = augmented(recipe, pixels)
+    seen = []
+    for rank in range(processes):
+        share = share_of(16, rank, processes)
+        assert len(share) == 16 // processes
+        mine, targets = augmented(recipe, pixels, rank, processes)
+        assert torch.equal(mine, x[share])
+        torch.testing.assert_close(targets, labels[share])
+        seen += share.tolist()
+    assert sorted(seen) == list(range(16))
+    other, _ = augmented(recipe, pixels, seed=6)
+    assert not torch.equal(other, x)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    assert share_of(15, 0, 1).tolist() == list(range(15))
+    with pytest.raises(UserError, match=r"finetune\.batch_size: 18 images .* 2 processes: make it a multiple of 4"):
+        share_of(18, 1, 2)
+
+
+def test_erased_rectangles_are_grey_and_of_the_size_that_is_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    rectangles = draw_rectangles(2000, (32, 32), 0.6, generator)
+    x = torch.rand(2000, 3, 32, 32, generator=generator) + 1
+    out = erase(x, rectangles)
+    gone = (out == 0).all(1)
+    assert torch.equal(out[~gone[:, None].expand_as(out)], x[~gone[:, None].expand_as(x)])
+    share = gone.float().mean((1, 2))
+    assert 0.55 < (share > 0).float().mean() < 0.65
+    assert 0.015 < share[share > 0].min() < 0.03
+    assert 0.28 < share.max() < 0.37
+    for mask, (top, left, bottom, right) in zip(gone[:50], rectangles[:50].tolist(), strict=True):
+        assert mask[top:bottom, left:right].all()
+        assert mask.sum() == max(0, bottom - top) * (right - left)
+    hit = gone.float().mean(0)
+    assert hit.min() > 0  # corners too
+    assert hit.max() < 0.3
+
+
+NAMES = {
+    "shear_x": "ShearX", "shear_y": "ShearY", "translate_x": "TranslateX", "translate_y": "TranslateY",
+    "rotate": "Rotate", "brightness": "Brightness", "color": "Color", "contrast": "Contrast",
+    "sharpness": "Sharpness", "posterize": "Posterize", "solarize": "Solarize", "autocontrast": "AutoContrast",
+    "equalize": "Equalize", "identity": "Identity",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_torchvisions(name, sign):
+    coarse = torch.rand(BINS, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = (torch.nn.functional.interpolate(coarse, size=32, mode="bilinear") * 255).to(torch.uint8)
+    steps = torch.arange(BINS)
+    strength = sign * steps / (BINS - 1)
+    magnitudes = {
+        "shear_x": 0.99 * strength,
+        "shear_y": 0.99 * strength,
+        "translate_x": 32 * strength,
+        "translate_y": 32 * strength,
+        "rotate": 135 * strength,
+        "posterize": 8 - (steps / 5).round(),
+        "solarize": torch.linspace(255, 0, BINS),
+    }.get(name, 0.99 * strength)
+    draws = Draws(torch.full((BINS,), OPERATIONS.index(name)), strength)
+    found = trivial_augment(images, draws).int()
+    wanted = torch.stack(
+        [
+            _apply_op(image, NAMES[name], float(m), InterpolationMode.NEAREST, None)
+            for image, m in zip(images, magnitudes, strict=True)
+        ]
+    ).int()
+    difference = (found - wanted).abs()
+    assert difference.max() <= 1  # rounding
+    assert (difference > 0).float().mean() < 0.06
+    assert name == "identity" or not torch.equal(found, images.int())
+
+
+def test_every_image_draws_its_own_operation_and_strength():
+    draws = draw(4000, 0.8, torch.Generator().manual_seed(0))
+    counts = torch.bincount(draws.operation, minlength=len(OPERATIONS)) / 4000
+    assert counts[OPERATIONS.index("identity")] == pytest.approx(0.2 + 0.8 / 14, abs=0.03)
+    assert counts[:-1].min() > 0.04
+    assert len(draws.strength.unique()) == 2 * BINS - 1
+    assert draws.strength.abs().max() == 1

@@ -277,10 +277,10 @@ def test_an_input_size_that_the_network_does_not_take_is_a_clear_error(network, 
 
 
 def test_running_out_of_memory_is_a_clear_error(network, parts, preprocess, recipe, monkeypatch):
-    def no_memory(*_):
+    def no_memory(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(loop, "flip_and_crop", no_memory)
+    monkeypatch.setattr(loop, "Augmentation", lambda *_: no_memory)
     with pytest.raises(UserError, match="batch_size 32 does not fit into memory"):
         run(network, parts, preprocess, recipe)
 

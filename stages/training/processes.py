@@ -1,0 +1,107 @@
+"""One training in several processes, as torchrun starts them: each has its share of every batch, all the same weights.
+
+`base.launcher` says how a stage that trains is run. What is not training every process does for itself, to the same
+result; files are the first one's.
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.nn.parallel import DistributedDataParallel
+
+from stages.common.errors import INTERRUPTED, UserError
+from stages.common.params import Base
+
+
+def launch(base: Base) -> None:
+    """Run this stage again, in the processes of `base.launcher`, and end with them; comes back where it does the work.
+
+    Raises:
+        UserError: what the first process to fail told, or the signal that ended it.
+    """
+    command, *options = shlex.split(base.launcher)
+    if command == "python" or dist.is_torchelastic_launched():
+        return
+    from torch.distributed.run import parse_args, run  # takes a while to import
+
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a failure is told below, in one line
+    os.environ.setdefault("OMP_NUM_THREADS", str(base.threads or 1))  # torchrun's own default, without its warning
+    arguments = parse_args([*options, "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    try:
+        run(arguments)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode == INTERRUPTED:
+            sys.exit(INTERRUPTED)
+        if failure.exitcode > 0 and not failure.error_file_data.get("message"):
+            sys.exit(failure.exitcode)  # it has printed a traceback
+        where = f"process {rank} of {base.launcher!r}: " if failure.exitcode < 0 else ""
+        raise UserError(f"{where}{failure.message}") from None
+    except SignalException as ended:
+        sys.exit(INTERRUPTED if ended.sigval == signal.SIGINT else 128 + ended.sigval)
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Be one of the processes that train together, where this one is; only the first one prints.
+
+    Args:
+        device: this process's own.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_first():
+                silence = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """Of all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def with_mean_gradients(network: nn.Module, device: torch.device) -> nn.Module:
+    """A module to call in the network's place: after backward, gradients are the mean over all processes."""
+    if not dist.is_initialized():
+        return network
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)

@@ -1,0 +1,134 @@
+"""TrivialAugment over whole batches (arXiv 2103.10158, the wide space): one operation, one strength for each image.
+
+torchvision's changes all images of a batch alike. Here those that drew the same operation are changed together, each by
+its own strength; the operations are torchvision's to the pixel, but for ties in rounding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as tv
+
+BINS = 31
+"""Strengths of each operation, evenly spaced over [0, 1]."""
+SHIFT, TURN, SHEAR = 32.0, 135.0, 0.99
+"""At strength 1: pixels, degrees, and the tangent of the shear's angle."""
+GREY = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What each image of a batch is to undergo, on the CPU."""
+
+    operation: torch.Tensor
+    """int64 `[N]`: of `OPERATIONS`."""
+    strength: torch.Tensor
+    """float32 `[N]` in [-1, 1]; the sign is a direction, where the operation has one."""
+
+    def __getitem__(self, index: torch.Tensor) -> "Draws":
+        return Draws(self.operation[index], self.strength[index])
+
+
+def draw(images: int, share: float, generator: torch.Generator) -> Draws:
+    """An operation for each of `images` images; those that are not in `share` get the identity."""
+    operation = torch.randint(len(OPERATIONS), (images,), generator=generator)
+    strength = torch.randint(BINS, (images,), generator=generator) / (BINS - 1)
+    sign = 2.0 * torch.randint(2, (images,), generator=generator) - 1
+    chosen = torch.rand(images, generator=generator) < share
+    return Draws(torch.where(chosen, operation, OPERATIONS.index("identity")), strength * sign)
+
+
+def trivial_augment(pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Change each image as drawn.
+
+    Args:
+        pixels: uint8 `[N, 3, S, S]`, on any device.
+        draws: `[N]`.
+
+    Returns:
+        uint8 `[N, 3, S, S]`.
+    """
+    out = pixels.clone()
+    moved = _index(draws.operation < len(MOVES))
+    if len(moved):
+        on_device = moved.to(pixels.device)
+        theta = torch.stack([_theta(int(op), float(s), pixels.shape[-1]) for op, s in _pairs(draws[moved])])
+        grid = F.affine_grid(theta, (len(moved), *pixels.shape[1:]), align_corners=False).to(pixels.device)
+        images = pixels[on_device].float()
+        out[on_device] = F.grid_sample(images, grid, "nearest", "zeros", align_corners=False).to(torch.uint8)
+    for number, name in enumerate(OPERATIONS[len(MOVES) :], len(MOVES)):
+        index = _index(draws.operation == number)
+        if name != "identity" and len(index):
+            on_device = index.to(pixels.device)
+            strength = draws.strength[index].to(pixels.device).view(-1, 1, 1, 1)
+            out[on_device] = COLOURS[name](pixels[on_device], strength)
+    return out
+
+
+def _index(marked: torch.Tensor) -> torch.Tensor:
+    return marked.nonzero()[:, 0]
+
+
+def _pairs(draws: Draws) -> zip:
+    return zip(draws.operation, draws.strength, strict=True)
+
+
+def _theta(operation: int, strength: float, size: int) -> torch.Tensor:
+    """float32 `[2, 3]`: where a pixel comes from, in coordinates from -1 to 1. Shears leave the upper left corner."""
+    shear, shift = SHEAR * strength, 2 * int(SHIFT * strength) / size
+    cosine, sine = math.cos(math.radians(TURN * strength)), math.sin(math.radians(TURN * strength))
+    return torch.tensor(
+        {
+            "shear_x": [[1, shear, shear], [0, 1, 0]],
+            "shear_y": [[1, 0, 0], [shear, 1, shear]],
+            "translate_x": [[1, 0, -shift], [0, 1, 0]],
+            "translate_y": [[1, 0, 0], [0, 1, -shift]],
+            "rotate": [[cosine, -sine, 0], [sine, cosine, 0]],
+        }[MOVES[operation]],
+        dtype=torch.float32,
+    )
+
+
+def _blend(pixels: torch.Tensor, other: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Away from `other` by a factor of 1 + 0.99 strength: at -1 hardly anything of the image is left."""
+    factor = 1 + 0.99 * strength
+    return (factor * pixels + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    weights = torch.tensor(GREY, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels * weights).sum(1, keepdim=True).floor()
+
+
+def _blurred(pixels: torch.Tensor) -> torch.Tensor:
+    """By a 3x3 kernel with a heavy middle; the border stays."""
+    kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
+    kernel[:, :, 1, 1] = 5
+    blurred = pixels.float()
+    blurred[:, :, 1:-1, 1:-1] = F.conv2d(blurred, kernel / 13, groups=3).round()
+    return blurred
+
+
+def _posterized(pixels: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    bits = 8 - (6 * strength.abs()).round().int()
+    return pixels & (255 << (8 - bits) & 255).to(torch.uint8)
+
+
+def _solarized(pixels: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    return torch.where(pixels >= 255 * (1 - strength.abs()), 255 - pixels, pixels)
+
+
+MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+COLOURS = {
+    "brightness": lambda x, strength: _blend(x, torch.zeros_like(x), strength),
+    "color": lambda x, strength: _blend(x, _grey(x), strength),
+    "contrast": lambda x, strength: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), strength),
+    "sharpness": lambda x, strength: _blend(x, _blurred(x), strength),
+    "posterize": _posterized,
+    "solarize": _solarized,
+    "autocontrast": lambda x, strength: tv.autocontrast(x),
+    "equalize": lambda x, strength: tv.equalize(x),
+}
+OPERATIONS = (*MOVES, *COLOURS, "identity")

@@ -1,0 +1,101 @@
+"""Try a change of a profile's recipe: train its first model with it and append what came out to a table.
+
+Run, from a profile's folder with its images, one process for each core that is free:
+
+    python ../../tests/benchmarks/recipes.py finetune.epochs=20 finetune.random_erasing=0.25 --seeds 0 1
+
+Without changes it trains the recipe as it stands. Figures are those of validation images: recipes are chosen by them.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all that Python puts there
+
+from ruamel.yaml import YAML
+
+from stages.common import paths
+from stages.common.errors import UserError, run_stage
+from stages.common.params import load_params
+from stages.edge.machine import describe_machine
+
+ROOT = Path(__file__).parents[2]
+LOG = ROOT / "reports/recipes.csv"
+COLUMNS = (
+    *("profile", "change", "epochs", "seed", "validation_top1", "seconds", "images_per_second", "threads", "cpu"),
+    "commit",
+)
+
+
+def changed(raw: dict, changes: list[str], seed: int) -> dict:
+    """The params with `key.of.a.setting=value` set; the value is YAML.
+
+    Raises:
+        UserError: for a change of another form.
+    """
+    for change in [*changes, f"base.seed={seed}", f"root={ROOT}"]:
+        key, equals, value = change.partition("=")
+        *sections, name = key.split(".")
+        if not equals:
+            raise UserError(f"{change}: is no change: write key=value, as in finetune.epochs=20")
+        place = raw
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = YAML(typ="safe").load(value)
+    return raw
+
+
+def train(changes: list[str], seed: int) -> dict[str, object]:
+    """One training in a folder of its own, which goes when it is done."""
+    raw = changed(YAML(typ="safe").load(paths.PARAMS), changes, seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        YAML().dump(raw, folder / paths.PARAMS)
+        (folder / "data").mkdir()
+        (folder / paths.IMAGES).symlink_to(paths.IMAGES.resolve())
+        params = load_params(folder / paths.PARAMS)
+        key = next(iter(params.models))
+        command = [sys.executable, "-m", "stages.finetune", key]
+        if subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode:
+            raise UserError(f"{' '.join(changes)}: did not train, for the reason above")
+        with (folder / paths.dense_curve(key)).open() as file:
+            curve = list(csv.DictReader(file))
+    seconds = sum(float(row["seconds"]) for row in curve)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "profile": Path.cwd().name,
+        "change": " ".join(changes) or "none",
+        "epochs": params.finetune.epochs,
+        "seed": seed,
+        "validation_top1": max(float(row["validation_top1"]) for row in curve),
+        "seconds": round(seconds),
+        "images_per_second": round(sum(float(row["images_per_second"]) for row in curve) / len(curve)),
+        "threads": params.base.threads,
+        "cpu": describe_machine(())["cpu"],
+        "commit": commit.stdout.strip(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("changes", nargs="*", metavar="key=value")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--log", type=Path, default=LOG)
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        row = train(arguments.changes, seed)
+        new = not arguments.log.exists()
+        with arguments.log.open("a", newline="") as file:  # one line at once: several processes may write
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    run_stage(main)

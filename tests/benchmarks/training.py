@@ -1,0 +1,271 @@
+"""Images per second of a training epoch, side by side with the loop that people write first, and what its parts cost.
+
+The network and the recipe are those of a profile (or `--architecture` at 64 pixels). Two processes take turns in random
+order, one segment of steps at a time:
+
+- `plain`: float32, torchvision's transforms in a DataLoader of two workers that decode JPEG, AdamW, the default
+  allocator, the loss read at every step.
+- `loop`: one epoch of `stages/training`; `bare` is forward, backward and step with the same settings on a fixed batch;
+  `silent` the loop without averaging and logging, `averaged and logged` with both; `hesso` prunes on top of `silent`.
+  `silent again` tells the noise.
+
+Run, from a profile's folder with its images: python ../../tests/benchmarks/training.py --out FILE
+"""
+
+import argparse
+import copy
+import io
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all that Python puts there
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from stages.common import paths
+from stages.common.errors import run_stage
+from stages.common.files import write_json
+from stages.common.params import Finetune, Model, Oto, load_params
+from stages.common.progress import epoch_progress
+from stages.datasets.store import open_part, read_info
+from stages.edge.machine import describe_machine
+from stages.edge.protocol import bootstrap_median
+from stages.networks.build import build_network, spec_of
+from stages.networks.layer_scale import fold_layer_scale
+from stages.networks.preprocess import Preprocess
+from stages.pruning.costs import costs_of
+from stages.pruning.hesso import Hesso
+from stages.pruning.only_train_once_adapter import channel_groups
+from stages.training.host import prepare_host
+from stages.training.loop import _Run, steps_in
+
+PLAIN = ("plain",)
+OURS = ("loop", "bare", "silent", "silent again", "averaged and logged", "hesso")
+WARM_STEPS = 8  # before each timed segment of `plain`: what its workers had prepared while they waited
+JPEG_IMAGES, JPEG_QUALITY = 10_000, 75
+RATIOS = {  # of times in the same round: what over what
+    "plain over loop": ("plain", "loop"),
+    "bare over loop": ("bare", "loop"),
+    "hesso over silent": ("hesso", "silent"),
+    "averaged and logged over silent": ("averaged and logged", "silent"),
+    "silent again over silent": ("silent again", "silent"),
+}
+
+
+class Jpegs(Dataset):
+    """Training images as files hold them."""
+
+    def __init__(self, size: int) -> None:
+        part, info = open_part(paths.IMAGES, "train"), read_info(paths.IMAGES)
+        self.labels, self.files = part.labels[:JPEG_IMAGES].tolist(), []
+        for image in part.images[:JPEG_IMAGES]:
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY)
+            self.files.append(file.getvalue())
+        stages = [
+            transforms.RandomCrop(info.image_size, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.Resize(size),
+            transforms.ToTensor(),
+            transforms.Normalize(info.mean, info.std),
+        ]
+        self.transform = transforms.Compose(stages)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.open(io.BytesIO(self.files[index])).convert("RGB")), self.labels[index]
+
+
+def plain(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.device, steps: int) -> dict:
+    """The segment to time, by name."""
+    network.train().to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    loader = DataLoader(Jpegs(size), recipe.batch_size, shuffle=True, num_workers=2, drop_last=True)
+
+    def forever() -> Iterator:
+        while True:
+            yield from loader
+
+    batches = forever()
+
+    def step() -> None:
+        x, y = (tensor.to(device) for tensor in next(batches))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(x), y, label_smoothing=recipe.label_smoothing)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    def segment() -> float:
+        for _ in range(WARM_STEPS):
+            step()
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return time.perf_counter() - started
+
+    return {"plain": segment}
+
+
+def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.device, steps: int) -> dict:
+    """The segments to time, by name."""
+    info, part = read_info(paths.IMAGES), open_part(paths.IMAGES, "train")
+    preprocess = Preprocess(info.mean, info.std, size)
+
+    def run_of(recipe: Finetune, network: torch.nn.Module, constraint: Hesso | None = None) -> _Run:
+        return _Run(network, part, preprocess, recipe, device, 0, "benchmark", constraint, None, "learning_rate")
+
+    def segment(run: _Run, logged: bool, first: int = 0) -> Callable[[], float]:
+        at = first
+
+        def timed() -> float:
+            nonlocal at
+            batches = run.batches_of(0)
+            x, targets = next(batches)
+            run.step(at, x, targets)
+            _wait(device)
+            with open(os.devnull, "w") as silence, epoch_progress("benchmark", 1, run.batches) as progress:
+                started = time.perf_counter()
+                for _ in range(steps):
+                    x, targets = next(batches)
+                    at += 1
+                    run.step(at, x, targets)
+                    if logged:
+                        progress.step()
+                if logged:
+                    print(f"{at} of {run.steps}", file=silence, flush=True)
+                _wait(device)
+                return time.perf_counter() - started
+
+        return timed
+
+    def bare(run: _Run) -> Callable[[], float]:
+        x, targets = next(run.batches_of(0))
+
+        def timed() -> float:
+            run.step(0, x, targets)
+            _wait(device)
+            started = time.perf_counter()
+            for step in range(steps):
+                run.step(step, x, targets)
+            _wait(device)
+            return time.perf_counter() - started
+
+        return timed
+
+    silent, averaged = (recipe.model_copy(update={"average_decay": decay}) for decay in (0.0, 0.999))
+    pruned = copy.deepcopy(network)
+    fold_layer_scale(pruned)
+    groups = channel_groups(pruned, size)
+    pruner = Oto(method="oto", epochs=recipe.epochs, learning_rate_factor=1.0, group_sparsity=0.5)
+    total = steps_in(recipe, len(part))
+    hesso = Hesso(pruned, groups, costs_of(pruned, groups, size), pruner, total, "prune.benchmark")
+    quiet = run_of(silent, copy.deepcopy(network))
+    pruning = run_of(silent, pruned, hesso)
+    x, targets = next(pruning.batches_of(0))
+    pruning.step(hesso.schedule.start, x, targets)  # the first period's channels are chosen here
+    return {
+        "loop": segment(run_of(recipe, copy.deepcopy(network)), True),
+        "bare": bare(run_of(silent, copy.deepcopy(network))),
+        "silent": segment(quiet, False),
+        "silent again": segment(quiet, False),
+        "averaged and logged": segment(run_of(averaged, copy.deepcopy(network)), True),
+        "hesso": segment(pruning, False, hesso.schedule.start + 1),
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
+    """Time a segment for every name that is read from stdin."""
+    params = load_params()
+    model = next(iter(params.models.values()))
+    if arguments.architecture:
+        model = Model(library="timm", architecture=arguments.architecture, input_size=64)
+    recipe = params.finetune.model_copy(update={"batch_size": arguments.batch})
+    base = params.base.model_copy(update={"threads": arguments.threads, "device": arguments.device})
+    torch.manual_seed(0)
+    network = build_network(spec_of(model, len(read_info(paths.IMAGES).classes)))
+    if names == PLAIN:
+        if base.threads:
+            torch.set_num_threads(base.threads)
+        device = torch.device(base.device)
+    else:
+        device = prepare_host(base)
+    make = plain if names == PLAIN else ours
+    segments = make(network, model.input_size, recipe, device, arguments.steps)
+    for segment in segments.values():
+        segment()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(segments[line.strip()](), flush=True)
+
+
+def ratio_row(of_rounds: np.ndarray, seed: int) -> dict[str, float]:
+    low, high = bootstrap_median(of_rounds, 0.95, 2000, seed)
+    return {"ratio": float(np.median(of_rounds)), "ratio_ci_low": low, "ratio_ci_high": high}
+
+
+def start(names: tuple[str, ...], arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, __file__, *arguments, "--serve", "plain" if names == PLAIN else "ours"]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if worker.stdout.readline().strip() != "ready":
+        raise SystemExit(f"{names[0]}: the process ended early")
+    return worker
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--architecture", help="of timm, at 64 pixels, instead of the profile's first model")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=12, help="of a segment")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--serve", choices=["plain", "ours"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(PLAIN if arguments.serve == "plain" else OURS, arguments)
+        return
+    machine = describe_machine()
+    workers = {name: worker for names in (PLAIN, OURS) for worker in [start(names, sys.argv[1:])] for name in names}
+    generator, times = random.Random(arguments.seed), {name: [] for name in workers}
+    for _ in range(arguments.rounds):
+        for name in generator.sample(list(workers), len(workers)):
+            print(name, file=workers[name].stdin, flush=True)
+            times[name].append(float(workers[name].stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+    images = arguments.steps * arguments.batch
+    speeds = {name: images / float(np.median(seconds)) for name, seconds in times.items()}
+    ratios = {name: np.array(times[top]) / np.array(times[below]) for name, (top, below) in RATIOS.items()}
+    rows = {name: ratio_row(of_rounds, arguments.seed) for name, of_rounds in ratios.items()}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "serve")}
+    result = {"machine": machine, "settings": settings, "images_per_second": speeds, "ratios": rows}
+    for name, speed in speeds.items():
+        print(f"{name:22} {speed:8,.0f} images/s")
+    for name, row in rows.items():
+        print(f"{name:32} {row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]")
+    if arguments.out:
+        write_json(arguments.out, result)
+
+
+if __name__ == "__main__":
+    run_stage(main)

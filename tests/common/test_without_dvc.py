@@ -1,0 +1,84 @@
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from toy_project import pruned_project
+
+from stages.common import paths, without_dvc
+from stages.common.errors import UserError
+from stages.common.params import load_params
+from stages.common.without_dvc import PROVENANCE, all_stages, chosen
+
+TOP = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch) -> Path:
+    pruned_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(TOP))
+    return tmp_path
+
+
+def run(monkeypatch, *arguments: str) -> dict:
+    monkeypatch.setattr("sys.argv", ["without_dvc", *arguments])
+    without_dvc.main()
+    return json.loads(PROVENANCE.read_text())
+
+
+@pytest.mark.parametrize("folder", [TOP, TOP / "profiles/cifar10"], ids=["default", "cifar10"])
+def test_the_stages_are_those_of_dvc_in_an_order_in_which_they_can_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    listed = subprocess.run(
+        ["dvc", "stage", "list", "--name-only"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    stages = all_stages(load_params())
+    assert sorted(stages) == sorted(listed)
+    kinds = list(dict.fromkeys(stage.partition("@")[0] for stage in stages))
+    assert kinds == ["download", "finetune", "prune", "quantize", "profile", "edge-benchmark", "report"]
+
+
+def test_a_name_stands_for_one_entry_or_all(project):
+    params = load_params()
+    assert chosen(["profile@toy-none-int8", "quantize"], params) == [
+        "quantize@toy-none-fp32",
+        "quantize@toy-none-int8",
+        "profile@toy-none-int8",
+    ]
+    assert chosen([], params) == all_stages(params)
+    with pytest.raises(UserError, match=r"quantise: is no stage of params\.yaml; its stages: download, finetune@toy"):
+        chosen(["quantise"], params)
+
+
+def test_each_stage_tells_where_its_artifact_comes_from(project, monkeypatch):
+    told = run(monkeypatch, "quantize@toy-none-fp32")
+    entry = told["quantize@toy-none-fp32"]
+    for name, digest in entry["sha256"].items():
+        assert digest == hashlib.sha256((paths.compressed("toy-none-fp32") / name).read_bytes()).hexdigest()
+    assert {"model.safetensors", "model.json", "model.onnx"} <= entry["sha256"].keys()
+    assert entry["params_sha256"] == hashlib.sha256(paths.PARAMS.read_bytes()).hexdigest()
+    assert len(entry["commit"].split("-")[0]) == 40
+    assert entry["versions"]["torch"]
+    assert entry["seconds"] > 0
+
+
+def test_what_is_done_stays_told_and_is_left_out_when_resumed(project, monkeypatch):
+    first = run(monkeypatch, "quantize@toy-none-fp32")
+    ran = []
+    monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
+    told = run(monkeypatch, "--resume", "quantize")
+    assert ran == ["quantize@toy-none-int8"]
+    assert told["quantize@toy-none-fp32"] == first["quantize@toy-none-fp32"]
+    paths.PARAMS.write_text(paths.PARAMS.read_text() + "\n")
+    run(monkeypatch, "--resume", "quantize")
+    assert ran[1:] == ["quantize@toy-none-fp32", "quantize@toy-none-int8"]
+
+
+def test_a_stage_that_fails_ends_the_run_and_is_named(project, monkeypatch, capfd):
+    (paths.pruned("toy-none") / "model.json").write_text("{")
+    with pytest.raises(UserError, match="quantize@toy-none-fp32: ended with exit code 2; the stages before it"):
+        run(monkeypatch, "quantize")
+    assert not PROVENANCE.exists()
+    assert "model.json" in capfd.readouterr().err
