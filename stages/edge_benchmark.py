@@ -9,6 +9,7 @@ Out: `reports/edge/`: `edge.json` (run id, machine, protocol, one flat row for e
 Run: python -m stages.edge_benchmark
 """
 
+import json
 import tempfile
 import uuid
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import numpy as np
 from stages.artifacts.artifact import check_onnx, read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
-from stages.common.files import atomic_folder, write_csv, write_json
+from stages.common.files import atomic_folder, read_json, write_csv, write_json
 from stages.common.params import EdgeBenchmark, Params, load_params
 from stages.datasets.store import open_part
 from stages.edge.drift import drift_of
@@ -28,6 +29,7 @@ from stages.edge.machine import keep_to_cores
 from stages.edge.printed import printed_row, require_opencv, sample
 from stages.edge.protocol import Protocol
 from stages.edge.remote import time_there
+from stages.edge.repeat import repeat_of
 from stages.edge.soak import SoakPlan
 from stages.export.session import usable_cores
 
@@ -86,6 +88,14 @@ def run_timing(params: Params) -> Timing:
     return time_here(candidates, section.runtimes, protocol, soaked, say)
 
 
+def last_run() -> object:
+    """What the run before left in edge.json; None where there is none that can be read."""
+    try:
+        return read_json(paths.EDGE / "edge.json")
+    except UserError:
+        return None
+
+
 def say(line: str) -> None:
     print(line, flush=True)
 
@@ -99,8 +109,11 @@ def main() -> None:
             chosen = sample(len(open_part(paths.IMAGES, "test")), printed.images, printed.seed)
         except ValueError as error:
             raise UserError(f"edge_benchmark.printed.{error}") from None
+    before = last_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
+    repeat = repeat_of(json.loads(json.dumps(result)), before)
+    result["repeat"] = None if repeat is None else asdict(repeat)
     with atomic_folder(paths.EDGE) as unfinished:
         if section.soak is not None:
             drift = drift_of(timing.soak, params.report.confidence)
@@ -128,6 +141,12 @@ def tell(result: dict) -> None:
         soak = result["soak"]
         reasons = "".join(f"; {reason}" for reason in soak["reasons"])
         print(f"soak of {soak['variant']}: {soak['verdict']} over {soak['soak_seconds'] / 60:.1f} minutes{reasons}")
+    if repeat := result["repeat"]:
+        apart = ", ".join(repeat["apart"]) or "none by more than 5 %"
+        print(
+            f"speed-ups against run {repeat['run_id']}: {repeat['compared']} compared, at most"
+            f" {100 * repeat['largest']:.1f} % apart; {apart}"
+        )
     if result["busy"]:
         print("busy: others used the processors: the run is marked")
     if result["throttled"]:

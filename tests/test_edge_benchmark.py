@@ -176,3 +176,20 @@ def test_the_protocol_comes_from_the_params():
     protocol = edge_benchmark.protocol_of(section)
     assert (protocol.threads, protocol.warmup_runs, protocol.windows, protocol.minimum_runs) == (2, 7, 3, 9)
     assert (protocol.window_seconds, protocol.seed, protocol.batch) == (0.5, 4, 2)
+
+
+def test_a_second_run_is_compared_with_the_first(project, monkeypatch, capsys):
+    monkeypatch.setattr(local, "measure_fresh", lambda *arguments: measure_fresh(*arguments[:4], repeats=1))
+    edge_benchmark.main()
+    first = json.loads((paths.EDGE / "edge.json").read_text())
+    assert first["repeat"] is None
+    for row in first["rows"]:
+        row["latency_ratio"] *= 1.0 if row["runtime"] == "torch-eager" else 100.0
+    (paths.EDGE / "edge.json").write_text(json.dumps(first))
+    capsys.readouterr()
+    edge_benchmark.main()
+    repeat = json.loads((paths.EDGE / "edge.json").read_text())["repeat"]
+    assert (repeat["run_id"], repeat["compared"]) == (first["run_id"], 2)
+    assert repeat["apart"] == [f"{variant} in onnxruntime" for variant in (FP32, INT8)]
+    assert 0.5 < repeat["largest"] < 1
+    assert f"speed-ups against run {first['run_id']}: 2 compared" in capsys.readouterr().out

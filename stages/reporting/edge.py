@@ -62,6 +62,13 @@ def marks_of(run: Run, variants: Collection[str]) -> list[str]:
             "The speed-up differs by more than 5 % between the two halves of the run, so that a second run may tell"
             f" another: {', '.join(unsteady)}."
         )
+    if repeat := run.edge.get("repeat"):
+        names = {f"{row['variant']} in {row['runtime']}" for row in timings}
+        if apart := [name for name in repeat["apart"] if name in names]:
+            marks.append(
+                f"The run before ({repeat['run_id']}, same machine and files) told speed-ups that differ by more than"
+                f" 5 % (at most {percent_text(repeat['largest'])}): {', '.join(apart)}."
+            )
     if unfaithful := exports_of(run, variants):
         marks.append(f"model.onnx does not do what the PyTorch artifact does: {', '.join(unfaithful)}.")
     return marks

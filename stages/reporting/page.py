@@ -499,7 +499,9 @@ def _environment(run: Run, profile: dict) -> list[tuple[str, str]]:
     for section, value in run.edge.items():
         if section in ("soak", "left_out"):  # they have a section of their own
             continue
-        if isinstance(value, dict):
+        if section == "repeat" and value is None:
+            lines.append((section, "no run before on this machine to compare with"))
+        elif isinstance(value, dict):
             lines += [(f"{section}: {key}", _value(entry)) for key, entry in value.items()]
         elif section != "run_id":
             lines.append((section, _value(value)))

@@ -59,6 +59,18 @@ def test_a_busy_throttled_or_unsteady_run_is_marked(folder):
     assert marks_of(run, [VARIANT]) == [busy, throttled]
 
 
+def test_speed_ups_that_the_run_before_told_otherwise_are_marked(folder):
+    repeat = {"run_id": "before", "compared": 6, "largest": 0.096, "apart": [f"{VARIANT} in onnxruntime"]}
+    change_edge(folder, repeat=repeat)
+    run = read_run(load_params())
+    (mark,) = marks_of(run, [VARIANT])
+    assert "run before (before, same machine and files)" in mark
+    assert mark.endswith(f"more than 5 % (at most 9.6 %): {VARIANT} in onnxruntime.")
+    assert marks_of(run, ["atto-l1-fp32"]) == []
+    change_edge(folder, repeat=None)
+    assert marks_of(read_run(load_params()), run.variants) == []
+
+
 def test_a_file_that_is_not_faithful_to_its_artifact_is_named(folder):
     run = read_run(load_params())
     assert exports_of(run, run.variants) == []
