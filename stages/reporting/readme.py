@@ -264,9 +264,9 @@ def groups_block(reports: Path) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"Means (latency and accuracy \N{PLUS-MINUS SIGN} standard deviation) over {_seeds(rows)}; costs are shares of the same seed's dense"
-        f" float network in ONNX Runtime; weights are `model.safetensors`. {run['data_name']},"
-        f" n = {run['n_test']:,} test images; run `{run['run_id']}`. {_machine(run)}",
+        f"Means (latency and accuracy \N{PLUS-MINUS SIGN} standard deviation) over {_seeds(rows)}; costs are shares"
+        " of the same seed's dense float network in ONNX Runtime; weights are `model.safetensors`."
+        f" {run['data_name']}, n = {run['n_test']:,} test images; run `{run['run_id']}`. {_machine(run)}",
     ]
     return "\n".join(lines)
 
