@@ -68,7 +68,10 @@ def limited(file_bytes: int) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "stages.report"],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": str(Path(report.__file__).parents[1])},
+        env={
+            "PYTHONPATH": str(Path(report.__file__).parents[1]),
+            "PYTHONDONTWRITEBYTECODE": "1",  # or Python itself would leave cut files of bytecode
+        },
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
     )
 

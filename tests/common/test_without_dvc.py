@@ -1,6 +1,7 @@
 import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def run(monkeypatch, *arguments: str) -> dict:
 def test_the_stages_are_those_of_dvc_in_an_order_in_which_they_can_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
     listed = subprocess.run(
-        ["dvc", "stage", "list", "--name-only"], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], check=True, capture_output=True, text=True
     ).stdout.split()
     stages = all_stages(load_params())
     assert sorted(stages) == sorted(listed)
