@@ -9,7 +9,6 @@ Out: `reports/edge/`: `edge.json` (run id, machine, protocol, one flat row for e
 Run: python -m stages.edge_benchmark
 """
 
-import json
 import tempfile
 import uuid
 from dataclasses import asdict
@@ -112,7 +111,7 @@ def main() -> None:
     before = last_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
-    repeat = repeat_of(json.loads(json.dumps(result)), before)
+    repeat = repeat_of(result, before)
     result["repeat"] = None if repeat is None else asdict(repeat)
     with atomic_folder(paths.EDGE) as unfinished:
         if section.soak is not None:

@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.common.errors import INTERRUPTED, UserError
@@ -33,7 +31,10 @@ def launch(base: Base) -> None:
     command, *options = shlex.split(base.launcher)
     if command == "python" or dist.is_torchelastic_launched():
         return
-    from torch.distributed.run import parse_args, run  # takes a while to import
+    # Here, since they take a while to import and few stages start processes.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
 
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a failure is told below, in one line

@@ -4,7 +4,6 @@ torchvision's changes all images of a batch alike. Here those that drew the same
 its own strength; the operations are torchvision's to the pixel, but for ties in rounding.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,8 @@ from torchvision.transforms.v2 import functional as tv
 
 BINS = 31
 """Strengths of each operation, evenly spaced over [0, 1]."""
-SHIFT, TURN, SHEAR = 32.0, 135.0, 0.99
-"""At strength 1: pixels, degrees, and the tangent of the shear's angle."""
+SHIFT, TURN, SHEAR, BLEND = 32.0, 135.0, 0.99, 0.99
+"""At strength 1: pixels, degrees, the tangent of the shear's angle, and the change of a blend's factor from 1."""
 GREY = (0.2989, 0.587, 0.114)
 
 
@@ -54,7 +53,7 @@ def trivial_augment(pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
     moved = _index(draws.operation < len(MOVES))
     if len(moved):
         on_device = moved.to(pixels.device)
-        theta = torch.stack([_theta(int(op), float(s), pixels.shape[-1]) for op, s in _pairs(draws[moved])])
+        theta = _theta(draws[moved], pixels.shape[-1])
         grid = F.affine_grid(theta, (len(moved), *pixels.shape[1:]), align_corners=False).to(pixels.device)
         images = pixels[on_device].float()
         out[on_device] = F.grid_sample(images, grid, "nearest", "zeros", align_corners=False).to(torch.uint8)
@@ -71,29 +70,24 @@ def _index(marked: torch.Tensor) -> torch.Tensor:
     return marked.nonzero()[:, 0]
 
 
-def _pairs(draws: Draws) -> zip:
-    return zip(draws.operation, draws.strength, strict=True)
-
-
-def _theta(operation: int, strength: float, size: int) -> torch.Tensor:
-    """float32 `[2, 3]`: where a pixel comes from, in coordinates from -1 to 1. Shears leave the upper left corner."""
-    shear, shift = SHEAR * strength, 2 * int(SHIFT * strength) / size
-    cosine, sine = math.cos(math.radians(TURN * strength)), math.sin(math.radians(TURN * strength))
-    return torch.tensor(
-        {
-            "shear_x": [[1, shear, shear], [0, 1, 0]],
-            "shear_y": [[1, 0, 0], [shear, 1, shear]],
-            "translate_x": [[1, 0, -shift], [0, 1, 0]],
-            "translate_y": [[1, 0, 0], [0, 1, -shift]],
-            "rotate": [[cosine, -sine, 0], [sine, cosine, 0]],
-        }[MOVES[operation]],
-        dtype=torch.float32,
-    )
+def _theta(draws: Draws, size: int) -> torch.Tensor:
+    """float32 `[N, 2, 3]`: where pixels come from, in coordinates from -1 to 1. Shears leave the upper left corner."""
+    shear, shift = SHEAR * draws.strength, 2 * (SHIFT * draws.strength).trunc() / size
+    turn = (TURN * draws.strength).deg2rad()
+    theta = torch.eye(2, 3).repeat(len(shear), 1, 1)
+    of = {name: draws.operation == number for number, name in enumerate(MOVES)}
+    theta[:, 0, 1:] += torch.where(of["shear_x"], shear, 0)[:, None]
+    theta[:, 1, 0::2] += torch.where(of["shear_y"], shear, 0)[:, None]
+    theta[:, 0, 2] -= torch.where(of["translate_x"], shift, 0)
+    theta[:, 1, 2] -= torch.where(of["translate_y"], shift, 0)
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2)
+    theta[of["rotate"], :, :2] = rotation[of["rotate"]]
+    return theta
 
 
 def _blend(pixels: torch.Tensor, other: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """Away from `other` by a factor of 1 + 0.99 strength: at -1 hardly anything of the image is left."""
-    factor = 1 + 0.99 * strength
+    """Away from `other` by a factor of 1 + BLEND strength: at -1 hardly anything of the image is left."""
+    factor = 1 + BLEND * strength
     return (factor * pixels + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
 
 
