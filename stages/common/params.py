@@ -99,9 +99,19 @@ class Finetune(Section):
     """Probability for each image of a grey rectangle over 2 to 33 % of it (arXiv 1708.04896)."""
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Exponential moving average of the weights; 0 switches it off."""
+    early_input_size: Annotated[int, Field(ge=8, le=1024)] | None = None
+    """Side in pixels to which images are scaled in the first `early_fraction` of a training from scratch: smaller ones
+    take less time. Validation, and trainings that go on from finished weights, use the model's `input_size`."""
+    early_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     """`torch.compile` the training step: a minute or more to start, then faster, most of all on a GPU."""
+
+    @model_validator(mode="after")
+    def fraction_is_of_something(self) -> "Finetune":
+        if self.early_input_size is None:
+            self._refuse_idle("no early_input_size", "early_fraction")
+        return self
 
     @model_validator(mode="after")
     def mixing_pairs_images(self) -> "Finetune":

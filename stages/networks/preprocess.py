@@ -24,10 +24,12 @@ class Preprocess(nn.Module):
         """uint8 `[N, H, W, 3]` to normalised float32 `[N, 3, H, W]`, in channels-last memory."""
         return pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
 
-    def resize(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-2:] == (self.input_size, self.input_size):
+    def resize(self, x: torch.Tensor, size: int | None = None) -> torch.Tensor:
+        """`[N, 3, H, W]` to `[N, 3, S, S]`, or to another side in pixels."""
+        size = size or self.input_size
+        if x.shape[-2:] == (size, size):
             return x
-        return F.interpolate(x, size=(self.input_size, self.input_size), mode="bilinear", align_corners=False)
+        return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.resize(self.normalise(pixels))

@@ -5,6 +5,7 @@
 and those files differ, and where a measured figure stands outside a block.
 """
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -285,12 +286,65 @@ def claims_block(reports: Path) -> str:
     return "\n".join(lines)
 
 
+def recipes_block(reports: Path) -> str:
+    """One line for each recipe that `tests/benchmarks/recipes.py` tried."""
+    tried: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    with (reports / "recipes.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            tried.setdefault(tuple(row[key] for key in ("change", "epochs", "threads", "cpu")), []).append(row)
+    lines = [
+        "| change | epochs | seeds | top-1 on validation images, % | minutes | images/s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for (change, epochs, *_), rows in tried.items():
+        top1 = _spread([float(row["validation_top1"]) for row in rows], lambda value: f"{100 * value:.2f}")
+        minutes = sum(float(row["seconds"]) for row in rows) / len(rows) / 60
+        speed = sum(float(row["images_per_second"]) for row in rows) / len(rows)
+        lines.append(f"| `{change}` | {epochs} | {len(rows)} | {top1} | {minutes:.1f} | {speed:,.0f} |")
+    machines = {f"{row['cpu']}, {_plural(int(row['threads']), 'thread')}" for rows in tried.values() for row in rows}
+    images = {int(row["validation_images"]) for rows in tried.values() for row in rows}
+    lines += ["", f"n = {max(images):,} validation images. Trained on {'; '.join(sorted(machines))}."]
+    return "\n".join(lines)
+
+
+def training_block(reports: Path) -> str:
+    """What `tests/benchmarks/training.py` measured."""
+    found = read_json(reports / "benchmarks/training.json")
+    speeds, ratios, machine = found["images_per_second"], found["ratios"], found["machine"]
+
+    def ratio(name: str, cost: bool = False) -> str:
+        row = ratios[name]
+        values = [row["ratio"], row["ratio_ci_low"], row["ratio_ci_high"]]
+        if cost:
+            middle, low, high = (f"{100 * (value - 1):+.1f}".replace("-", "\N{MINUS SIGN}") for value in values)
+            return f"{middle} % [{low}, {high}]"
+        return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
+
+    return "\n".join(
+        [
+            f"- One epoch's steps: {speeds['loop']:,.0f} images/s, {ratio('plain over loop')} times the loop that"
+            f" people write first ({speeds['plain']:,.0f} images/s: float32, torchvision's transforms, a DataLoader of two"
+            " workers that decode JPEG, AdamW).",
+            f"- Of the speed of the bare forward, backward and step on one fixed batch: {ratio('bare over loop')}.",
+            f"- HESSO costs {ratio('hesso over silent', True)}; averaging and logging together"
+            f" {ratio('averaged and logged over silent', True)}; the same measured twice differs by"
+            f" {ratio('silent again over silent', True)}.",
+            "",
+            f"Medians of {found['settings']['rounds']} rounds, interleaved in one run [95 % intervals], batch"
+            f" {found['settings']['batch']}, on {machine['cpu']} ({', '.join(machine['instruction_sets'])};"
+            f" {_plural(found['threads'], 'thread')}), torch {machine['torch']}, {found['precision']}.",
+        ]
+    )
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": headline_block,
     "findings": findings_block,
     "variants": variants_block,
     "groups": groups_block,
     "claims": claims_block,
+    "recipes": recipes_block,
+    "training": training_block,
 }
 
 

@@ -69,6 +69,7 @@ def recipe_for(finetune: Finetune, budget: Training | Bits) -> Finetune:
             "epochs": budget.epochs,
             "learning_rate": finetune.learning_rate * factor,
             "muon_learning_rate": finetune.muon_learning_rate * factor,
+            "early_input_size": None,  # the weights are used to the full size
         }
     )
 
@@ -214,6 +215,8 @@ class _Run:
         self.optimizers = Optimizers(network, recipe)
         self.average = _average_of(network, recipe) if recipe.average_decay else None
         self.images = Images(part, device)
+        if recipe.early_input_size:
+            _classes(network, recipe.early_input_size, title, "finetune.early_input_size")
         self.augment = Augmentation(recipe, len(part), _classes(network, preprocess.input_size, title), seed)
         self.call = processes.with_mean_gradients(network, device)
         if recipe.compile:
@@ -254,7 +257,7 @@ class _Run:
     def step(self, step: int, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Move the weights once; gives back the loss, still on the device."""
         self.optimizers.set_factor(self.factor(step))
-        loss = self.loss(x, targets)
+        loss = self.loss(x, targets, self.input_size(step))
         self.network.zero_grad(set_to_none=True)
         loss.backward()
         if self.constraint is not None:
@@ -266,11 +269,11 @@ class _Run:
             self.average.update_parameters(self.network)
         return loss.detach()
 
-    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, input_size: int) -> torch.Tensor:
         """Cross entropy with the targets, and where there is a teacher, its softened outputs."""
         teacher_logits = None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            x = self.preprocess.resize(x)
+            x = self.preprocess.resize(x, input_size)
             if self.distillation is not None:
                 with torch.no_grad():
                     teacher_logits = self.distillation.teacher(x)
@@ -281,6 +284,11 @@ class _Run:
             return loss
         weight, temperature = self.distillation.weight, self.distillation.temperature
         return (1 - weight) * loss + weight * soft_loss(logits, teacher_logits, temperature)
+
+    def input_size(self, step: int) -> int:
+        """To which the step's images are scaled."""
+        early = self.recipe.early_input_size
+        return early if early and step < self.recipe.early_fraction * self.steps else self.preprocess.input_size
 
     def factor(self, step: int) -> float:
         """Of the peak learning rates."""
@@ -326,7 +334,7 @@ class _Run:
 
 
 @torch.no_grad()
-def _classes(network: nn.Module, input_size: int, title: str) -> int:
+def _classes(network: nn.Module, input_size: int, title: str, key: str = "input_size") -> int:
     """The number of logits, by one pass in evaluation mode: in training mode it would move running statistics.
 
     Raises:
@@ -337,9 +345,7 @@ def _classes(network: nn.Module, input_size: int, title: str) -> int:
         logits = network(torch.zeros(2, 3, input_size, input_size, device=next(network.parameters()).device))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{title}: the network does not take input_size {input_size} ({reason}): choose another"
-        ) from None
+        raise UserError(f"{title}: the network does not take {key} {input_size} ({reason}): choose another") from None
     network.train()
     if getattr(network, "aux_logits", False) or not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         raise UserError(

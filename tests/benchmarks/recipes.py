@@ -1,4 +1,4 @@
-"""Try a change of a profile's recipe: train its first model with it and append what came out to a table.
+"""Try a change of a profile's recipe: train its first model with it and append what came out to `reports/recipes.csv`.
 
 Run, from a profile's folder with its images, one process for each core that is free:
 
@@ -22,13 +22,14 @@ from ruamel.yaml import YAML
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.params import load_params
+from stages.datasets.store import read_info
 from stages.edge.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
-LOG = ROOT / "reports/recipes.csv"
+LOG = Path("reports/recipes.csv")
 COLUMNS = (
-    *("profile", "change", "epochs", "seed", "validation_top1", "seconds", "images_per_second", "threads", "cpu"),
-    "commit",
+    *("change", "epochs", "seed", "validation_images", "validation_top1", "seconds", "images_per_second", "threads"),
+    *("cpu", "commit"),
 )
 
 
@@ -68,10 +69,10 @@ def train(changes: list[str], seed: int) -> dict[str, object]:
     seconds = sum(float(row["seconds"]) for row in curve)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "profile": Path.cwd().name,
         "change": " ".join(changes) or "none",
         "epochs": params.finetune.epochs,
         "seed": seed,
+        "validation_images": read_info(paths.IMAGES).counts["validation"],
         "validation_top1": max(float(row["validation_top1"]) for row in curve),
         "seconds": round(seconds),
         "images_per_second": round(sum(float(row["images_per_second"]) for row in curve) / len(curve)),

@@ -46,7 +46,7 @@ from stages.networks.preprocess import Preprocess
 from stages.pruning.costs import costs_of
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
-from stages.training.host import prepare_host
+from stages.training.host import prepare_host, use_bfloat16
 from stages.training.loop import _Run, steps_in
 
 PLAIN = ("plain",)
@@ -257,8 +257,12 @@ def main() -> None:
     speeds = {name: images / float(np.median(seconds)) for name, seconds in times.items()}
     ratios = {name: np.array(times[top]) / np.array(times[below]) for name, (top, below) in RATIOS.items()}
     rows = {name: ratio_row(of_rounds, arguments.seed) for name, of_rounds in ratios.items()}
+    threads = arguments.threads or os.cpu_count()
+    device = torch.device(arguments.device)
+    precision = "bfloat16" if use_bfloat16(load_params().finetune.precision, device) else "float32"
     settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "serve")}
-    result = {"machine": machine, "settings": settings, "images_per_second": speeds, "ratios": rows}
+    result = {"machine": machine, "threads": threads, "precision": precision, "settings": settings}
+    result |= {"images_per_second": speeds, "ratios": rows}
     for name, speed in speeds.items():
         print(f"{name:22} {speed:8,.0f} images/s")
     for name, row in rows.items():

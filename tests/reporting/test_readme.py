@@ -28,7 +28,49 @@ def reported(top: Path, monkeypatch: pytest.MonkeyPatch, params: dict) -> Path:
     write_run(folder, params)
     monkeypatch.chdir(folder)
     report.main()
+    write_recipes(folder / "reports")
+    write_training(folder / "reports")
     return top
+
+
+def write_recipes(reports: Path) -> None:
+    rows = [
+        "change,epochs,seed,validation_images,validation_top1,seconds,images_per_second,threads,cpu,commit",
+        "none,4,0,5000,0.8000,600,300.5,2,A Processor,abc",
+        "none,4,1,5000,0.8100,660,299.5,2,A Processor,abc",
+        "finetune.batch_size=256,4,0,5000,0.7900,540,350,2,A Processor,abc",
+    ]
+    (reports / "recipes.csv").write_text("\n".join(rows) + "\n")
+
+
+def write_training(reports: Path) -> None:
+    names = ("plain over loop", "bare over loop", "hesso over silent", "averaged and logged over silent")
+    row = {"ratio": 1.04, "ratio_ci_low": 0.98, "ratio_ci_high": 1.1}
+    found = {
+        "machine": {"cpu": "A Processor", "torch": "2.15.0", "instruction_sets": ["avx2"]},
+        "threads": 2,
+        "precision": "float32",
+        "settings": {"rounds": 12, "batch": 128},
+        "images_per_second": {"loop": 1234.4, "plain": 400.2},
+        "ratios": dict.fromkeys((*names, "silent again over silent"), row),
+    }
+    (reports / "benchmarks").mkdir(exist_ok=True)
+    (reports / "benchmarks/training.json").write_text(json.dumps(found))
+
+
+def test_the_recipes_are_means_over_seeds_with_their_spread(top):
+    lines = filled(block("recipes"), top).splitlines()
+    assert "| `none` | 4 | 2 | 80.50 \N{PLUS-MINUS SIGN} 0.71 | 10.5 | 300 |" in lines
+    assert "| `finetune.batch_size=256` | 4 | 1 | 79.00 | 9.0 | 350 |" in lines
+    assert "n = 5,000 validation images. Trained on A Processor, 2 threads." in lines
+
+
+def test_what_training_costs_is_told_with_its_intervals(top):
+    text = filled(block("training"), top)
+    assert "1,234 images/s, 1.04 [0.98, 1.10] times the loop that people write first (400 images/s" in text
+    assert "HESSO costs +4.0 % [\N{MINUS SIGN}2.0, +10.0]" in text
+    assert "12 rounds" in text
+    assert "on A Processor (avx2; 2 threads), torch 2.15.0, float32." in text
 
 
 def block(name: str) -> str:
@@ -43,7 +85,7 @@ def test_the_numbers_in_the_readme_are_those_of_the_report_files(tmp_path):
         **{"cwd": TOP, "capture_output": True, "text": True, "check": True},
     ).stdout.splitlines()
     for name in listed:
-        if Path(name).suffix in (".json", ".yaml") or name == "README.md":
+        if Path(name).suffix in (".csv", ".json", ".yaml") or name == "README.md":
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(committed(name))
     text = (tmp_path / "README.md").read_text()

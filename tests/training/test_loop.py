@@ -276,6 +276,23 @@ def test_an_input_size_that_the_network_does_not_take_is_a_clear_error(network, 
         run(network, parts, Preprocess([0.5] * 3, [0.25] * 3, 8), recipe)
 
 
+def test_the_first_part_of_a_training_sees_other_sizes_and_validation_does_not(network, parts, preprocess, recipe):
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0].shape[2])))
+    early = recipe.model_copy(update={"epochs": 3, "early_input_size": 48, "early_fraction": 0.5})
+    run(network, parts, preprocess, early)
+    steps = steps_in(early, len(parts[0]))
+    assert [size for training, size in seen if training] == [48] * -(-steps // 2) + [32] * (steps // 2)
+    assert {size for training, size in seen[2:] if not training} == {32}  # after a look at either size
+    budget = NoneContinued(method="none_continued", epochs=1, learning_rate_factor=1)
+    assert recipe_for(early, budget).early_input_size is None
+
+
+def test_an_early_input_size_that_the_network_does_not_take_is_a_clear_error(network, parts, preprocess, recipe):
+    with pytest.raises(UserError, match=r"does not take finetune\.early_input_size 8"):
+        run(network, parts, preprocess, recipe.model_copy(update={"early_input_size": 8}))
+
+
 def test_running_out_of_memory_is_a_clear_error(network, parts, preprocess, recipe, monkeypatch):
     def no_memory(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

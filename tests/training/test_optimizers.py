@@ -6,6 +6,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.common.params import Finetune
+from stages.training.muon import Muon, orthogonalised
 from stages.training.optimizers import Optimizers, hidden_matrices, schedule
 
 
@@ -23,7 +24,17 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(weight.shape[0], -1).clone()
 
 
-def test_muon_moves_hidden_matrices_as_torch_moves_flattened_copies_of_them(network):
+def newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    """Five of Muon's iterations, as they are written, in float64."""
+    wanted = x.double().T if x.shape[0] > x.shape[1] else x.double()
+    wanted = wanted / wanted.norm()
+    for _ in range(5):
+        gram = wanted @ wanted.T
+        wanted = 3.4445 * wanted + (-4.7750 * gram + 2.0315 * gram @ gram) @ wanted
+    return wanted.T if x.shape[0] > x.shape[1] else wanted
+
+
+def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network):
     network.to(memory_format=torch.channels_last)
     reference = copy.deepcopy(network)
     for each in (network, reference):
@@ -31,11 +42,38 @@ def test_muon_moves_hidden_matrices_as_torch_moves_flattened_copies_of_them(netw
     Optimizers(network, recipe_with(optimizer="muon", muon_learning_rate=0.05, muon_weight_decay=0.1)).step()
     assert len(hidden_matrices(network)) > 5
     for moved, start in zip(hidden_matrices(network), hidden_matrices(reference), strict=True):
-        flat = nn.Parameter(as_matrix(start))
-        flat.grad = as_matrix(start.grad)
-        torch.optim.Muon([flat], lr=0.05, weight_decay=0.1, momentum=0.95).step()
-        assert not torch.equal(flat, as_matrix(start))
-        torch.testing.assert_close(as_matrix(moved), flat.detach(), rtol=1e-4, atol=1e-6)
+        before, direction = as_matrix(start), newton_schulz(as_matrix(start.grad))
+        rate = 0.05 * max(1, before.shape[0] / before.shape[1]) ** 0.5
+        wanted = before * (1 - 0.05 * 0.1) - rate * direction
+        torch.testing.assert_close(as_matrix(moved).double(), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 40), (2, 40, 12), (1, 16, 16)])
+def test_orthogonalising_is_newton_schulz_of_each_matrix(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape) @ torch.diag(torch.logspace(0, -4, shape[2]))  # singular values far apart
+    ours = orthogonalised(x, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    for matrix, found in zip(x, ours, strict=True):
+        torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=1e-3)
+    assert not orthogonalised(torch.zeros(shape), (3.4445, -4.7750, 2.0315), 5, 1e-7).any()
+
+
+def test_muon_leaves_a_matrix_without_a_gradient_alone_and_takes_up_torchs_states():
+    torch.manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))] for _ in range(2))
+    gradients = [torch.randn(4, 6) for _ in range(2)]
+    reference = torch.optim.Muon(theirs, lr=0.02)
+    theirs[0].grad = gradients[0]
+    reference.step()
+    muon = Muon(ours, lr=0.02)
+    muon.load_state_dict(copy.deepcopy(reference.state_dict()))
+    ours[0].data = theirs[0].data.clone()
+    for each, optimizer in ((theirs, reference), (ours, muon)):
+        each[0].grad = gradients[1]
+        optimizer.step()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-3)
+    assert torch.equal(ours[1], torch.ones(4, 6))
+    assert muon.state[ours[1]] == {}
 
 
 def test_adamw_without_decay_on_vectors_is_torchs_own(network):
