@@ -18,7 +18,7 @@ from stages.artifacts.artifact import ONNX, Description, load_artifact, parent_o
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.common.params import Params, key_argument, load_params
+from stages.common.params import Bits, Params, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
 from stages.export.session import int8_overflows, open_session, session_logits, usable_cores
@@ -27,7 +27,9 @@ from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
 from stages.quantization.methods import Quantized, Task, quantize
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.host import prepare_host
 from stages.training.loop import CURVE_COLUMNS
+from stages.training.processes import count, is_first, joined, launch
 
 LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
 ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
@@ -65,8 +67,10 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
 
 def compress(
     params: Params, variant: str, parent_folder: Path, folder: Path, images: Path, threads: int
-) -> tuple[Quantized, Description]:
+) -> tuple[Quantized, Description | None]:
     """Make the artifact `folder` of a variant from the one in `parent_folder`.
+
+    Of several processes that train together the first one writes it, and the others give back no description.
 
     Raises:
         UserError: if the parent is missing, broken, quantized already or made from other images, if it cannot be
@@ -81,6 +85,8 @@ def compress(
     task = Task(params, variant, network, parent, open_part(images, "train"), open_part(images, "validation"))
     with checkpoint_folder(paths.SCRATCH / "quantize" / variant, task.identity()) as task.checkpoints:
         quantized = quantize(task)
+        if not is_first():
+            return quantized, None
         return quantized, save(task, quantized, parent_of(parent_folder, parent), folder, threads)
 
 
@@ -121,13 +127,13 @@ def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path,
     return description
 
 
-def main() -> None:
-    params = load_params()
-    variant = key_argument("variants", params.variants)
-    threads = params.base.threads or usable_cores()
+def quantize_one(params: Params, variant: str) -> None:
+    threads = params.base.threads or max(1, usable_cores() // count())
     torch.set_num_threads(threads)
     parent_folder = paths.pruned(params.variants[variant].pruning)
     quantized, description = compress(params, variant, parent_folder, paths.compressed(variant), paths.IMAGES, threads)
+    if description is None:
+        return
     write_csv(paths.compressed_curve(variant), quantized.curve, CURVE_COLUMNS)
     metrics, onnx = description.metrics, description.onnx
     print(
@@ -135,6 +141,18 @@ def main() -> None:
         f" top-1 {100 * metrics['validation_top1']:.2f} % (PyTorch {100 * metrics['validation_top1_torch']:.2f} %,"
         f" n = {metrics['n_validation']})"
     )
+
+
+def main() -> None:
+    params = load_params()
+    variant = key_argument("variants", params.variants)
+    quantizer = params.quantize[params.variants[variant].quantizer]
+    if not (isinstance(quantizer, Bits) and quantizer.epochs):
+        quantize_one(params, variant)
+        return
+    launch(params.base)
+    with joined(prepare_host(params.base)):
+        quantize_one(params, variant)
 
 
 if __name__ == "__main__":

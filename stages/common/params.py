@@ -40,7 +40,7 @@ class Base(Section):
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads for training and accuracy; 0 takes all cores. Timing has its own: `edge_benchmark.threads`."""
     launcher: Annotated[str, Field(pattern=r"^(python|torchrun( .+)?)$")] = "python"
-    """Of finetune and prune: `torchrun --nproc-per-node 2`, for example, trains in two processes, each with half of
+    """Of stages that train: `torchrun --nproc-per-node 2`, for example, trains in two processes, each with half of
     every batch and `threads` threads; with several nodes the stage is started on each."""
 
 

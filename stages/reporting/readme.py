@@ -310,7 +310,7 @@ def recipes_block(reports: Path) -> str:
 def training_block(reports: Path) -> str:
     """What `tests/benchmarks/training.py` measured."""
     found = read_json(reports / "benchmarks/training.json")
-    speeds, ratios, machine = found["images_per_second"], found["ratios"], found["machine"]
+    ratios, machine = found["ratios"], found["machine"]
 
     def ratio(name: str, cost: bool = False) -> str:
         row = ratios[name]
@@ -320,11 +320,11 @@ def training_block(reports: Path) -> str:
             return f"{middle} % [{low}, {high}]"
         return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
 
+    speed, plain = (f"{found['images_per_second'][name]:,.0f} images/s" for name in ("loop", "plain"))
     return "\n".join(
         [
-            f"- One epoch's steps: {speeds['loop']:,.0f} images/s, {ratio('plain over loop')} times the loop that"
-            f" people write first ({speeds['plain']:,.0f} images/s: float32, torchvision's transforms, a DataLoader of two"
-            " workers that decode JPEG, AdamW).",
+            f"- One epoch's steps: {speed}, {ratio('plain over loop')} times the loop that people write first ({plain}:"
+            " float32, torchvision's transforms, a DataLoader of two workers that decode JPEG, AdamW).",
             f"- Of the speed of the bare forward, backward and step on one fixed batch: {ratio('bare over loop')}.",
             f"- HESSO costs {ratio('hesso over silent', True)}; averaging and logging together"
             f" {ratio('averaged and logged over silent', True)}; the same measured twice differs by"

@@ -10,8 +10,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stages.common.errors import INTERRUPTED, UserError
 from stages.common.params import Base
+
+T = TypeVar("T")
+LONGEST_WAIT = timedelta(days=1)
+"""Of one process for the others: a search for bits, which the first one does alone, takes what it takes. That one of
+them has ended torchrun sees for itself."""
 
 
 def launch(base: Base) -> None:
@@ -65,7 +72,7 @@ def joined(device: torch.device) -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         with contextlib.ExitStack() as stack:
             if not is_first():
@@ -98,6 +105,15 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process: the others wait for it."""
+    if not dist.is_initialized():
+        return work()
+    found = [work() if is_first() else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def with_mean_gradients(network: nn.Module, device: torch.device) -> nn.Module:

@@ -1,6 +1,7 @@
 """Two gloo processes on this machine, started by torchrun as users start them."""
 
 import copy
+import csv
 import json
 import os
 import shutil
@@ -123,6 +124,9 @@ def write_params(folder: Path, arguments=None, **finetune: object) -> None:
         "oto": {"method": "oto", "group_sparsity": 0.5, "pruning_periods": 1} | budget,
     }
     raw["prunings"] = {f"toy-{name}": {"model": "toy", "pruner": name} for name in raw["prune"]}
+    searched = {"method": "searched_bits", "search": "random", "average_bits": 4.0, "evaluations": 5}
+    raw["quantize"] = {"fp32": {"method": "fp32"}, "recovered": searched | {"calibration_images": 4, "epochs": 3}}
+    raw["variants"] = {f"toy-none-{name}": {"pruning": "toy-none", "quantizer": name} for name in raw["quantize"]}
     if arguments is not None:
         raw["models"]["toy"]["arguments"] = arguments
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
@@ -151,6 +155,26 @@ def test_a_stage_is_run_by_torchrun_and_writes_its_artifact_once(project: Path):
     assert told.count("epoch 4/4") == 1
     description = json.loads((project / paths.pruned("toy-oto") / "model.json").read_text())
     assert description["metrics"]["group_sparsity"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_quantizer_searches_in_one_process_and_recovers_in_all(project: Path):
+    curves = []
+    for launcher in ("torchrun --nproc-per-node 2", "python"):
+        write_params(project, optimizer="sgd", learning_rate=0.01)
+        raw = yaml.safe_load((project / "params.yaml").read_text())
+        raw["base"]["launcher"] = launcher
+        (project / "params.yaml").write_text(yaml.safe_dump(raw))
+        process = start(project, "stages.quantize", "toy-none-recovered")
+        told, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert told.count("random search") == told.count("epoch 3/3") == told.count("model.onnx") == 1
+        description = json.loads((project / paths.compressed("toy-none-recovered") / "model.json").read_text())
+        rows = list(csv.DictReader((project / paths.compressed_curve("toy-none-recovered")).open()))
+        curves.append(([float(row["training_loss"]) for row in rows], description["search"], description["layers"]))
+    (together, *found), (alone, *found_alone) = curves
+    assert together == pytest.approx(alone, rel=1e-3)
+    assert len(set(alone)) == 3
+    assert found == found_alone
 
 
 def test_what_is_wrong_in_all_processes_is_told_in_one_line(project: Path):
