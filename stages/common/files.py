@@ -101,6 +101,8 @@ def read_json(path: Path) -> dict | list:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro` to make it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): delete it and run `dvc repro`") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from None
 

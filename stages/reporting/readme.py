@@ -5,13 +5,12 @@
 and those files differ, and where a measured figure stands outside a block.
 """
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from stages.common.errors import UserError, run_stage
-from stages.common.files import read_json, write_text
+from stages.common.files import read_csv, read_json, write_text
 from stages.common.params import Params, load_params
 from stages.reporting.claims import read_claims
 from stages.reporting.rows import control_of, model_family
@@ -289,9 +288,8 @@ def claims_block(reports: Path) -> str:
 def recipes_block(reports: Path) -> str:
     """One line for each recipe that `tests/benchmarks/recipes.py` tried."""
     tried: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    with (reports / "recipes.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            tried.setdefault(tuple(row[key] for key in ("change", "epochs", "threads", "cpu")), []).append(row)
+    for row in read_csv(reports / "recipes.csv"):
+        tried.setdefault(tuple(row[key] for key in ("change", "epochs", "threads", "cpu")), []).append(row)
     lines = [
         "| change | epochs | seeds | top-1 on validation images, % | minutes | images/s |",
         "|---|---:|---:|---:|---:|---:|",

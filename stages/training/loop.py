@@ -220,7 +220,7 @@ class _Run:
         self.augment = Augmentation(recipe, len(part), _classes(network, preprocess.input_size, title), seed)
         self.call = processes.with_mean_gradients(network, device)
         if recipe.compile:
-            self.call = torch.compile(self.call)
+            self.call = torch.compile(self.call, dynamic=False)  # early_input_size makes two sizes: code for each
 
     def train_epoch(self, epoch: int, progress: EpochProgress) -> float:
         """One step for each batch; gives back the mean loss.

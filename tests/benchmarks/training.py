@@ -197,7 +197,7 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     model = next(iter(params.models.values()))
     if arguments.architecture:
         model = Model(library="timm", architecture=arguments.architecture, input_size=64)
-    recipe = params.finetune.model_copy(update={"batch_size": arguments.batch})
+    recipe = params.finetune.model_copy(update={"batch_size": arguments.batch, "early_input_size": None})
     base = params.base.model_copy(update={"threads": arguments.threads, "device": arguments.device})
     torch.manual_seed(0)
     network = build_network(spec_of(model, len(read_info(paths.IMAGES).classes)))

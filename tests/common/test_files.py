@@ -110,6 +110,9 @@ def test_a_broken_or_missing_json_file_is_named(tmp_path):
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match=r"b\.json is missing"):
         read_json(tmp_path / "b.json")
+    (tmp_path / "c.json").mkdir()
+    with pytest.raises(UserError, match=r"c\.json cannot be read \(Is a directory\): delete it"):
+        read_json(tmp_path / "c.json")
 
 
 def test_a_csv_without_rows_still_has_its_header(tmp_path):
