@@ -32,6 +32,7 @@ from stages.training.augment import Augmentation, share_of
 from stages.training.batches import Images
 from stages.training.checkpoint import load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
+from stages.training.depthwise import fast_depthwise
 from stages.training.distillation import Distillation, freeze, soft_loss
 from stages.training.host import clear_compile_errors, clear_memory_errors, prepare_host, use_bfloat16
 from stages.training.optimizers import Optimizers, schedule
@@ -272,7 +273,8 @@ class _Run:
     def loss(self, x: torch.Tensor, targets: torch.Tensor, input_size: int) -> torch.Tensor:
         """Cross entropy with the targets, and where there is a teacher, its softened outputs."""
         teacher_logits = None
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
+        with autocast, fast_depthwise(self.device, self.recipe.compile):
             x = self.preprocess.resize(x, input_size)
             if self.distillation is not None:
                 with torch.no_grad():

@@ -1,0 +1,105 @@
+"""Weight gradients of depthwise convolutions as matrix products, on CPUs.
+
+oneDNN's own are fast for 3x3 kernels on maps of at least 3x3. On small maps, as small images leave them in the last
+stages of a ConvNeXt, those of larger kernels, and of kernels larger than the map, take about ten times as long.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+LARGEST_MAP = 36
+"""Pixels: the products' work grows with their square, a convolution's with their number."""
+FAST_KERNEL = 3
+
+
+def fast_depthwise(device: torch.device, compiled: bool) -> AbstractContextManager:
+    """Within it, depthwise convolutions take their weight gradient by whichever way is the faster on this device."""
+    return FastDepthwise() if device.type == "cpu" and not compiled else nullcontext()
+
+
+class FastDepthwise(TorchFunctionMode):
+    """Replaces the calls of `conv2d` that oneDNN is slow at; results are equal up to rounding."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.conv2d and len(args) == 7 and torch.is_grad_enabled() and slow(*args):
+            x, weight, bias = args[:3]
+            if torch.is_autocast_enabled("cpu"):
+                x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
+                bias = None if bias is None else bias.to(x.dtype)
+            return _Depthwise.apply(x, weight, bias)
+        return function(*args, **(kwargs or {}))
+
+
+def slow(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> bool:
+    """Whether oneDNN is slow at the weight gradient of this convolution, and `_Depthwise` computes the same one."""
+    channels, depth, *kernel = weight.shape
+    keeps_size = all(side % 2 for side in kernel) and padding == tuple(side // 2 for side in kernel)
+    settings = keeps_size and (stride, dilation) == ((1, 1), (1, 1)) and depth == 1 and groups == channels
+    if not settings or x.dim() != 4 or not weight.requires_grad:
+        return False
+    height, width = x.shape[2:]
+    return height * width <= LARGEST_MAP and (max(kernel) > FAST_KERNEL or height < kernel[0] or width < kernel[1])
+
+
+class _Depthwise(torch.autograd.Function):
+    """A depthwise convolution of stride 1 whose output has the input's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        padding = [side // 2 for side in weight.shape[2:]]
+        return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        padding, channels = [side // 2 for side in weight.shape[2:]], len(weight)
+        wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
+        of_x, _, of_bias = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [channels], [1, 1], padding, [1, 1], False, [0, 0], channels, wanted
+        )
+        return of_x, weight_gradient(x, gradient, weight.shape[2:]).to(weight.dtype), of_bias
+
+
+def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, int]) -> torch.Tensor:
+    """Of a depthwise convolution, by two products: of all pairs of pixels, summed over the batch, then of those pairs
+    that one weight connects.
+
+    Args:
+        x, gradient: `[N, C, H, W]`, of the input and of the output.
+        kernel: height and width, odd.
+
+    Returns:
+        float32 `[C, 1, *kernel]`.
+    """
+    n, channels, height, width = x.shape
+    x, gradient = (of.float().permute(1, 2, 3, 0).reshape(channels, height * width, n) for of in (x, gradient))
+    pairs = torch.bmm(gradient, x.mT).flatten(1)
+    return (pairs @ _connected(height, width, tuple(kernel))).view(channels, 1, *kernel)
+
+
+@functools.lru_cache(maxsize=16)
+def _connected(height: int, width: int, kernel: tuple[int, int]) -> torch.Tensor:
+    """float32 `[(H W)^2, kernel]`: one where the weight leads from the second pixel of the pair to the first."""
+    rows, columns = torch.arange(height), torch.arange(width)
+    down = (rows[None, :] - rows[:, None] + kernel[0] // 2)[:, None, :, None].expand(height, width, height, width)
+    right = (columns[None, :] - columns[:, None] + kernel[1] // 2)[None, :, None, :].expand_as(down)
+    inside = (down >= 0) & (down < kernel[0]) & (right >= 0) & (right < kernel[1])
+    weight = torch.where(inside, down * kernel[1] + right, kernel[0] * kernel[1]).flatten()
+    return F.one_hot(weight, kernel[0] * kernel[1] + 1)[:, :-1].float()

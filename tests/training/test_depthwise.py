@@ -1,0 +1,111 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.training import depthwise
+from stages.training.depthwise import FastDepthwise, fast_depthwise, weight_gradient
+
+
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the inputs whose weight gradients were ours."""
+    shapes: list[tuple[int, ...]] = []
+
+    def recorded(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, int]) -> torch.Tensor:
+        shapes.append(tuple(x.shape))
+        return weight_gradient(x, gradient, kernel)
+
+    monkeypatch.setattr(depthwise, "weight_gradient", recorded)
+    return shapes
+
+
+def gradients(layer: nn.Conv2d, x: torch.Tensor, bfloat16: bool = False) -> list[torch.Tensor]:
+    """Output, and gradients of input, weight and bias, of a loss that weighs every output differently."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", enabled=bfloat16):
+        y = layer(x)
+    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(
+    ("kernel", "size"), [(3, (2, 2)), (3, (1, 1)), (3, (2, 5)), (5, (4, 4)), (7, (2, 3)), (7, (6, 6)), ((3, 5), (4, 2))]
+)
+def test_gradients_are_those_of_the_convolution(kernel, size, memory, bias, replaced):
+    torch.manual_seed(0)
+    padding = kernel // 2 if isinstance(kernel, int) else tuple(side // 2 for side in kernel)
+    layer = nn.Conv2d(6, 6, kernel, padding=padding, groups=6, bias=bias).to(memory_format=memory)
+    x = torch.randn(5, 6, *size).to(memory_format=memory)
+    expected = gradients(layer, x)
+    assert not replaced
+    with FastDepthwise():
+        found = gradients(layer, x)
+    assert replaced == [(5, 6, *size)]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert ours.is_contiguous(memory_format=memory) or ours.dim() != 4 or 1 in ours.shape
+
+
+def test_under_autocast_they_are_those_of_the_rounded_layer(replaced):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(5, 6, 3, 3)
+    expected = gradients(layer, x, bfloat16=True)
+    with FastDepthwise():
+        found = gradients(layer, x, bfloat16=True)
+    assert replaced
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv2d(6, 6, 3, padding=1, groups=6), 3),  # oneDNN is fast
+        (nn.Conv2d(6, 6, 7, padding=3, groups=6), 7),  # a large map
+        (nn.Conv2d(6, 6, 7, padding=3, groups=3), 4),
+        (nn.Conv2d(6, 12, 7, padding=3, groups=6), 4),
+        (nn.Conv2d(6, 6, 5, padding=1, groups=6), 4),
+        (nn.Conv2d(6, 6, 4, padding=2, groups=6), 4),
+        (nn.Conv2d(6, 6, 5, padding=2, groups=6, stride=2), 4),
+        (nn.Conv2d(6, 6, 3, padding=1, dilation=2, groups=6), 4),
+        (nn.Conv2d(6, 6, 5, padding="same", groups=6), 4),
+        (nn.Conv2d(6, 6, 5, padding=2, groups=6, padding_mode="reflect"), 4),
+    ],
+)
+def test_other_convolutions_stay_as_they_are(layer, size, replaced):
+    x = torch.randn(2, 6, size, size)
+    expected = gradients(layer, x)
+    with FastDepthwise():
+        found = gradients(layer, x)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert not replaced
+
+
+def test_frozen_weights_and_evaluation_call_the_convolution_itself(replaced):
+    layer, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(2, 6, 4, 4)
+    with FastDepthwise(), torch.no_grad():
+        assert layer(x).grad_fn is None
+    layer.requires_grad_(False)
+    x.requires_grad_()
+    with FastDepthwise():
+        layer(x).sum().backward()
+    assert not replaced
+
+
+def test_it_is_for_cpus_that_do_not_compile():
+    assert isinstance(fast_depthwise(torch.device("cpu"), compiled=False), FastDepthwise)
+    assert not isinstance(fast_depthwise(torch.device("cpu"), compiled=True), FastDepthwise)
+    assert not isinstance(fast_depthwise(torch.device("cuda"), compiled=False), FastDepthwise)
+
+
+def test_functional_calls_in_other_forms_stay_as_they_are():
+    x, weight = torch.randn(2, 6, 4, 4), torch.randn(6, 1, 7, 7, requires_grad=True)
+    with FastDepthwise():
+        found = [F.conv2d(x, weight, padding=3, groups=6), F.conv2d(x, weight, None, 1, 3, 1, 6)]
+    expected = F.conv2d(x, weight, padding=3, groups=6)
+    assert all(torch.equal(y, expected) and y.grad_fn.name() == expected.grad_fn.name() for y in found)
