@@ -73,7 +73,7 @@ def finetune(params: Params, key: str) -> None:
             open_part(paths.IMAGES, "train"),
             open_part(paths.IMAGES, "validation"),
             description.preprocess(),
-            params.finetune,
+            params.finetune if weights == "none" else params.finetune.model_copy(update={"early_input_size": None}),
             base=params.base,
             seed=description.seed,
             title=f"finetune {key}",

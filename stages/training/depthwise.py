@@ -74,7 +74,8 @@ class _Depthwise(torch.autograd.Function):
         of_x, _, of_bias = torch.ops.aten.convolution_backward(
             gradient, x, weight, [channels], [1, 1], padding, [1, 1], False, [0, 0], channels, wanted
         )
-        return of_x, weight_gradient(x, gradient, weight.shape[2:]).to(weight.dtype), of_bias
+        of_weight = torch.empty_like(weight).copy_(weight_gradient(x, gradient, weight.shape[2:]))
+        return of_x, of_weight, of_bias
 
 
 def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, int]) -> torch.Tensor:

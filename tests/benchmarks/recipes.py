@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--log", type=Path, default=LOG)
     arguments = parser.parse_args()
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         row = train(arguments.changes, seed)
         new = not arguments.log.exists()
