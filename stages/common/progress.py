@@ -15,10 +15,11 @@ LINE_SECONDS = 20.0
 
 
 class EpochProgress:
-    """Call `step` after each step and `epoch` after each epoch."""
+    """Call `step` after each step and `epoch` after each epoch; `kept` epochs are in a checkpoint."""
 
     def __init__(self, title: str, epochs: int, steps_per_epoch: int, done: int, bar: Progress | None) -> None:
         self.title, self.epochs, self.steps, self.done, self._bar = title, epochs, steps_per_epoch, done, bar
+        self.kept = done
         self._started, self._done_before, self._figures = time.monotonic(), done, ""
         if bar is not None:
             self._task = bar.add_task(title, total=epochs * steps_per_epoch, completed=done * steps_per_epoch, text="")

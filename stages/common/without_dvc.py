@@ -1,19 +1,24 @@
 """Run stages in order on a machine without DVC, and leave where their results come from in `reports/provenance.json`.
 
-    PYTHONPATH=<root> python -m stages.common.without_dvc [--resume] [stage ...]
+    PYTHONPATH=<root> python -m stages.common.without_dvc [--resume] [--jobs N] [stage ...]
 
 A stage is named as `dvc stage list` does: `download`, `finetune@<model>`, `prune@<pruning>`, `quantize@<variant>`,
 `profile@<variant>`, `edge-benchmark`, `report`; a bare `finetune` is all of its entries, and without names the whole
-pipeline runs. It stops at the first that fails. The provenance tells, for each stage that ended well: the commit, the
-sha256 of params.yaml and of the artifact that it wrote, seconds, the GPU and the versions of the libraries.
+pipeline runs. With several jobs a stage starts as soon as those that it needs are done; the edge benchmark has the
+machine to itself. No stage starts after one has failed. The provenance tells, for each stage that ended well: the
+commit, the sha256 of params.yaml and of the artifact that it wrote, seconds, the GPU and the versions of the libraries.
+Where the code came without its repository, the environment variable EDGEWISE_COMMIT names its commit.
 """
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from stages.common import paths
@@ -50,6 +55,46 @@ def chosen(names: list[str], params: Params) -> list[str]:
     return [stage for stage in known if not names or stage in names or stage.partition("@")[0] in names]
 
 
+def needs(stage: str, params: Params) -> set[str]:
+    """The stages whose outputs a stage reads, by way of others left out."""
+    name, _, key = stage.partition("@")
+    match name:
+        case "download":
+            return set()
+        case "finetune":
+            return {"download"}
+        case "prune":
+            return {f"finetune@{params.prunings[key].model}"}
+        case "quantize":
+            return {f"prune@{params.variants[key].pruning}"}
+        case "profile":
+            return {f"quantize@{key}"}
+    return set(all_stages(params)[: all_stages(params).index(stage)])  # alone on the machine, when all else is done
+
+
+def run_all(stages: list[str], params: Params, jobs: int, done: Callable[[str, dict[str, object]], None]) -> None:
+    """Run `stages`, `jobs` at a time, in their order where it is free; `done` is told of each that ended well.
+
+    Raises:
+        UserError: of the first that failed, when those under way have ended.
+    """
+    waiting, running, failed = list(stages), {}, None
+    with ThreadPoolExecutor(jobs) as pool:
+        while running or (waiting and failed is None):
+            for stage in list(waiting) if failed is None else []:
+                if len(running) < jobs and not needs(stage, params) & {*waiting, *running.values()}:
+                    waiting.remove(stage)
+                    running[pool.submit(run, stage)] = stage
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                stage = running.pop(future)
+                try:
+                    done(stage, future.result())
+                except UserError as error:
+                    failed = failed or error
+    if failed is not None:
+        raise failed
+
+
 def run(stage: str) -> dict[str, object]:
     """Run one stage as DVC would; what there is to tell of it.
 
@@ -70,8 +115,9 @@ def run(stage: str) -> dict[str, object]:
 
 def surroundings() -> dict[str, object]:
     """Where and with what the stages run."""
+    describe = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
     return {
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": os.environ.get("EDGEWISE_COMMIT") or _output(*describe),
         "params_sha256": sha256_of(paths.PARAMS),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
@@ -97,15 +143,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="*", metavar="stage")
     parser.add_argument("--resume", action="store_true", help="leave out what the provenance has from these params")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="stages that run at once (1)")
     arguments = parser.parse_args()
-    stages, around = chosen(arguments.stages, load_params()), surroundings()
+    params, around = load_params(), surroundings()
     told = read_json(PROVENANCE) if PROVENANCE.exists() else {}
-    for stage in stages:
-        done = told.get(stage, {})
-        if arguments.resume and all(done.get(name) == around[name] for name in ("commit", "params_sha256")):
-            continue
-        told[stage] = run(stage) | around
-        write_json(PROVENANCE, told)
+
+    def is_done(stage: str) -> bool:
+        return all(told.get(stage, {}).get(name) == around[name] for name in ("commit", "params_sha256"))
+
+    def done(stage: str, entry: dict[str, object]) -> None:
+        told[stage] = entry | around
+        write_json(PROVENANCE, {name: told[name] for name in [*all_stages(params), *told] if name in told})
+
+    stages = [stage for stage in chosen(arguments.stages, params) if not (arguments.resume and is_done(stage))]
+    run_all(stages, params, max(1, arguments.jobs), done)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ CODE = (
 """What makes a checkpoint stale when it changes."""
 LIBRARIES = ("torch", "torchvision", "timm", "only-train-once", "torch-pruning")
 FINISHED = "finished"
+LARGEST_SHARE, CHEAP_SECONDS = 0.05, 0.3
+"""Of the time, for checkpoints; those that are written as fast as this are written after every epoch."""
 
 
 @contextlib.contextmanager
@@ -70,6 +73,28 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
         processes.wait_for_all()
         yield folder
         (folder / FINISHED).touch()
+
+
+class Spacing:
+    """Says after which epochs of a training a checkpoint is due, so that writing them never slows it much.
+
+    Large networks with fast epochs would else wait for the disk after each.
+    """
+
+    def __init__(self) -> None:
+        self._next = time.perf_counter()
+
+    def due(self) -> bool:
+        return time.perf_counter() >= self._next
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around the writing of one."""
+        started = time.perf_counter()
+        yield
+        self._next = time.perf_counter()
+        if (seconds := self._next - started) > CHEAP_SECONDS:
+            self._next += seconds / LARGEST_SHARE
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ def prepare_host(base: Base) -> torch.device:
             " --nproc-per-node"
         )
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # the batches of a training are of one shape, or two
     return device
 
 

@@ -30,7 +30,7 @@ from stages.networks.tensors import load_tensors
 from stages.training import processes
 from stages.training.augment import Augmentation, share_of
 from stages.training.batches import Images
-from stages.training.checkpoint import load_checkpoint, save_checkpoint
+from stages.training.checkpoint import Spacing, load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
 from stages.training.depthwise import fast_depthwise
 from stages.training.distillation import Distillation, freeze, soft_loss
@@ -134,7 +134,7 @@ def train(
             curve, chosen = saved["curve"], saved["chosen"]
             run.load_state_dict(saved["run"])
 
-        done = first + len(curve)
+        done, spacing = first + len(curve), Spacing()
         with epoch_progress(title, recipe.epochs, run.batches, done) as progress, _told_what_is_kept(progress):
             for epoch in range(done, last):
                 started = time.perf_counter()
@@ -162,9 +162,12 @@ def train(
                 if wanted and (constraint is None or constraint.met_after(run.last_step(epoch))):
                     weights = {name: tensor.detach().cpu().clone() for name, tensor in candidate.state_dict().items()}
                     chosen = {"epoch": epoch + 1, "score": score, "weights": weights}
-                if checkpoints is not None and processes.is_first():
+                finished = epoch + 1 == last
+                if checkpoints is not None and processes.is_first() and (finished or spacing.due()):
                     state = {"epochs": [first, last], "curve": curve, "chosen": chosen}
-                    save_checkpoint(checkpoints, state | {"run": run.state_dict(finished=epoch + 1 == last)})
+                    with spacing.measured():
+                        save_checkpoint(checkpoints, state | {"run": run.state_dict(finished)})
+                    progress.kept = epoch + 1
                 progress.epoch(loss, curve[-1]["validation_top1"], curve[-1]["images_per_second"])
 
         if not chosen:
@@ -183,7 +186,7 @@ def _told_what_is_kept(progress: EpochProgress) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"{progress.title}: {progress.done} of {progress.epochs} epochs are finished and kept"
+        kept = f"{progress.title}: {progress.kept} of {progress.epochs} epochs are finished and kept"
         raise KeyboardInterrupt(kept) from None
 
 
@@ -364,8 +367,8 @@ def _average_of(network: nn.Module, recipe: Finetune) -> AveragedModel:
     """An exponential moving average whose decay grows with the steps, so that short trainings are averaged too."""
 
     @torch.no_grad()
-    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], steps: torch.Tensor) -> None:
-        seen = int(steps)
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], _: torch.Tensor) -> None:
+        seen = int(average.n_averaged)  # on the CPU; what is given is a copy on the device, which would be waited for
         torch._foreach_lerp_(averaged, current, 1 - min(recipe.average_decay, (1 + seen) / (10 + seen)))
 
     average = AveragedModel(network, multi_avg_fn=update, use_buffers=False)

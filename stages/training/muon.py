@@ -1,6 +1,7 @@
-"""Muon with its orthogonalisation in float32 and over all matrices of one shape at once.
+"""Muon with its orthogonalisation over all matrices of one shape at once, on the CPU in float32.
 
-torch's own multiplies in bfloat16, which processors without such instructions emulate at a hundredth of their speed.
+torch's own takes one matrix at a time, and multiplies in bfloat16, which processors without such instructions emulate
+at a hundredth of their speed.
 """
 
 import itertools
@@ -40,7 +41,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         wanted = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))
         rows, columns = wanted.shape[1:]
-        moves = orthogonalised(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        moves = orthogonalised(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(wanted.dtype)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, list(moves), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
@@ -48,13 +49,27 @@ class Muon(torch.optim.Muon):
 def orthogonalised(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
     """Newton-Schulz iterations that bring the singular values of each matrix in `x` `[N, rows, columns]` near 1.
 
-    One iteration is `x <- (a + b g + c g^2) x` with `g = x x^T`. All its factors are polynomials of the first `g`, so
-    they are multiplied with each other, on the small side of the matrices, and with `x` once in the end.
+    One iteration is `x <- (a + b g + c g^2) x` with `g = x x^T`; on CUDA in bfloat16, as torch's.
     """
-    a, b, c = coefficients
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    x = _step_by_step(x.bfloat16(), coefficients, steps) if x.is_cuda else _by_factors(x, coefficients, steps)
+    return x.mT if tall else x
+
+
+def _step_by_step(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _by_factors(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """All factors are polynomials of the first `g`: they are multiplied with each other, on the small side of the
+    matrices, and with `x` once in the end. bfloat16 is too coarse for this order."""
+    a, b, c = coefficients
     gram, product = x @ x.mT, None
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -62,5 +77,4 @@ def orthogonalised(x: torch.Tensor, coefficients: tuple[float, float, float], st
         product = factor if product is None else factor @ product
         if step + 1 < steps:
             gram = factor @ gram @ factor
-    x = product @ x
-    return x.mT if tall else x
+    return product @ x
