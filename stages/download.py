@@ -22,6 +22,9 @@ from stages.datasets.sources.parquet import parquet_source
 from stages.datasets.store import Info
 from stages.datasets.writer import write_images
 
+DECODERS = 4
+"""Threads at most: of small images, more of them wait for Python's lock longer than they decode."""
+
 
 def open_source(data: Data, scratch: Path) -> Source:
     """The source that `data` names, its files fetched, checked and unpacked below `scratch`."""
@@ -65,7 +68,7 @@ def main() -> None:
     params = load_params()
     check_models(params)
     with atomic_folder(paths.IMAGES) as folder:
-        info, remark = download(params.data, folder, paths.SCRATCH, len(os.sched_getaffinity(0)))
+        info, remark = download(params.data, folder, paths.SCRATCH, min(DECODERS, len(os.sched_getaffinity(0))))
         size_bytes = sum(path.stat().st_size for path in folder.iterdir())
     print(summary(info, remark, size_bytes))
 

@@ -68,7 +68,7 @@ class Augmentation:
         x = preprocess.normalise(pixels)
         if recipe.random_erasing:
             rectangles = draw_rectangles(batch, x.shape[2:], recipe.random_erasing, generator)
-            x = erase(x, rectangles[share].to(x.device))
+            x = erase(x, rectangles[share].to(x.device, non_blocking=True))
         if self.mix is not None and len(x) % 2 == 0:
             x, labels = self.mix(x, labels)
         return x, labels
@@ -101,7 +101,7 @@ def flip_and_crop(pixels: torch.Tensor, flips: torch.Tensor, shifts: torch.Tenso
         shifts: int64 `[2, N, 1]` in pixels: down and to the right.
     """
     n, height, width, _ = pixels.shape
-    flips, shifts = flips.to(pixels.device), shifts.to(pixels.device)
+    flips, shifts = (tensor.to(pixels.device, non_blocking=True) for tensor in (flips, shifts))
     first, row, column = (torch.arange(size, device=pixels.device) for size in (n, height, width))
     rows = _reflected(row + shifts[0], height)
     columns = _reflected(column + shifts[1], width)

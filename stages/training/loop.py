@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from stages.common.errors import UserError
 from stages.common.params import Base, Bits, Finetune, Training
@@ -29,9 +28,11 @@ from stages.networks.preprocess import Classifier, Preprocess
 from stages.networks.tensors import load_tensors
 from stages.training import processes
 from stages.training.augment import Augmentation, share_of
+from stages.training.average import WeightAverage
 from stages.training.batches import Images
 from stages.training.checkpoint import Spacing, load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
+from stages.training.cuda_graphs import Graphed
 from stages.training.depthwise import fast_depthwise
 from stages.training.distillation import Distillation, freeze, soft_loss
 from stages.training.host import clear_compile_errors, clear_memory_errors, prepare_host, use_bfloat16
@@ -217,7 +218,7 @@ class _Run:
         self.preprocess = copy.deepcopy(preprocess).to(device)
         self.batches, self.steps = steps_per_epoch(recipe, len(part)), steps_in(recipe, len(part))
         self.optimizers = Optimizers(network, recipe)
-        self.average = _average_of(network, recipe) if recipe.average_decay else None
+        self.average = WeightAverage(network, recipe.average_decay) if recipe.average_decay else None
         self.images = Images(part, device)
         if recipe.early_input_size:
             _classes(network, recipe.early_input_size, title, "finetune.early_input_size")
@@ -225,6 +226,8 @@ class _Run:
         self.call = processes.with_mean_gradients(network, device)
         if recipe.compile:
             self.call = torch.compile(self.call, dynamic=False)  # early_input_size makes two sizes: code for each
+        elif device.type == "cuda" and processes.count() == 1:
+            self.call = Graphed(network, title)
 
     def train_epoch(self, epoch: int, progress: EpochProgress) -> float:
         """One step for each batch; gives back the mean loss.
@@ -276,7 +279,8 @@ class _Run:
     def loss(self, x: torch.Tensor, targets: torch.Tensor, input_size: int) -> torch.Tensor:
         """Cross entropy with the targets, and where there is a teacher, its softened outputs."""
         teacher_logits = None
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
+        kind = self.device.type  # no layer is called twice, and in a CUDA graph autocast's cache would go stale
+        autocast = torch.autocast(kind, dtype=torch.bfloat16, enabled=self.bfloat16, cache_enabled=kind != "cuda")
         with autocast, fast_depthwise(self.device, self.recipe.compile):
             x = self.preprocess.resize(x, input_size)
             if self.distillation is not None:
@@ -361,18 +365,6 @@ def _classes(network: nn.Module, input_size: int, title: str, key: str = "input_
 
 def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
-
-
-def _average_of(network: nn.Module, recipe: Finetune) -> AveragedModel:
-    """An exponential moving average whose decay grows with the steps, so that short trainings are averaged too."""
-
-    @torch.no_grad()
-    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], _: torch.Tensor) -> None:
-        seen = int(average.n_averaged)  # on the CPU; what is given is a copy on the device, which would be waited for
-        torch._foreach_lerp_(averaged, current, 1 - min(recipe.average_decay, (1 + seen) / (10 + seen)))
-
-    average = AveragedModel(network, multi_avg_fn=update, use_buffers=False)
-    return average
 
 
 def _seed_epoch(seed: int, epoch: int) -> torch.Generator:
