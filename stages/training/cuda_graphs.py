@@ -31,6 +31,8 @@ class Graphed:
     def _captured(self, x: torch.Tensor) -> nn.Module:
         whole = _Whole(self._network)  # what is captured gets another `forward`; the network keeps its own
         buffers = [buffer.clone() for buffer in self._network.buffers()]
+        if quiet := getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None):
+            quiet(False)  # capturing takes a stream of its own, for once
         try:
             return torch.cuda.make_graphed_callables(whole, (x.detach().clone(),), allow_unused_input=True)
         except torch.OutOfMemoryError:
