@@ -2,7 +2,7 @@
 
 In: `data/images` (train and validation parts; never test), the params sections `base`, `finetune`, `models.<model>`.
 Out: the artifact `models/dense/<model>/` with the weights of the best epoch by validation top-1, and its training
-curve `reports/curves/dense/<model>.csv`. Killed at any moment, the next run goes on from the last finished epoch.
+curve `reports/curves/dense/<model>.csv`. Killed at any moment, the next run goes on from the last checkpoint.
 
     python -m stages.finetune <model>
 """

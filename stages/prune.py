@@ -3,7 +3,7 @@
 In: `data/images` (train and validation parts; never test), the dense artifact `models/dense/<model>/`, the params
 sections `base`, `finetune`, `prunings.<key>` and `prune.<pruner>`. Out: the artifact `models/pruned/<key>/` and the
 training curve `reports/curves/pruned/<key>.csv` (only its header where nothing is trained). Killed at any moment, the
-next run goes on from the last finished epoch.
+next run goes on from the last checkpoint.
 
     python -m stages.prune <key>
 """

@@ -712,6 +712,13 @@ def _broken_references(params: Params) -> list[str]:
         problems.append(
             f"edge_benchmark.batch = {edge.batch}: export.batch = 1 lets the files take one image at a time"
         )
+    early = params.finetune.early_input_size
+    for key, model in params.models.items():
+        if early and model.weights == "none" and early >= model.input_size:
+            problems.append(
+                f"finetune.early_input_size = {early}: must be less than models.{key}.input_size = {model.input_size}:"
+                " smaller images save time"
+            )
     for key, method, section in [("none", "none", params.prune), ("fp32", "fp32", params.quantize)]:
         if key in section and section[key].method != method:
             problems.append(

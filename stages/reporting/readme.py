@@ -286,29 +286,29 @@ def claims_block(reports: Path) -> str:
 
 
 def recipes_block(reports: Path) -> str:
-    """One line for each recipe that `tests/benchmarks/recipes.py` tried."""
-    tried: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for row in read_csv(reports / "recipes.csv"):
-        tried.setdefault(tuple(row[key] for key in ("change", "epochs", "threads", "cpu")), []).append(row)
+    """One line for each recipe that `tests/benchmarks/recipes.py` tried; of a seed tried twice the last counts."""
+    tried: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in read_csv(_measured(reports / "recipes.csv", "recipes.py")):
+        key = tuple(row[name] for name in ("change", "epochs", "validation_images", "cpu", "threads"))
+        tried.setdefault(key, {})[row["seed"]] = row
     lines = [
-        "| change | epochs | seeds | top-1 on validation images, % | minutes | images/s |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| change | epochs | seeds | top-1 on validation images, % | minutes | images/s | n | machine |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for (change, epochs, *_), rows in tried.items():
+    for (change, epochs, images, cpu, threads), of_seeds in tried.items():
+        rows = of_seeds.values()
         top1 = _spread([float(row["validation_top1"]) for row in rows], lambda value: f"{100 * value:.2f}")
         minutes = sum(float(row["seconds"]) for row in rows) / len(rows) / 60
         speed = sum(float(row["images_per_second"]) for row in rows) / len(rows)
-        lines.append(f"| `{change}` | {epochs} | {len(rows)} | {top1} | {minutes:.1f} | {speed:,.0f} |")
-    machines = {f"{row['cpu']}, {_plural(int(row['threads']), 'thread')}" for rows in tried.values() for row in rows}
-    images = {int(row["validation_images"]) for rows in tried.values() for row in rows}
-    lines += ["", f"n = {max(images):,} validation images. Trained on {'; '.join(sorted(machines))}."]
+        figures = f"{epochs} | {len(rows)} | {top1} | {minutes:.1f} | {speed:,.0f} | {int(images):,}"
+        lines.append(f"| `{change}` | {figures} | {cpu}, {_plural(int(threads), 'thread')} |")
     return "\n".join(lines)
 
 
 def training_block(reports: Path) -> str:
     """What `tests/benchmarks/training.py` measured."""
-    found = read_json(reports / "benchmarks/training.json")
-    ratios, machine = found["ratios"], found["machine"]
+    found = read_json(_measured(reports / "benchmarks/training.json", "training.py"))
+    ratios, machine, settings = found["ratios"], found["machine"], found["settings"]
 
     def ratio(name: str, cost: bool = False) -> str:
         row = ratios[name]
@@ -319,6 +319,10 @@ def training_block(reports: Path) -> str:
         return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
 
     speed, plain = (f"{found['images_per_second'][name]:,.0f} images/s" for name in ("loop", "plain"))
+    where = f"{machine['cpu']} ({', '.join(machine['instruction_sets'])}; {_plural(found['threads'], 'thread')})"
+    if settings.get("device") == "cuda":
+        where = f"{found.get('device', 'a CUDA GPU')} beside {machine['cpu']} ({_plural(machine['cores'], 'core')})"
+    network = f"`{settings['architecture']}` at 64 pixels, " if settings.get("architecture") else ""
     return "\n".join(
         [
             f"- One epoch's steps: {speed}, {ratio('plain over loop')} times the loop that people write first ({plain}:"
@@ -328,11 +332,16 @@ def training_block(reports: Path) -> str:
             f" {ratio('averaged and logged over silent', True)}; the same measured twice differs by"
             f" {ratio('silent again over silent', True)}.",
             "",
-            f"Medians of {found['settings']['rounds']} rounds, interleaved in one run [95 % intervals], batch"
-            f" {found['settings']['batch']}, on {machine['cpu']} ({', '.join(machine['instruction_sets'])};"
-            f" {_plural(found['threads'], 'thread')}), torch {machine['torch']}, {found['precision']}.",
+            f"Medians of {settings['rounds']} rounds, interleaved in one run [95 % intervals], {network}batch"
+            f" {settings['batch']}, on {where}, torch {machine['torch']}, {found['precision']}.",
         ]
     )
+
+
+def _measured(path: Path, benchmark: str) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} is missing: tests/benchmarks/{benchmark} makes it, as README.md says")
+    return path
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {

@@ -103,7 +103,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         with atomic_file(folder / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
     except (UserError, OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
-        raise UserError(f"{error}; the last finished epoch is kept") from None
+        raise UserError(f"{error}; the checkpoint before it is kept") from None
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

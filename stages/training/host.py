@@ -17,8 +17,11 @@ def prepare_host(base: Base) -> torch.device:
     Raises:
         UserError: if `base.device` asks for CUDA where there is none.
     """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if base.threads:
         torch.set_num_threads(base.threads)
+    elif processes > 1:  # torchrun gives each of them one
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     _keep_memory()
     if base.device == "cuda" and not torch.cuda.is_available():
         raise UserError("base.device = 'cuda': this machine has no usable CUDA device; set it to auto or cpu")
@@ -56,7 +59,7 @@ def clear_memory_errors(what: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"{what} does not fit into memory: lower it; the last finished epoch is kept") from None
+            raise UserError(f"{what} does not fit into memory: lower it; the last checkpoint is kept") from None
         raise
 
 

@@ -113,7 +113,7 @@ def train(
             rates, images and steps are those of an uninterrupted training; the optimizer's state and the weight average
             begin afresh. A training in two phases may so change the network in between.
         keep: `last` gives back the weights from which training would go on after the last epoch, not their average.
-        checkpoints: a folder of this very training, from `checkpoint_folder`; the last finished epoch in it is
+        checkpoints: a folder of this very training, from `checkpoint_folder`; the last epoch in it is
             continued.
         rate_key: of the learning rate in the params, for messages.
 
@@ -321,7 +321,8 @@ class _Run:
         classifier = Classifier(self.preprocess, network)
         bounds = [len(part) * rank // processes.count() for rank in range(processes.count() + 1)]
         mine = slice(bounds[processes.rank()], bounds[processes.rank() + 1])
-        found = predict_logits(classifier, part.images[mine], EVALUATION_BATCH, self.device, autocast=self.bfloat16)
+        batch_size = EVALUATION_BATCH * (4 if self.device.type == "cuda" else 1)  # there launches take the time
+        found = predict_logits(classifier, part.images[mine], batch_size, self.device, autocast=self.bfloat16)
         logits = torch.zeros(len(part), found.shape[1], device=self.device)
         logits[mine] = torch.from_numpy(found).to(self.device)
         return processes.summed(logits).cpu().numpy()

@@ -6,7 +6,7 @@ at a hundredth of their speed.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -18,6 +18,11 @@ class Muon(torch.optim.Muon):
     Settings and states are torch's; momentum is Nesterov's, and a matrix `[rows, columns]` moves by its learning rate
     times sqrt(max(1, rows / columns)).
     """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -76,7 +76,7 @@ def train(changes: list[str], seed: int) -> dict[str, object]:
         "validation_top1": max(float(row["validation_top1"]) for row in curve),
         "seconds": round(seconds),
         "images_per_second": round(sum(float(row["images_per_second"]) for row in curve) / len(curve)),
-        "threads": params.base.threads,
+        "threads": params.base.threads or len(os.sched_getaffinity(0)),
         "cpu": describe_machine(())["cpu"],
         "commit": commit.stdout.strip(),
     }

@@ -15,6 +15,7 @@ Run, from a profile's folder with its images: python ../../tests/benchmarks/trai
 import argparse
 import copy
 import io
+import json
 import os
 import random
 import subprocess
@@ -211,7 +212,8 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     segments = make(network, model.input_size, recipe, device, arguments.steps)
     for segment in segments.values():
         segment()
-    print("ready", flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(json.dumps({"device": name, "threads": torch.get_num_threads()}), flush=True)
     for line in sys.stdin:
         print(segments[line.strip()](), flush=True)
 
@@ -221,12 +223,13 @@ def ratio_row(of_rounds: np.ndarray, seed: int) -> dict[str, float]:
     return {"ratio": float(np.median(of_rounds)), "ratio_ci_low": low, "ratio_ci_high": high}
 
 
-def start(names: tuple[str, ...], arguments: list[str]) -> subprocess.Popen:
+def start(names: tuple[str, ...], arguments: list[str]) -> tuple[subprocess.Popen, dict[str, object]]:
+    """A process that times segments, and what it runs on."""
     command = [sys.executable, __file__, *arguments, "--serve", "plain" if names == PLAIN else "ours"]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if worker.stdout.readline().strip() != "ready":
+    if not (line := worker.stdout.readline()):
         raise SystemExit(f"{names[0]}: the process ended early")
-    return worker
+    return worker, json.loads(line)
 
 
 def main() -> None:
@@ -245,7 +248,8 @@ def main() -> None:
         serve(PLAIN if arguments.serve == "plain" else OURS, arguments)
         return
     machine = describe_machine()
-    workers = {name: worker for names in (PLAIN, OURS) for worker in [start(names, sys.argv[1:])] for name in names}
+    (theirs, _), (own, host) = (start(names, sys.argv[1:]) for names in (PLAIN, OURS))
+    workers = dict.fromkeys(PLAIN, theirs) | dict.fromkeys(OURS, own)
     generator, times = random.Random(arguments.seed), {name: [] for name in workers}
     for _ in range(arguments.rounds):
         for name in generator.sample(list(workers), len(workers)):
@@ -257,11 +261,10 @@ def main() -> None:
     speeds = {name: images / float(np.median(seconds)) for name, seconds in times.items()}
     ratios = {name: np.array(times[top]) / np.array(times[below]) for name, (top, below) in RATIOS.items()}
     rows = {name: ratio_row(of_rounds, arguments.seed) for name, of_rounds in ratios.items()}
-    threads = arguments.threads or os.cpu_count()
     device = torch.device(arguments.device)
     precision = "bfloat16" if use_bfloat16(load_params().finetune.precision, device) else "float32"
     settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "serve")}
-    result = {"machine": machine, "threads": threads, "precision": precision, "settings": settings}
+    result = {"machine": machine, **host, "precision": precision, "settings": settings}
     result |= {"images_per_second": speeds, "ratios": rows}
     for name, speed in speeds.items():
         print(f"{name:22} {speed:8,.0f} images/s")

@@ -264,6 +264,17 @@ def test_an_entry_that_names_nothing_or_has_another_key_is_refused(raw, tmp_path
     assert expected in refusal(raw, tmp_path)
 
 
+def test_an_early_input_size_that_is_not_smaller_is_refused(raw, tmp_path):
+    size = raw["models"]["convnext"]["input_size"]
+    raw["finetune"]["early_input_size"] = size
+    told = f"finetune.early_input_size = {size}: must be less than models.convnext.input_size = {size}"
+    assert told in refusal(raw, tmp_path)
+    raw["models"]["convnext"]["weights"] = "pretrained"  # is trained at its size from the first step
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert load_params(path).finetune.early_input_size == size
+
+
 def test_a_model_without_its_baseline_is_refusal(raw, tmp_path):
     del raw["variants"]["convnext-none-fp32"]
     assert "models.convnext: its baseline is missing" in refusal(raw, tmp_path)

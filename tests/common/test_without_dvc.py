@@ -2,6 +2,8 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from toy_project import pruned_project
 from stages.common import paths, without_dvc
 from stages.common.errors import UserError
 from stages.common.params import load_params
-from stages.common.without_dvc import PROVENANCE, all_stages, chosen
+from stages.common.without_dvc import PROVENANCE, all_stages, chosen, needs, run_all, surroundings
 
 TOP = Path(__file__).parents[2]
 
@@ -83,3 +85,49 @@ def test_a_stage_that_fails_ends_the_run_and_is_named(project, monkeypatch, capf
         run(monkeypatch, "quantize")
     assert not PROVENANCE.exists()
     assert "model.json" in capfd.readouterr().err
+
+
+def test_several_stages_run_at_once_each_after_those_it_needs(project, monkeypatch):
+    params, lock, under_way, ended, most = load_params(), threading.Lock(), set(), [], 0
+
+    def run(stage: str) -> dict:
+        nonlocal most
+        with lock:
+            assert needs(stage, params) <= set(ended)
+            assert stage != "edge-benchmark" or not under_way
+            under_way.add(stage)
+            most = max(most, len(under_way))
+        time.sleep(0.02)
+        with lock:
+            under_way.remove(stage)
+            ended.append(stage)
+        return {}
+
+    monkeypatch.setattr(without_dvc, "run", run)
+    run_all(all_stages(params), params, 2, lambda stage, told: None)
+    assert sorted(ended) == sorted(all_stages(params))
+    assert most == 2
+
+
+def test_after_a_failure_no_stage_starts_and_what_is_under_way_is_still_told(project, monkeypatch):
+    params, told, failed = load_params(), [], threading.Event()
+
+    def run(stage: str) -> dict:
+        if stage == "quantize@toy-none-fp32":
+            failed.set()
+            raise UserError("of the first")
+        failed.wait()
+        time.sleep(0.05)
+        return {}
+
+    monkeypatch.setattr(without_dvc, "run", run)
+    stages = ["quantize@toy-none-fp32", "quantize@toy-none-int8", "profile@toy-none-int8"]
+    with pytest.raises(UserError, match="of the first"):
+        run_all(stages, params, 2, lambda stage, _: told.append(stage))
+    assert told == ["quantize@toy-none-int8"]
+
+
+def test_the_commit_may_be_given_where_there_is_no_repository(monkeypatch):
+    monkeypatch.chdir(TOP)
+    monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
+    assert surroundings()["commit"] == "abc"

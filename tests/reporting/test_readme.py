@@ -36,6 +36,7 @@ def reported(top: Path, monkeypatch: pytest.MonkeyPatch, params: dict) -> Path:
 def write_recipes(reports: Path) -> None:
     rows = [
         "change,epochs,seed,validation_images,validation_top1,seconds,images_per_second,threads,cpu,commit",
+        "none,4,0,5000,0.1234,60,3,2,A Processor,before",
         "none,4,0,5000,0.8000,600,300.5,2,A Processor,abc",
         "none,4,1,5000,0.8100,660,299.5,2,A Processor,abc",
         "finetune.batch_size=256,4,0,5000,0.7900,540,350,2,A Processor,abc",
@@ -60,9 +61,15 @@ def write_training(reports: Path) -> None:
 
 def test_the_recipes_are_means_over_seeds_with_their_spread(top):
     lines = filled(block("recipes"), top).splitlines()
-    assert "| `none` | 4 | 2 | 80.50 \N{PLUS-MINUS SIGN} 0.71 | 10.5 | 300 |" in lines
-    assert "| `finetune.batch_size=256` | 4 | 1 | 79.00 | 9.0 | 350 |" in lines
-    assert "n = 5,000 validation images. Trained on A Processor, 2 threads." in lines
+    assert "| `none` | 4 | 2 | 80.50 \N{PLUS-MINUS SIGN} 0.71 | 10.5 | 300 | 5,000 | A Processor, 2 threads |" in lines
+    assert "| `finetune.batch_size=256` | 4 | 1 | 79.00 | 9.0 | 350 | 5,000 | A Processor, 2 threads |" in lines
+    assert len(lines) == 7
+
+
+def test_a_benchmark_that_was_not_run_is_named_with_what_makes_its_file(top):
+    (top / "profiles/tiny-one/reports/recipes.csv").unlink()
+    with pytest.raises(UserError, match=r"recipes\.csv is missing: tests/benchmarks/recipes\.py makes it"):
+        filled(block("recipes"), top)
 
 
 def test_what_training_costs_is_told_with_its_intervals(top):
@@ -71,6 +78,16 @@ def test_what_training_costs_is_told_with_its_intervals(top):
     assert "HESSO costs +4.0 % [\N{MINUS SIGN}2.0, +10.0]" in text
     assert "12 rounds" in text
     assert "on A Processor (avx2; 2 threads), torch 2.15.0, float32." in text
+
+
+def test_a_gpu_is_named_where_training_was_timed_on_one(top):
+    path = top / "profiles/tiny-one/reports/benchmarks/training.json"
+    found = json.loads(path.read_text())
+    found["settings"] |= {"device": "cuda", "architecture": "convnext_tiny"}
+    found["machine"]["cores"] = 16
+    path.write_text(json.dumps(found | {"device": "A GPU"}))
+    text = filled(block("training"), top)
+    assert "`convnext_tiny` at 64 pixels, batch 128, on A GPU beside A Processor (16 cores), torch 2.15.0" in text
 
 
 def block(name: str) -> str:

@@ -13,7 +13,7 @@ from stages.common.errors import UserError
 from stages.common.params import Base, NoneContinued
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
-from stages.training import loop
+from stages.training import checkpoint, loop
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.loop import recipe_for, steps_in, train
 
@@ -228,6 +228,41 @@ def test_a_checkpoint_that_cannot_be_written_is_a_clear_error_and_the_last_one_s
     with pytest.raises(UserError, match="No space left on device"):
         save_checkpoint(tmp_path, {"epoch": 2})
     assert load_checkpoint(tmp_path) == {"epoch": 1}
+
+
+def test_checkpoints_that_take_long_are_written_less_often(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now)
+    spacing = checkpoint.Spacing()
+    for seconds, pause in ((0.2, 0.0), (2.0, 40.0)):
+        assert spacing.due()
+        with spacing.measured():
+            now += seconds
+        if pause:
+            now += pause - 0.1
+            assert not spacing.due()
+            now += 0.2
+    assert spacing.due()
+
+
+def test_only_the_epochs_in_a_checkpoint_are_told_as_kept(network, parts, preprocess, recipe, tmp_path, monkeypatch):
+    written: list[bool] = []
+
+    def slow(folder: Path, state: dict) -> None:
+        written.append(True)
+        monkeypatch.setattr(loop.Spacing, "due", lambda self: False)
+
+    monkeypatch.setattr(loop, "save_checkpoint", slow)
+    seen: list[int] = []
+
+    def interrupt(count: int) -> None:
+        if count == 8:  # of 3 steps an epoch: in the third
+            signal.raise_signal(signal.SIGINT)
+
+    watched = _Watched(parts[0], seen, interrupt), parts[1]
+    with pytest.raises(KeyboardInterrupt, match=r"^test: 1 of 3 epochs are finished and kept$"):
+        run(network, watched, preprocess, recipe, checkpoints=tmp_path)
+    assert len(written) == 1
 
 
 def test_an_interruption_tells_how_many_epochs_are_kept(network, parts, preprocess, recipe, tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.common.params import Finetune
-from stages.training.muon import Muon, orthogonalised
+from stages.training.muon import Muon, _by_factors, _step_by_step, orthogonalised
 from stages.training.optimizers import Optimizers, hidden_matrices, schedule
 
 
@@ -56,6 +56,12 @@ def test_orthogonalising_is_newton_schulz_of_each_matrix(shape):
     for matrix, found in zip(x, ours, strict=True):
         torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=1e-3)
     assert not orthogonalised(torch.zeros(shape), (3.4445, -4.7750, 2.0315), 5, 1e-7).any()
+
+
+def test_one_iteration_after_the_other_gives_what_the_multiplied_factors_give():
+    x = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 30
+    settings = (3.4445, -4.7750, 2.0315), 5
+    assert torch.allclose(_step_by_step(x, *settings), _by_factors(x, *settings), atol=1e-9)
 
 
 def test_muon_leaves_a_matrix_without_a_gradient_alone_and_takes_up_torchs_states():

@@ -22,13 +22,14 @@ from toy_project import PARAMS, pruned_project
 
 import stages
 from stages.common import paths
-from stages.common.params import Oto
+from stages.common.params import Base, Oto
 from stages.networks.layer_scale import fold_layer_scale
 from stages.pruning.costs import costs_of
 from stages.pruning.dhspg import Dhspg
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
 from stages.training import processes
+from stages.training.host import prepare_host
 from stages.training.loop import steps_in, train
 
 CASES = {"sgd": 1e-3, "adamw": 1e-2, "muon": 1e-2, "hesso": 1e-3, "dhspg": 1e-3}
@@ -73,7 +74,23 @@ def _work(rank: int, folder: str, given: dict) -> None:
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     given = copy.deepcopy(given)  # weights come in memory that both processes share
     torch.save({case: trained(case, **arguments) for case, arguments in given.items()}, f"{folder}/{rank}.pt")
+    asked: list[int] = []
+    answer = processes.from_first(lambda: asked.append(rank) or f"of process {rank}")
+    Path(folder, f"{rank}.json").write_text(json.dumps([asked, answer]))
     distributed.destroy_process_group()
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    before = torch.get_num_threads()
+    try:
+        prepare_host(Base(device="cpu", threads=0))
+        assert torch.get_num_threads() == 3
+        prepare_host(Base(device="cpu", threads=2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -92,6 +109,8 @@ def test_two_processes_take_the_steps_of_one(still_network, parts, preprocess, r
     alone = {case: trained(case, **arguments) for case, arguments in given().items()}
     torch.multiprocessing.spawn(_work, (str(tmp_path), given()), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    answers = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert answers == [[[0], "of process 0"], [[], "of process 0"]]  # work for the first alone is done once
     for case in CASES:
         for name, tensor in alone[case].items():
             assert torch.equal(first[case][name], second[case][name]), (case, name)
