@@ -12,6 +12,7 @@ Where the code came without its repository, the environment variable EDGEWISE_CO
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import platform
 import subprocess
@@ -56,20 +57,22 @@ def chosen(names: list[str], params: Params) -> list[str]:
 
 
 def needs(stage: str, params: Params) -> set[str]:
-    """The stages whose outputs a stage reads, by way of others left out."""
+    """All stages that have to be done before this one, however far back."""
     name, _, key = stage.partition("@")
     match name:
         case "download":
             return set()
         case "finetune":
-            return {"download"}
+            before = "download"
         case "prune":
-            return {f"finetune@{params.prunings[key].model}"}
+            before = f"finetune@{params.prunings[key].model}"
         case "quantize":
-            return {f"prune@{params.variants[key].pruning}"}
+            before = f"prune@{params.variants[key].pruning}"
         case "profile":
-            return {f"quantize@{key}"}
-    return set(all_stages(params)[: all_stages(params).index(stage)])  # alone on the machine, when all else is done
+            before = f"quantize@{key}"
+        case _:  # alone on the machine, when all else is done
+            return set(itertools.takewhile(lambda other: other != stage, all_stages(params)))
+    return {before} | needs(before, params)
 
 
 def run_all(stages: list[str], params: Params, jobs: int, done: Callable[[str, dict[str, object]], None]) -> None:

@@ -109,6 +109,14 @@ def test_several_stages_run_at_once_each_after_those_it_needs(project, monkeypat
     assert most == 2
 
 
+def test_a_stage_waits_for_those_far_back_where_what_lies_between_is_left_out(project, monkeypatch):
+    params, ended = load_params(), []
+    monkeypatch.setattr(without_dvc, "run", lambda stage: time.sleep(0.05 * (stage == "finetune@toy")) or {})
+    stages = ["finetune@toy", "quantize@toy-none-fp32"]
+    run_all(stages, params, 2, lambda stage, told: ended.append(stage))
+    assert ended == stages
+
+
 def test_after_a_failure_no_stage_starts_and_what_is_under_way_is_still_told(project, monkeypatch):
     params, told, failed = load_params(), [], threading.Event()
 
