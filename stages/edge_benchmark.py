@@ -18,6 +18,7 @@ import numpy as np
 
 from stages.artifacts.artifact import check_onnx, read_description
 from stages.common import paths
+from stages.common.cores import usable_cores
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, read_json, write_csv, write_json
 from stages.common.params import EdgeBenchmark, Params, load_params
@@ -30,7 +31,6 @@ from stages.edge.protocol import Protocol
 from stages.edge.remote import time_there
 from stages.edge.repeat import repeat_of
 from stages.edge.soak import SoakPlan
-from stages.export.session import usable_cores
 
 SOAK_IMAGES = 64  # of the validation part, again and again
 

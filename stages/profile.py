@@ -17,11 +17,12 @@ from onnxruntime import InferenceSession
 
 from stages.artifacts.artifact import DESCRIPTION, ONNX, check_onnx, load_classifier
 from stages.common import paths
+from stages.common.cores import threads_for
 from stages.common.errors import run_stage
 from stages.common.files import atomic_folder, sha256_of, write_csv, write_json
 from stages.common.params import Profile, key_argument, load_params
 from stages.datasets.store import open_part, read_info
-from stages.export.session import open_session, session_logits, usable_cores
+from stages.export.session import open_session, session_logits
 from stages.networks.predict import predict_logits, top1
 from stages.profiling.corruptions import cells, sample
 from stages.profiling.counts import LayerCount, count_layers, totals
@@ -145,7 +146,7 @@ def _corrupted(session: InferenceSession, images: np.ndarray, batch_size: int, s
 def main() -> None:
     params = load_params()
     variant = key_argument("variants", params.variants)
-    threads = params.base.threads or usable_cores()
+    threads = threads_for(params.base.threads)
     torch.set_num_threads(threads)
     folder = paths.compressed(variant)
     measured, layers, predictions, corrupted = profile(folder, paths.IMAGES, params.profile, threads)

@@ -16,12 +16,13 @@ import torch
 
 from stages.artifacts.artifact import ONNX, Description, load_artifact, parent_of, save_artifact
 from stages.common import paths
+from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
 from stages.common.params import Bits, Params, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
-from stages.export.session import int8_overflows, open_session, session_logits, usable_cores
+from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
@@ -29,7 +30,7 @@ from stages.quantization.methods import Quantized, Task, quantize
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.host import prepare_host
 from stages.training.loop import CURVE_COLUMNS
-from stages.training.processes import count, is_first, joined, launch
+from stages.training.processes import is_first, joined, launch
 
 LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
 ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
@@ -128,7 +129,7 @@ def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path,
 
 
 def quantize_one(params: Params, variant: str) -> None:
-    threads = params.base.threads or max(1, usable_cores() // count())
+    threads = threads_for(params.base.threads)
     torch.set_num_threads(threads)
     parent_folder = paths.pruned(params.variants[variant].pruning)
     quantized, description = compress(params, variant, parent_folder, paths.compressed(variant), paths.IMAGES, threads)

@@ -38,7 +38,8 @@ class Base(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
-    """Threads for training and accuracy; 0 takes all cores. Timing has its own: `edge_benchmark.threads`."""
+    """Threads for training and accuracy; 0 takes all cores, or OMP_NUM_THREADS of them. Timing has its own:
+    `edge_benchmark.threads`."""
     launcher: Annotated[str, Field(pattern=r"^(python|torchrun( .+)?)$")] = "python"
     """Of stages that train: `torchrun --nproc-per-node 2`, for example, trains in two processes, each with half of
     every batch and `threads` threads; with several nodes the stage is started on each."""

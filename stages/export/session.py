@@ -1,18 +1,13 @@
 """Run `model.onnx`: what a device does, so torch is never imported here."""
 
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+from stages.common.cores import usable_cores
 from stages.common.errors import UserError
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine's where affinity says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def int8_overflows() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from stages.common.cores import threads_for
 from stages.common.errors import UserError
 from stages.common.params import Base
 
@@ -17,11 +18,7 @@ def prepare_host(base: Base) -> torch.device:
     Raises:
         UserError: if `base.device` asks for CUDA where there is none.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if base.threads:
-        torch.set_num_threads(base.threads)
-    elif processes > 1:  # torchrun gives each of them one
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.set_num_threads(threads_for(base.threads))
     _keep_memory()
     if base.device == "cuda" and not torch.cuda.is_available():
         raise UserError("base.device = 'cuda': this machine has no usable CUDA device; set it to auto or cpu")

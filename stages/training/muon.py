@@ -1,4 +1,4 @@
-"""Muon with its orthogonalisation over all matrices of one shape at once, on the CPU in float32.
+"""Muon with its orthogonalisation over all matrices of one shape at once, in bfloat16 only where the hardware has it.
 
 torch's own takes one matrix at a time, and multiplies in bfloat16, which processors without such instructions emulate
 at a hundredth of their speed.
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+
+from stages.training.host import use_bfloat16
 
 
 class Muon(torch.optim.Muon):
@@ -54,12 +56,15 @@ class Muon(torch.optim.Muon):
 def orthogonalised(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
     """Newton-Schulz iterations that bring the singular values of each matrix in `x` `[N, rows, columns]` near 1.
 
-    One iteration is `x <- (a + b g + c g^2) x` with `g = x x^T`; on CUDA in bfloat16, as torch's.
+    One iteration is `x <- (a + b g + c g^2) x` with `g = x x^T`, as torch's in bfloat16 where that is fast.
     """
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    x = _step_by_step(x.bfloat16(), coefficients, steps) if x.is_cuda else _by_factors(x, coefficients, steps)
+    if use_bfloat16("auto", x.device):
+        x = _step_by_step(x.bfloat16(), coefficients, steps)
+    else:
+        x = _by_factors(x, coefficients, steps)
     return x.mT if tall else x
 
 

@@ -16,10 +16,10 @@ import timm
 import torch
 
 from stages.artifacts.packing import pack, unpack
+from stages.common.cores import threads_for
 from stages.common.files import write_json
 from stages.common.params import LearnedBits
 from stages.edge.machine import describe_machine
-from stages.export.session import usable_cores
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.quantization.controller import learn_bits
 from stages.quantization.evaluation import Evaluator
@@ -91,7 +91,7 @@ def main() -> None:
     rows = packing()
     for row in rows:
         print(f"{row['bits']} bits: pack {row['pack_mb_per_s']} MB/s, unpack {row['unpack_mb_per_s']} MB/s")
-    torch.set_num_threads(arguments.threads or usable_cores())
+    torch.set_num_threads(threads_for(arguments.threads))
     found = search()
     print(
         f"ConvNeXt-Small, 32 px, {found['calibration_images']} images: {found['evaluations']} evaluations in"

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is a
 from ruamel.yaml import YAML
 
 from stages.common import paths
+from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
 from stages.common.params import load_params
 from stages.datasets.store import read_info
@@ -76,7 +77,7 @@ def train(changes: list[str], seed: int) -> dict[str, object]:
         "validation_top1": max(float(row["validation_top1"]) for row in curve),
         "seconds": round(seconds),
         "images_per_second": round(sum(float(row["images_per_second"]) for row in curve) / len(curve)),
-        "threads": params.base.threads or len(os.sched_getaffinity(0)),
+        "threads": threads_for(params.base.threads),
         "cpu": describe_machine(())["cpu"],
         "commit": commit.stdout.strip(),
     }

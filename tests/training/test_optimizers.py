@@ -6,6 +6,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.common.params import Finetune
+from stages.training import muon
 from stages.training.muon import Muon, _by_factors, _step_by_step, orthogonalised
 from stages.training.optimizers import Optimizers, hidden_matrices, schedule
 
@@ -34,7 +35,8 @@ def newton_schulz(x: torch.Tensor) -> torch.Tensor:
     return wanted.T if x.shape[0] > x.shape[1] else wanted
 
 
-def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network):
+def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network, monkeypatch):
+    monkeypatch.setattr(muon, "use_bfloat16", lambda precision, device: False)
     network.to(memory_format=torch.channels_last)
     reference = copy.deepcopy(network)
     for each in (network, reference):
@@ -48,13 +50,16 @@ def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network):
         torch.testing.assert_close(as_matrix(moved).double(), wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("native", "allowed"), [(False, 1e-3), (True, 3e-2)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(3, 12, 40), (2, 40, 12), (1, 16, 16)])
-def test_orthogonalising_is_newton_schulz_of_each_matrix(shape):
+def test_orthogonalising_is_newton_schulz_of_each_matrix(shape, native, allowed, monkeypatch):
+    monkeypatch.setattr(muon, "use_bfloat16", lambda precision, device: native)
     torch.manual_seed(0)
     x = torch.randn(shape) @ torch.diag(torch.logspace(0, -4, shape[2]))  # singular values far apart
     ours = orthogonalised(x, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    assert ours.dtype == (torch.bfloat16 if native else torch.float32)
     for matrix, found in zip(x, ours, strict=True):
-        torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=allowed)
     assert not orthogonalised(torch.zeros(shape), (3.4445, -4.7750, 2.0315), 5, 1e-7).any()
 
 
@@ -71,15 +76,15 @@ def test_muon_leaves_a_matrix_without_a_gradient_alone_and_takes_up_torchs_state
     reference = torch.optim.Muon(theirs, lr=0.02)
     theirs[0].grad = gradients[0]
     reference.step()
-    muon = Muon(ours, lr=0.02)
-    muon.load_state_dict(copy.deepcopy(reference.state_dict()))
+    optimizer = Muon(ours, lr=0.02)
+    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
     ours[0].data = theirs[0].data.clone()
-    for each, optimizer in ((theirs, reference), (ours, muon)):
+    for each, mover in ((theirs, reference), (ours, optimizer)):
         each[0].grad = gradients[1]
-        optimizer.step()
+        mover.step()
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-3)
     assert torch.equal(ours[1], torch.ones(4, 6))
-    assert muon.state[ours[1]] == {}
+    assert optimizer.state[ours[1]] == {}
 
 
 def test_adamw_without_decay_on_vectors_is_torchs_own(network):
