@@ -17,8 +17,11 @@ LINE_SECONDS = 20.0
 class EpochProgress:
     """Call `step` after each step and `epoch` after each epoch; `kept` epochs are in a checkpoint."""
 
-    def __init__(self, title: str, epochs: int, steps_per_epoch: int, done: int, bar: Progress | None) -> None:
+    def __init__(
+        self, title: str, epochs: int, steps_per_epoch: int, done: int, early: tuple[float, float], bar: Progress | None
+    ) -> None:
         self.title, self.epochs, self.steps, self.done, self._bar = title, epochs, steps_per_epoch, done, bar
+        self._early = early
         self.kept = done
         self._started, self._done_before, self._figures = time.monotonic(), done, ""
         if bar is not None:
@@ -51,18 +54,29 @@ class EpochProgress:
             completed = self._bar.tasks[self._task].completed / self.steps
         if completed <= self._done_before:
             return ""
-        per_epoch = (time.monotonic() - self._started) / (completed - self._done_before)
-        return _left(per_epoch * (self.epochs - completed))
+        per_work = (time.monotonic() - self._started) / (self._work(completed) - self._work(self._done_before))
+        return _left(per_work * (self._work(self.epochs) - self._work(completed)))
+
+    def _work(self, epochs: float) -> float:
+        """Of the first `epochs`, in epochs of full cost."""
+        early, cost = self._early
+        return min(epochs, early) * cost + max(0.0, epochs - early)
 
 
 @contextmanager
-def epoch_progress(title: str, epochs: int, steps_per_epoch: int, done: int = 0) -> Iterator[EpochProgress]:
-    """Progress over `epochs`, of which `done` were finished by an earlier process."""
+def epoch_progress(
+    title: str, epochs: int, steps_per_epoch: int, done: int = 0, early: tuple[float, float] = (0, 1)
+) -> Iterator[EpochProgress]:
+    """Progress over `epochs`, of which `done` were finished by an earlier process.
+
+    Args:
+        early: so many of the first epochs take this share of a later one's time.
+    """
     if not sys.stdout.isatty():
-        yield EpochProgress(title, epochs, steps_per_epoch, done, None)
+        yield EpochProgress(title, epochs, steps_per_epoch, done, early, None)
         return
     with _bar() as bar:
-        yield EpochProgress(title, epochs, steps_per_epoch, done, bar)
+        yield EpochProgress(title, epochs, steps_per_epoch, done, early, bar)
 
 
 @contextmanager

@@ -135,8 +135,8 @@ def train(
             curve, chosen = saved["curve"], saved["chosen"]
             run.load_state_dict(saved["run"])
 
-        done, spacing = first + len(curve), Spacing()
-        with epoch_progress(title, recipe.epochs, run.batches, done) as progress, _told_what_is_kept(progress):
+        done, spacing, small = first + len(curve), Spacing(), run.early_epochs()
+        with epoch_progress(title, recipe.epochs, run.batches, done, small) as progress, _told_what_is_kept(progress):
             for epoch in range(done, last):
                 started = time.perf_counter()
                 loss = run.train_epoch(epoch, progress)
@@ -298,6 +298,13 @@ class _Run:
         """To which the step's images are scaled."""
         early = self.recipe.early_input_size
         return early if early and step < self.recipe.early_fraction * self.steps else self.preprocess.input_size
+
+    def early_epochs(self) -> tuple[float, float]:
+        """How many epochs see smaller images, and what share of the others' pixels those have."""
+        early = self.recipe.early_input_size
+        if not early:
+            return 0, 1
+        return self.recipe.early_fraction * self.recipe.epochs, (early / self.preprocess.input_size) ** 2
 
     def factor(self, step: int) -> float:
         """Of the peak learning rates."""
