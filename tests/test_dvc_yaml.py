@@ -17,7 +17,7 @@ METHODS = {
     "model_of": {"variants", "prunings"},
     "pruner_of": {"variants", "prunings"},
     "baseline_of": {"variants", "prunings"},
-    "benchmarks": {"root"},
+    "pruning_benchmarks": {"root"},
 }
 
 

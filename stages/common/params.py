@@ -591,9 +591,9 @@ class Params(Section):
     edge_benchmark: EdgeBenchmark = EdgeBenchmark()
     report: Report = Report()
 
-    def benchmarks(self) -> Path:
-        """Where `tests/benchmarks` leave their results, for all profiles."""
-        return Path(self.root) / paths.REPORTS / "benchmarks"
+    def pruning_benchmarks(self) -> Path:
+        """Where `tests/benchmarks/pruning.py` leaves its results, a file for each device, for all profiles."""
+        return Path(self.root) / paths.REPORTS / "benchmarks/pruning"
 
     def seed_of(self, model: str) -> int:
         own = self.models[model].seed

@@ -371,7 +371,7 @@ def _recovers(params: Params, variant: str) -> bool:
 
 
 def _read_benchmarks(params: Params) -> list[dict]:
-    found = [(path, read_json(path)) for path in sorted(params.benchmarks().glob("pruning*.json"))]
+    found = [(path, read_json(path)) for path in sorted(params.pruning_benchmarks().glob("*.json"))]
     for path, benchmark in found:
         if not isinstance(benchmark, dict) or not {"machine", "step", "n", "whole_step"} <= benchmark.keys():
             raise UserError(f"{path} is not what tests/benchmarks/pruning.py writes: run it again with --out {path}")

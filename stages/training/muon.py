@@ -35,11 +35,12 @@ class Muon(torch.optim.Muon):
                 loss = closure()
         for group in self.param_groups:
             matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+            bfloat16 = bool(matrices) and use_bfloat16("auto", matrices[0].device)
             for _, alike in itertools.groupby(matrices, key=lambda p: p.shape):
-                self._move(list(alike), group)
+                self._move(list(alike), group, bfloat16)
         return loss
 
-    def _move(self, matrices: list[nn.Parameter], group: dict) -> None:
+    def _move(self, matrices: list[nn.Parameter], group: dict, bfloat16: bool) -> None:
         gradients = [matrix.grad for matrix in matrices]
         for matrix in matrices:
             if not self.state[matrix]:
@@ -48,20 +49,22 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         wanted = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))
         rows, columns = wanted.shape[1:]
-        moves = orthogonalised(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(wanted.dtype)
+        moves = orthogonalised(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"], bfloat16)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(moves), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+        torch._foreach_add_(matrices, list(moves.to(wanted.dtype)), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
-def orthogonalised(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
+def orthogonalised(
+    x: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, bfloat16: bool
+) -> torch.Tensor:
     """Newton-Schulz iterations that bring the singular values of each matrix in `x` `[N, rows, columns]` near 1.
 
-    One iteration is `x <- (a + b g + c g^2) x` with `g = x x^T`, as torch's in bfloat16 where that is fast.
+    One iteration is `x <- (a + b g + c g^2) x` with `g = x x^T`; in bfloat16, as torch's, where the hardware has it.
     """
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
-    if use_bfloat16("auto", x.device):
+    if bfloat16:
         x = _step_by_step(x.bfloat16(), coefficients, steps)
     else:
         x = _by_factors(x, coefficients, steps)

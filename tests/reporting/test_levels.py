@@ -56,8 +56,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "optimizer_only": {"hesso, recovery": times | {"median_ms": 20.0, "ratio": 1.3}},
         "convnext_small_cut": {"total_seconds": 3.4, "peak_rss_bytes": 1.5e9, "peak_rss_before_bytes": 0.9e9},
     }
-    (folder / "reports/benchmarks").mkdir()
-    (folder / "reports/benchmarks/pruning.json").write_text(json.dumps(benchmark))
+    (folder / "reports/benchmarks/pruning").mkdir(parents=True)
+    (folder / "reports/benchmarks/pruning/cpu.json").write_text(json.dumps(benchmark))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return read_run(load_params())
@@ -152,8 +152,8 @@ def test_the_page_shows_levels_pairs_libraries_and_cuts(run: Run, parts: tuple, 
 
 def test_a_benchmark_of_another_shape_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path, params_of())
-    (tmp_path / "reports/benchmarks").mkdir()
-    (tmp_path / "reports/benchmarks/pruning.json").write_text("{}")
+    (tmp_path / "reports/benchmarks/pruning").mkdir(parents=True)
+    (tmp_path / "reports/benchmarks/pruning/cpu.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"reports/benchmarks/pruning\.json is not what tests/benchmarks/pruning\.py"):
+    with pytest.raises(UserError, match=r"reports/benchmarks/pruning/cpu\.json is not what tests/benchmarks/pruning\.py"):
         read_run(load_params())
