@@ -86,6 +86,8 @@ class Finetune(Section):
     muon_learning_rate: Positive = 0.02
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     muon_weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    muon_iterations: Annotated[int, Field(ge=1, le=10)] = 5
+    """Newton-Schulz iterations in each of Muon's steps: fewer take less time and orthogonalise more coarsely."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     schedule: Literal["cosine", "linear"] = "cosine"
     label_smoothing: Fraction = 0.1

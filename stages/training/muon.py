@@ -22,9 +22,14 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
     ) -> None:
-        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -36,8 +36,9 @@ class Optimizers:
             self._flat = [(p, nn.Parameter(_as_matrix(p.data))) for p in matrices]
             if copied := [p for p, flat in self._flat if flat.data_ptr() != p.data_ptr()]:
                 raise RuntimeError(f"{len(copied)} weights are not dense in memory: Muon would train copies of them")
-            rate, decay = recipe.muon_learning_rate, recipe.muon_weight_decay
-            self._all.append(Muon([flat for _, flat in self._flat], lr=rate, weight_decay=decay, momentum=0.95))
+            rate, decay, iterations = recipe.muon_learning_rate, recipe.muon_weight_decay, recipe.muon_iterations
+            flats = [flat for _, flat in self._flat]
+            self._all.append(Muon(flats, lr=rate, weight_decay=decay, momentum=0.95, ns_steps=iterations))
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._all]
 
     def set_factor(self, factor: float) -> None:

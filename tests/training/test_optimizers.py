@@ -25,26 +25,28 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(weight.shape[0], -1).clone()
 
 
-def newton_schulz(x: torch.Tensor) -> torch.Tensor:
-    """Five of Muon's iterations, as they are written, in float64."""
+def newton_schulz(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Muon's iterations, as they are written, in float64."""
     wanted = x.double().T if x.shape[0] > x.shape[1] else x.double()
     wanted = wanted / wanted.norm()
-    for _ in range(5):
+    for _ in range(iterations):
         gram = wanted @ wanted.T
         wanted = 3.4445 * wanted + (-4.7750 * gram + 2.0315 * gram @ gram) @ wanted
     return wanted.T if x.shape[0] > x.shape[1] else wanted
 
 
-def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network, monkeypatch):
+@pytest.mark.parametrize("iterations", [5, 3])
+def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network, iterations, monkeypatch):
     monkeypatch.setattr(muon, "use_bfloat16", lambda precision, device: False)
     network.to(memory_format=torch.channels_last)
     reference = copy.deepcopy(network)
     for each in (network, reference):
         backward(each)
-    Optimizers(network, recipe_with(optimizer="muon", muon_learning_rate=0.05, muon_weight_decay=0.1)).step()
+    settings = {"muon_learning_rate": 0.05, "muon_weight_decay": 0.1, "muon_iterations": iterations}
+    Optimizers(network, recipe_with(optimizer="muon", **settings)).step()
     assert len(hidden_matrices(network)) > 5
     for moved, start in zip(hidden_matrices(network), hidden_matrices(reference), strict=True):
-        before, direction = as_matrix(start), newton_schulz(as_matrix(start.grad))
+        before, direction = as_matrix(start), newton_schulz(as_matrix(start.grad), iterations)
         rate = 0.05 * max(1, before.shape[0] / before.shape[1]) ** 0.5
         wanted = before * (1 - 0.05 * 0.1) - rate * direction
         torch.testing.assert_close(as_matrix(moved).double(), wanted, rtol=0, atol=1e-4)
