@@ -70,10 +70,11 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         padding, channels = [side // 2 for side in weight.shape[2:]], len(weight)
-        wanted = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
-        of_x, _, of_bias = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [channels], [1, 1], padding, [1, 1], False, [0, 0], channels, wanted
-        )
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = F.conv2d(gradient, weight.flip(2, 3), padding=padding, groups=channels)
+        if ctx.needs_input_grad[2]:  # asked for it, oneDNN would compute the weights' gradient too
+            of_bias = gradient.sum((0, 2, 3))
         of_weight = torch.empty_like(weight).copy_(weight_gradient(x, gradient, weight.shape[2:]))
         return of_x, of_weight, of_bias
 
@@ -89,8 +90,8 @@ def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, 
     Returns:
         float32 `[C, 1, *kernel]`.
     """
-    n, channels, height, width = x.shape
-    x, gradient = (of.float().permute(1, 2, 3, 0).reshape(channels, height * width, n) for of in (x, gradient))
+    channels, height, width = x.shape[1:]
+    x, gradient = (of.float().permute(1, 2, 3, 0).contiguous().flatten(1, 2) for of in (x, gradient))
     pairs = torch.bmm(gradient, x.mT).flatten(1)
     return (pairs @ _connected(height, width, tuple(kernel))).view(channels, 1, *kernel)
 

@@ -1,7 +1,7 @@
-"""Muon with its orthogonalisation over all matrices of one shape at once, in bfloat16 only where the hardware has it.
+"""Muon with its orthogonalisation over all matrices of one shape at once, turned where they are tall.
 
-torch's own takes one matrix at a time, and multiplies in bfloat16, which processors without such instructions emulate
-at a hundredth of their speed.
+In bfloat16 only where the hardware has it: torch's own takes one matrix at a time, and multiplies in bfloat16, which
+processors without such instructions emulate at a hundredth of their speed.
 """
 
 import itertools
@@ -39,9 +39,9 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            matrices = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+            matrices = sorted((p for p in group["params"] if p.grad is not None), key=_kind)
             bfloat16 = bool(matrices) and use_bfloat16("auto", matrices[0].device)
-            for _, alike in itertools.groupby(matrices, key=lambda p: p.shape):
+            for _, alike in itertools.groupby(matrices, key=lambda p: _kind(p)[:2]):
                 self._move(list(alike), group, bfloat16)
         return loss
 
@@ -52,28 +52,37 @@ class Muon(torch.optim.Muon):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         means = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        wanted = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))
-        rows, columns = wanted.shape[1:]
-        moves = orthogonalised(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"], bfloat16)
+        wanted = torch._foreach_lerp(gradients, means, group["momentum"])
+        wide = torch.stack([one.mT if _tall(one) else one for one in wanted])
+        moves = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"], bfloat16)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(moves.to(wanted.dtype)), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+        for tall, pairs in itertools.groupby(zip(matrices, moves.to(wide.dtype), strict=True), lambda of: _tall(of[0])):
+            moved, by = zip(*pairs, strict=True)
+            rows, columns = moved[0].shape
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            torch._foreach_add_(moved, [one.mT for one in by] if tall else by, alpha=-rate)
+
+
+def _kind(matrix: torch.Tensor) -> tuple[int, int, bool]:
+    return min(matrix.shape), max(matrix.shape), _tall(matrix)
+
+
+def _tall(matrix: torch.Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
 
 
 def orthogonalised(
     x: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, bfloat16: bool
 ) -> torch.Tensor:
-    """Newton-Schulz iterations that bring the singular values of each matrix in `x` `[N, rows, columns]` near 1.
+    """Newton-Schulz iterations that bring the singular values of each matrix in `x` near 1.
 
-    One iteration is `x <- (a + b g + c g^2) x` with `g = x x^T`; in bfloat16, as torch's, where the hardware has it.
+    `x` is `[N, rows, columns]` with no more rows than columns. One iteration is `x <- (a + b g + c g^2) x` with
+    `g = x x^T`; in bfloat16, as torch's, where the hardware has it.
     """
-    if tall := x.shape[1] > x.shape[2]:
-        x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     if bfloat16:
-        x = _step_by_step(x.bfloat16(), coefficients, steps)
-    else:
-        x = _by_factors(x, coefficients, steps)
-    return x.mT if tall else x
+        return _step_by_step(x.bfloat16(), coefficients, steps)
+    return _by_factors(x, coefficients, steps)
 
 
 def _step_by_step(x: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:

@@ -155,5 +155,6 @@ def test_a_benchmark_of_another_shape_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "reports/benchmarks/pruning").mkdir(parents=True)
     (tmp_path / "reports/benchmarks/pruning/cpu.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"reports/benchmarks/pruning/cpu\.json is not what tests/benchmarks/pruning\.py"):
+    message = r"reports/benchmarks/pruning/cpu\.json is not what tests/benchmarks/pruning\.py"
+    with pytest.raises(UserError, match=message):
         read_run(load_params())

@@ -50,6 +50,15 @@ def test_gradients_are_those_of_the_convolution(kernel, size, memory, bias, repl
         assert ours.is_contiguous(memory_format=memory) or ours.dim() != 4 or 1 in ours.shape
 
 
+def test_onednns_own_gradient_is_not_asked_for_at_all():
+    layer = nn.Conv2d(6, 6, 3, padding=1, groups=6)  # one mask for input and bias makes it compute the weights' too
+    with FastDepthwise(), torch.profiler.profile() as profile:
+        gradients(layer, torch.randn(5, 6, 2, 2))
+    names = {event.name for event in profile.events()}
+    assert "aten::convolution" in names
+    assert "aten::convolution_backward" not in names
+
+
 def test_under_autocast_they_are_those_of_the_rounded_layer(replaced):
     torch.manual_seed(0)
     layer, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(5, 6, 3, 3)

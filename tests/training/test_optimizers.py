@@ -53,7 +53,7 @@ def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network, i
 
 
 @pytest.mark.parametrize(("native", "allowed"), [(False, 1e-3), (True, 3e-2)], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(3, 12, 40), (2, 40, 12), (1, 16, 16)])
+@pytest.mark.parametrize("shape", [(3, 12, 40), (1, 16, 16)])
 def test_orthogonalising_is_newton_schulz_of_each_matrix(shape, native, allowed):
     torch.manual_seed(0)
     x = torch.randn(shape) @ torch.diag(torch.logspace(0, -4, shape[2]))  # singular values far apart
