@@ -16,7 +16,7 @@ from stages.reporting.bits import Contest, bits_by_layer, contests_of, objective
 from stages.reporting.inputs import Run
 from stages.reporting.levels import Level, levels_of
 from stages.reporting.robustness import curves_of, headline_variants
-from stages.reporting.rows import Choices, Group, mark_front, model_family
+from stages.reporting.rows import Choices, Group, Point, model_family, points_of
 from stages.reporting.text import bytes_text, count_text, ms_text, percent_text, short_name, wrapped
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
@@ -97,45 +97,55 @@ LEVEL_COSTS = {"size": "size_bytes", "macs": "macs", "latency": "latency_ms_p50"
 
 
 def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -> Picture:
-    """Top-1 with its Wilson interval against a cost, the front as a line, labels that do not overlap."""
+    """Top-1 against a cost, the front as a line, labels that do not overlap.
+
+    A variant stands with its Wilson interval; several seeds stand as one point, with their standard deviation.
+    """
     words, unit, write = COSTS[cost]
-    on_front = mark_front(rows, cost)
-    scale, unit = _scale([row[cost] for row in rows], unit)
+    points = points_of(rows, cost)
+    scale, unit = _scale([point.cost for point in points], unit)
     figure, axes = _figure(3.7)
     colors, markers = _looks(run)
-    xs = [row[cost] / scale for row in rows]
-    _cost_axis(axes, xs)
+    marks = [(point.cost / scale, 100 * point.top1) for point in points]
+    _cost_axis(axes, [x for x, _ in marks])
     titles = {}
-    for index, (row, x) in enumerate(zip(rows, xs, strict=True)):
-        color, marker = colors[row["pruner"]], markers[row["quantizer"]]
-        y = 100 * row["top1"]
-        axes.plot([x, x], [100 * row["top1_ci_low"], 100 * row["top1_ci_high"]], color=color, lw=1, alpha=0.6)
-        chosen = row["variant"] == choices.headline
-        (point,) = axes.plot([x], [y], **marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
-        point.set_markeredgecolor(INK if chosen else color)
-        point.set_zorder(3)
-        point.set_gid(f"{name}-point-{index}")
+    for index, (point, (x, y)) in enumerate(zip(points, marks, strict=True)):
+        color, marker = colors[point.pruner], markers[point.quantizer]
+        axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, lw=1, alpha=0.6)
+        chosen = choices.headline in point.variants
+        (mark,) = axes.plot([x], [y], **marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
+        mark.set_markeredgecolor(INK if chosen else color)
+        mark.set_zorder(3)
+        mark.set_gid(f"{name}-point-{index}")
         titles[f"{name}-point-{index}"] = (
-            f"{row['variant']}: top-1 {percent_text(row['top1'])}"
-            f" [{percent_text(row['top1_ci_low'])}, {percent_text(row['top1_ci_high'])}], {write(row[cost])}"
-            + (", on the front" if on_front[row["variant"]] else "")
+            f"{_accuracy_words(point)}, {write(point.cost)}{', on the front' if point.on_front else ''}"
         )
-    line = sorted((x, 100 * row["top1"]) for row, x in zip(rows, xs, strict=True) if on_front[row["variant"]])
+    line = sorted(mark for mark, point in zip(marks, points, strict=True) if point.on_front)
     if len(line) > 1:
         axes.plot(*zip(*line, strict=True), color=INK, lw=0.9, ls="--", drawstyle="steps-post", zorder=1)
     axes.set_xlabel(f"{words} ({unit})")
-    axes.set_ylabel("test top-1 (%)")
+    several = any(len(point.variants) > 1 for point in points)
+    axes.set_ylabel("test top-1 (%), mean over seeds" if several else "test top-1 (%)")
     axes.margins(y=0.12)
     _legend(figure, colors, markers, front=len(line) > 1)
-    marks = [(x, 100 * row["top1"]) for row, x in zip(rows, xs, strict=True)]
-    labels = _label_points(figure, axes, _labels(run, rows, xs, on_front, choices), marks)
-    best = [row["variant"] for row in sorted(rows, key=lambda row: row[cost]) if on_front[row["variant"]]]
+    labels = _label_points(figure, axes, _labels(run, points, marks, choices), marks)
+    best = [point.variants[0] for point in sorted(points, key=lambda point: point.cost) if point.on_front]
+    spread = f"{percent_text(run.params.report.confidence, 0)} Wilson interval"
+    if several:
+        spread = "standard deviation over seeds, a group of seeds under the name of its first,"
     alt = (
-        f"Scatter plot of {len(rows)} variants: test top-1 accuracy with"
-        f" {percent_text(run.params.report.confidence, 0)} Wilson interval against {words}. On the front, from"
+        f"Scatter plot of {len(points)} variants: test top-1 accuracy with {spread} against {words}. On the front, from"
         f" cheapest: {', '.join(best)}."
     )
     return _finish(figure, name, f"Accuracy against {words}", alt, titles, labels)
+
+
+def _accuracy_words(point: Point) -> str:
+    if len(point.variants) == 1:
+        interval = f"[{percent_text(point.low)}, {percent_text(point.high)}]"
+        return f"{point.variants[0]}: top-1 {percent_text(point.top1)} {interval}"
+    deviation = f"\N{PLUS-MINUS SIGN} {percent_text(point.high - point.top1)}"
+    return f"{point.variants[0]} and {len(point.variants) - 1} more seeds: top-1 {percent_text(point.top1)} {deviation}"
 
 
 def size_bars(run: Run, rows: list[dict]) -> Picture:
@@ -587,21 +597,16 @@ def _legend_below(figure, handles: list, labels: list[str]) -> None:
 
 
 def _labels(
-    run: Run, rows: list[dict], xs: list[float], on_front: dict[str, bool], choices: Choices
+    run: Run, points: list[Point], marks: list[tuple[float, float]], choices: Choices
 ) -> list[tuple[float, float, str]]:
-    """x, y and text, the most important first; one label for each group of seeds."""
+    """x, y and text, the most important first."""
     order = []
-    for row, x in zip(rows, xs, strict=True):
-        variant = row["variant"]
-        baseline = variant == run.params.baseline_of(variant)
-        rank = (variant != choices.headline, not baseline, not on_front[variant])
-        order.append((rank, x, 100 * row["top1"], row))
-    labels, seen = [], set()
-    for _, x, y, row in sorted(order, key=lambda item: item[0]):
-        if row["group"] not in seen:
-            seen.add(row["group"])
-            labels.append((x, y, wrapped(short_name(run.params, row["variant"]), LABEL_LETTERS)))
-    return labels
+    for point, mark in zip(points, marks, strict=True):
+        first = point.variants[0]
+        baseline = first == run.params.baseline_of(first)
+        rank = (choices.headline not in point.variants, not baseline, not point.on_front)
+        order.append((rank, *mark, wrapped(short_name(run.params, first), LABEL_LETTERS)))
+    return [label for _, *label in sorted(order, key=lambda item: item[0])]
 
 
 def _label_points(
@@ -609,7 +614,8 @@ def _label_points(
 ) -> list[Label]:
     """Write labels beside their points where nothing is in the way; where there is no room, a label is left out.
 
-    The first, the headline's, is never left out: without room it stands over what is near its point.
+    The first, the headline's, is never left out: its line may run through other marks, and without any room it stands
+    over what is near its point.
 
     Greedy: each label takes the nearest free one of twelve directions at growing distances (Christensen, Marks &
     Shieber 1995 give greedy placement as the baseline). One that stands away from its point, or nearer to another's
@@ -659,7 +665,7 @@ def _label_points(
         px, py = own = tuple(axes.transData.transform((x, y)))
         others = [spot for spot in spots if dist(spot, own) > 1]  # marks on the very same spot share their label
         best: Label | None = None
-        for gap, angle in product(LABEL_GAPS, directions):
+        for crossing, gap, angle in product((False,) if placed else (False, True), LABEL_GAPS, directions):
             reach = (gap + 4) * point
             cx = px + reach * cos(angle) + (width / 2) * cos(angle)
             cy = py + reach * sin(angle) + (height / 2) * sin(angle)
@@ -669,7 +675,7 @@ def _label_points(
             if any(_overlap(box, other) for other in (*(label.box for label in placed), *obstacles)):
                 continue
             joined = gap > LABEL_GAPS[1] or _nearer(others, own, box)
-            if joined and any(_to_line(spot, own, _nearest(own, box)) < 6 * point for spot in others):
+            if joined and not crossing and any(_to_line(spot, own, _nearest(own, box)) < 6 * point for spot in others):
                 continue
             best = Label(box, own, joined)
             break

@@ -1,5 +1,6 @@
 """One row for each variant, one summary for each group of seeds, and the choice of the variants to headline."""
 
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -304,7 +305,40 @@ def small_dense(run: Run) -> str | None:
     return max(listed, key=lambda variant: validation_top1(run, variant), default=None)
 
 
-def mark_front(rows: list[dict], cost: str) -> dict[str, bool]:
-    """Which variants no other beats in `cost` (lower is better) and top-1 together."""
-    flags = front([row[cost] for row in rows], [row["top1"] for row in rows])
-    return {row["variant"]: flag for row, flag in zip(rows, flags, strict=True)}
+@dataclass(frozen=True)
+class Point:
+    """What a picture of accuracy against a cost shows of one variant, or of one group of seeds: then their means."""
+
+    variants: list[str]
+    """One for each seed."""
+    model: str
+    pruner: str
+    quantizer: str
+    cost: float
+    top1: float
+    low: float
+    high: float
+    """Of one variant its Wilson interval; of several seeds one sample standard deviation to either side."""
+    on_front: bool
+    """Whether no other point costs no more, is at least as accurate, and differs."""
+
+
+def points_of(rows: list[dict], cost: str) -> list[Point]:
+    """One for each group, in the rows' order; on the front by means, lest a lucky seed stand there for the others."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    costs = [
+        statistics.mean([row[cost] for row in group]) for group in groups.values()
+    ]  # bytes of equal size stay whole
+    top1s = [mean_and_deviation([row["top1"] for row in group]) for group in groups.values()]
+    flags = front(costs, [top1 for top1, _ in top1s])
+    points = []
+    for group, mean_cost, (top1, deviation), on_front in zip(groups.values(), costs, top1s, flags, strict=True):
+        first = group[0]
+        low, high = first["top1_ci_low"], first["top1_ci_high"]
+        if deviation is not None:
+            low, high = top1 - deviation, top1 + deviation
+        names, looks = [row["variant"] for row in group], (first[key] for key in ("model", "pruner", "quantizer"))
+        points.append(Point(names, *looks, mean_cost, top1, low, high, on_front))
+    return points

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from stages.reporting.inputs import Run
 from stages.reporting.plots import CONFUSION_CLASSES, confusion_counts, worst_classes
-from stages.reporting.rows import Choices, mark_front
+from stages.reporting.rows import Choices, points_of
 
 CONFUSED_WITH = 3
 """So many wrong answers stand for each class in a `confusion.csv` that does not hold the whole matrix."""
@@ -32,11 +32,24 @@ def plot_tables(run: Run, rows: list[dict], choices: Choices) -> dict[str, Table
 
 
 def _pareto(rows: list[dict], cost: str) -> Table:
-    columns = ("variant", "model", "pruner", "quantizer", cost, "top1", "top1_ci_low", "top1_ci_high", "front")
-    on_front = mark_front(rows, cost)
+    """One line for each variant, or for each group of seeds under its first one's name."""
     return Table(
-        columns,
-        [{column: row.get(column) for column in columns} | {"front": int(on_front[row["variant"]])} for row in rows],
+        ("variant", "model", "pruner", "quantizer", "seeds", cost, "top1", "top1_low", "top1_high", "front"),
+        [
+            {
+                "variant": point.variants[0],
+                "model": point.model,
+                "pruner": point.pruner,
+                "quantizer": point.quantizer,
+                "seeds": len(point.variants),
+                cost: round(point.cost, 6),
+                "top1": round(point.top1, 6),
+                "top1_low": round(point.low, 6),
+                "top1_high": round(point.high, 6),
+                "front": int(point.on_front),
+            }
+            for point in points_of(rows, cost)
+        ],
     )
 
 

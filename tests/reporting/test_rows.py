@@ -14,7 +14,7 @@ from stages.reporting.rows import (
     control_of,
     group_of,
     headline_metrics,
-    mark_front,
+    points_of,
 )
 from stages.reporting.statistics import holm, mcnemar_p
 
@@ -164,7 +164,24 @@ def test_headline_metrics_are_few_and_flat(run: Run):
 
 def test_the_front_holds_the_cheapest_and_the_most_accurate(run: Run):
     rows = assemble_rows(run, assemble_groups(run))
-    flags = mark_front(rows, "size_bytes")
-    assert flags[min(rows, key=lambda row: row["size_bytes"])["variant"]]
-    assert flags[max(rows, key=lambda row: row["top1"])["variant"]]
-    assert not flags["atto-l1-fp32"]
+    points = {point.variants[0]: point for point in points_of(rows, "size_bytes")}
+    assert points[min(rows, key=lambda row: row["size_bytes"])["variant"]].on_front
+    best = max(rows, key=lambda row: row["top1"])
+    assert points[best["variant"]].on_front
+    assert (points[best["variant"]].low, points[best["variant"]].high) == (best["top1_ci_low"], best["top1_ci_high"])
+    assert not points["atto-l1-fp32"].on_front
+
+
+def test_seeds_stand_on_the_front_by_their_mean_and_not_by_the_luckiest_of_them():
+    same = {"model": "m", "pruner": "p", "top1_ci_low": 0.0, "top1_ci_high": 1.0}
+    figures = [("steady", 0.80, 10), ("steady", 0.80, 12), ("lucky", 0.84, 13), ("lucky", 0.70, 11)]
+    rows = [
+        same | {"variant": f"{group}-{n}", "group": group, "quantizer": group, "top1": top1, "macs": macs}
+        for n, (group, top1, macs) in enumerate(figures)
+    ]
+    steady, lucky = points_of(rows, "macs")
+    assert (steady.variants, lucky.variants) == (["steady-0", "steady-1"], ["lucky-2", "lucky-3"])
+    assert (steady.cost, steady.top1, steady.low, steady.high) == pytest.approx((11, 0.80, 0.80, 0.80))
+    assert (lucky.cost, lucky.top1) == pytest.approx((12, 0.77))
+    assert (lucky.low, lucky.high) == pytest.approx((0.77 - 0.07 * 2**0.5, 0.77 + 0.07 * 2**0.5))
+    assert (steady.on_front, lucky.on_front) == (True, False)
