@@ -5,6 +5,7 @@
 
 import difflib
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
@@ -19,7 +20,19 @@ from stages.common.errors import UserError, run_stage
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names become folders and DVC keys: no dots
+
+
+def _launcher(command: str) -> str:
+    """What can be told of it without torch, which refuses the rest when it starts the processes."""
+    try:
+        program, *options = shlex.split(command) or [""]
+    except ValueError as error:
+        raise ValueError(f"{str(error).lower()}") from None
+    if not (program == "torchrun" or (program == "python" and not options)):
+        raise ValueError("must be python, or torchrun with its options (torchrun --nproc-per-node 2)")
+    return command
 
 
 class Section(BaseModel):
@@ -35,12 +48,12 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads for training and accuracy; 0 takes all cores, or OMP_NUM_THREADS of them. Timing has its own:
     `edge_benchmark.threads`."""
-    launcher: Annotated[str, Field(pattern=r"^(python|torchrun( .+)?)$")] = "python"
+    launcher: Annotated[str, AfterValidator(_launcher)] = "python"
     """Of stages that train: `torchrun --nproc-per-node 2`, for example, trains in two processes, each with half of
     every batch and `threads` threads; with several nodes the stage is started on each."""
 
@@ -56,7 +69,7 @@ class Data(Section):
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Only where the source brings no test part of its own."""
-    split_seed: Annotated[int, Field(ge=0)] = 0
+    split_seed: Seed = 0
     allow_unreadable: bool = False
 
     @model_validator(mode="after")
@@ -73,7 +86,7 @@ class Model(Section):
     input_size: Annotated[int, Field(ge=8, le=1024)]
     weights: str = "none"
     """`none`, `pretrained` (asks the library's hub) or the path of a weights file."""
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Seed | None = None
     """Instead of `base.seed`: the same settings under another seed are another entry."""
 
 
@@ -338,7 +351,7 @@ class Calibrated(Section):
     """What every quantizer that looks at images has. They come from the training part."""
 
     calibration_images: Count = 256
-    calibration_seed: Annotated[int, Field(ge=0)] = 0
+    calibration_seed: Seed = 0
 
 
 class Int8Static(Calibrated):
@@ -471,7 +484,7 @@ class Profile(Section):
     batch_size: Count = 256
     corrupted_images: Annotated[int, Field(ge=0)] = 1000
     """Test images that each corruption is tried on, or all where there are fewer; 0: no corruptions."""
-    corruption_seed: Annotated[int, Field(ge=0)] = 0
+    corruption_seed: Seed = 0
 
 
 class Export(Section):
@@ -515,7 +528,7 @@ class Printed(Section):
     variant: Name
     images: Count | None = None
     """null: 1,000, or all where the test part has fewer."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 SSH_TARGET = re.compile(r"ssh://(?:(?P<user>[^\s@/:-][^\s@/:]*)@)?(?P<host>[^\s@/:-][^\s@/:]*)(?::(?P<port>\d+))?/?")
@@ -551,7 +564,7 @@ class EdgeBenchmark(Section):
     """Shortest duration of a window."""
     minimum_runs: Count = 5
     """Recorded calls in each window, however long they take."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     soak: Soak | None = None
     printed: Printed | None = None
 
@@ -714,6 +727,11 @@ def _broken_references(params: Params) -> list[str]:
     if edge.batch > 1 and params.export.batch == 1:
         problems.append(
             f"edge_benchmark.batch = {edge.batch}: export.batch = 1 lets the files take one image at a time"
+        )
+    if (padding := params.finetune.crop_padding) >= params.data.image_size:
+        problems.append(
+            f"finetune.crop_padding = {padding}: must be less than data.image_size = {params.data.image_size}: a crop"
+            " would show nothing of its image"
         )
     early = params.finetune.early_input_size
     for key, model in params.models.items():

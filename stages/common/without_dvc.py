@@ -111,9 +111,16 @@ def run(stage: str) -> dict[str, object]:
         raise UserError(f"{stage}: ended with exit code {code}; the stages before it are done")
     told: dict[str, object] = {"seconds": round(time.time() - started, 1), "finished": round(time.time())}
     if name in OUTS:
-        files = sorted(file for file in OUTS[name](key).iterdir() if file.is_file())
-        told["sha256"] = {file.name: sha256_of(file) for file in files}
+        told["sha256"] = hashes(stage)
     return told
+
+
+def hashes(stage: str) -> dict[str, str]:
+    """The SHA-256 of every file of a stage's artifact, by name; empty where there is none."""
+    name, _, key = stage.partition("@")
+    folder = OUTS[name](key)
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return {file.name: sha256_of(file) for file in files}
 
 
 def surroundings() -> dict[str, object]:
@@ -152,7 +159,9 @@ def main() -> None:
     told = read_json(PROVENANCE) if PROVENANCE.exists() else {}
 
     def is_done(stage: str) -> bool:
-        return all(told.get(stage, {}).get(name) == around[name] for name in ("commit", "params_sha256"))
+        entry = told.get(stage, {})
+        same = all(entry.get(name) == around[name] for name in ("commit", "params_sha256"))
+        return same and (stage.partition("@")[0] not in OUTS or entry.get("sha256") == hashes(stage))
 
     def done(stage: str, entry: dict[str, object]) -> None:
         told[stage] = entry | around

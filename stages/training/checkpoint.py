@@ -25,6 +25,7 @@ CODE = (
 )
 """What makes a checkpoint stale when it changes."""
 LIBRARIES = ("torch", "torchvision", "timm", "only-train-once", "torch-pruning")
+CHECKPOINT = "checkpoint.pt"
 FINISHED = "finished"
 LARGEST_SHARE, CHEAP_SECONDS = 0.05, 0.3
 """Of the time, for checkpoints; those that are written as fast as this are written after every epoch."""
@@ -100,19 +101,27 @@ class Spacing:
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Replace the last checkpoint by `state`, whole or not at all."""
     try:
-        with atomic_file(folder / "checkpoint.pt") as temporary:
+        with atomic_file(folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
-    except (UserError, OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
-        raise UserError(f"{error}; the checkpoint before it is kept") from None
+    except (UserError, OSError, RuntimeError) as error:
+        reason = error
+        if isinstance(error, RuntimeError):  # torch's word for a full disk
+            reason = f"cannot write {folder / CHECKPOINT}: torch could not finish it, as on a full disk ({error}):"
+            reason += " make room, then run again"
+        kept = "; the checkpoint before it is kept" if (folder / CHECKPOINT).exists() else ""
+        raise UserError(f"{reason}{kept}") from None
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The last checkpoint; None where there is none, or none that can be read."""
-    path = folder / "checkpoint.pt"
+    path = folder / CHECKPOINT
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"epochs", "curve", "chosen", "run"} - state.keys():
+            raise ValueError(f"it holds no {', '.join(sorted(missing))}")
+        return state
     except Exception as error:  # torch has many words for a broken file
         print(f"{path} is broken ({str(error).splitlines()[0]}): starting again", flush=True)
         return None

@@ -49,6 +49,9 @@ CURVE_COLUMNS = (
 )
 
 
+MUON_RATE = "finetune.muon_learning_rate"
+
+
 @dataclass
 class Trained:
     """A trained network and how it went."""
@@ -241,8 +244,9 @@ class _Run:
             progress.step()
         mean = processes.summed(total).item() / processes.count() / self.batches
         if not np.isfinite(mean):
+            rates = f"{self.rate_key} or {MUON_RATE}" if self.recipe.optimizer == "muon" else self.rate_key
             raise UserError(
-                f"{self.title}: the loss became {mean} in epoch {epoch + 1}: lower {self.rate_key}; nothing was saved"
+                f"{self.title}: the loss became {mean} in epoch {epoch + 1}: lower {rates}; nothing was saved"
             )
         return mean
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=1)
 """Of one process for the others: a search for bits, which the first one does alone, takes what it takes. That one of
 them has ended torchrun sees for itself."""
+GRACE_SECONDS = 10
+"""For which a process that lost the others waits to be ended."""
 
 
 def launch(base: Base) -> None:
@@ -46,8 +49,11 @@ def launch(base: Base) -> None:
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a failure is told below, in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(base.threads or 1))  # torchrun's own default, without its warning
-    arguments = parse_args([*options, "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    stage = sys.modules["__main__"].__spec__.name
     try:
+        arguments = parse_args([*options, "-m", stage, *sys.argv[1:]])
+        if arguments.training_script != stage:
+            raise ValueError(f"{arguments.training_script} is no option of it; the stage is added by itself")
         run(arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
@@ -57,6 +63,9 @@ def launch(base: Base) -> None:
             sys.exit(failure.exitcode)  # it has printed a traceback
         where = f"process {rank} of {base.launcher!r}: " if failure.exitcode < 0 else ""
         raise UserError(f"{where}{failure.message}") from None
+    except (ValueError, AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise UserError(f"base.launcher = {base.launcher!r}: torchrun refuses it: {reason}") from None
     except SignalException as ended:
         sys.exit(INTERRUPTED if ended.sigval == signal.SIGINT else 128 + ended.sigval)
     sys.exit(0)
@@ -79,6 +88,11 @@ def joined(device: torch.device) -> Iterator[None]:
                 silence = stack.enter_context(Path(os.devnull).open("w"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
             yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        time.sleep(GRACE_SECONDS)  # torchrun sees the one that failed first, tells its reason, and ends this one
+        raise UserError(f"the connection to the other processes broke: {str(error).splitlines()[0]}") from None
     finally:
         dist.destroy_process_group()
 

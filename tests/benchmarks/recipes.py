@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all that Python puts there
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 
 from stages.common import paths
 from stages.common.cores import threads_for
@@ -38,7 +38,7 @@ def changed(raw: dict, changes: list[str], seed: int) -> dict:
     """The params with `key.of.a.setting=value` set; the value is YAML.
 
     Raises:
-        UserError: for a change of another form.
+        UserError: for a change of another form, of what is no section, or to what is no value.
     """
     for change in [*changes, f"base.seed={seed}", f"root={ROOT}"]:
         key, equals, value = change.partition("=")
@@ -47,20 +47,30 @@ def changed(raw: dict, changes: list[str], seed: int) -> dict:
             raise UserError(f"{change}: is no change: write key=value, as in finetune.epochs=20")
         place = raw
         for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = YAML(typ="safe").load(value)
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise UserError(f"{change}: {'.'.join(sections)} is no section of {paths.PARAMS}")
+        try:
+            place[name] = YAML(typ="safe").load(value)
+        except YAMLError:
+            raise UserError(f"{change}: {value} is no YAML value") from None
     return raw
 
 
 def train(changes: list[str], seed: int) -> dict[str, object]:
     """One training in a folder of its own, which goes when it is done."""
+    load_params()  # tells what is wrong without the changes
     raw = changed(YAML(typ="safe").load(paths.PARAMS), changes, seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         YAML().dump(raw, folder / paths.PARAMS)
         (folder / "data").mkdir()
         (folder / paths.IMAGES).symlink_to(paths.IMAGES.resolve())
-        params = load_params(folder / paths.PARAMS)
+        try:
+            params = load_params(folder / paths.PARAMS)
+        except UserError as error:
+            told = str(error).replace(str(folder / paths.PARAMS), f"{paths.PARAMS} with these changes")
+            raise UserError(told) from None
         key = next(iter(params.models))
         command = [sys.executable, "-m", "stages.finetune", key]
         if subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode:

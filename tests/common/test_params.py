@@ -303,6 +303,32 @@ def test_a_key_given_twice_is_refused(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("launcher", "told"),
+    [
+        ("mpirun -n 2", "must be python, or torchrun with its options"),
+        ("python -O", "must be python, or torchrun with its options"),
+        ("", "must be python, or torchrun with its options"),
+        ('torchrun "--nproc-per-node', "no closing quotation"),
+    ],
+)
+def test_a_launcher_that_is_none_is_refused(raw, tmp_path, launcher, told):
+    raw["base"]["launcher"] = launcher
+    assert f"base.launcher = {launcher!r}: {told}" in refusal(raw, tmp_path)
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [("base", "seed", 2**32), ("base", "threads", 100_000)])
+def test_numbers_that_no_generator_or_machine_takes_are_refused(raw, tmp_path, section, key, value):
+    raw[section][key] = value
+    assert f"{section}.{key} = {value}: must be less than" in refusal(raw, tmp_path)
+
+
+def test_a_crop_that_may_miss_the_image_is_refused(raw, tmp_path):
+    size = raw["data"]["image_size"]
+    raw["finetune"]["crop_padding"] = size
+    assert f"finetune.crop_padding = {size}: must be less than data.image_size" in refusal(raw, tmp_path)
+
+
 def test_mixing_needs_an_even_batch(raw, tmp_path):
     raw["finetune"] |= {"batch_size": 33, "mixup": 0.2}
     assert "it must be even" in refusal(raw, tmp_path)

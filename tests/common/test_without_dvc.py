@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -77,6 +78,20 @@ def test_what_is_done_stays_told_and_is_left_out_when_resumed(project, monkeypat
     paths.PARAMS.write_text(paths.PARAMS.read_text() + "\n")
     run(monkeypatch, "--resume", "quantize")
     assert ran[1:] == ["quantize@toy-none-fp32", "quantize@toy-none-int8"]
+
+
+def test_what_was_done_and_is_gone_or_changed_is_done_again(project, monkeypatch):
+    run(monkeypatch, "quantize@toy-none-fp32")
+    ran = []
+    monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
+    told = PROVENANCE.read_text()
+    (paths.compressed("toy-none-fp32") / "model.json").write_text("{}")
+    run(monkeypatch, "--resume", "quantize@toy-none-fp32")
+    assert len(ran) == 1
+    PROVENANCE.write_text(told)
+    shutil.rmtree(paths.compressed("toy-none-fp32"))
+    run(monkeypatch, "--resume", "quantize@toy-none-fp32")
+    assert len(ran) == 2
 
 
 def test_a_stage_that_fails_ends_the_run_and_is_named(project, monkeypatch, capfd):

@@ -113,6 +113,15 @@ def test_the_speed_up_has_its_interval_and_threads_that_sleep_are_named(tmp_path
     assert "no smaller variant stayed" not in alone
 
 
+def test_a_training_that_sees_small_images_first_explains_its_curve(tmp_path, monkeypatch, page: str):
+    assert "sees images of" not in page
+    params = params_of(pruners={"none": {"method": "none"}}, variants=[("none", "fp32")])
+    size = next(iter(params["models"].values()))["input_size"]
+    write_run(tmp_path, params | {"finetune": params["finetune"] | {"early_input_size": size - 8}})
+    monkeypatch.chdir(tmp_path)
+    assert f"sees images of {size - 8} pixels first" in render(read_run(load_params()))
+
+
 def test_claims_say_of_which_network_and_data_they_speak(page: str):
     claims = page[page.index('id="claims"') :]
     words = claims[: claims.index("<table")]

@@ -14,7 +14,7 @@ from stages.common.params import Base, NoneContinued
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
 from stages.training import checkpoint, loop
-from stages.training.checkpoint import checkpoint_folder
+from stages.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from stages.training.loop import recipe_for, steps_in, train
 
 BASE = Base(device="cpu", threads=1)
@@ -120,6 +120,12 @@ def test_a_loss_that_is_not_finite_ends_with_a_clear_error(network, parts, prepr
         run(network, parts, preprocess, recipe.model_copy(update={"optimizer": "sgd", "learning_rate": 1e30}))
 
 
+def test_of_muons_two_learning_rates_both_are_named(network, parts, preprocess, recipe):
+    wild = recipe.model_copy(update={"optimizer": "muon", "muon_learning_rate": 1e30})
+    with pytest.raises(UserError, match=r"lower finetune\.learning_rate or finetune\.muon_learning_rate"):
+        run(network, parts, preprocess, wild)
+
+
 def test_a_constraint_is_called_around_each_step_and_bounds_the_choice_of_epoch(network, parts, preprocess, recipe):
     class Recorder:
         def __init__(self) -> None:
@@ -216,9 +222,8 @@ def test_a_failed_training_keeps_its_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_a_clear_error_and_the_last_one_stays(tmp_path, monkeypatch):
-    from stages.training.checkpoint import load_checkpoint, save_checkpoint
-
-    save_checkpoint(tmp_path, {"epoch": 1})
+    state = {"epochs": [0, 2], "curve": [], "chosen": {}, "run": {}}
+    save_checkpoint(tmp_path, state)
 
     def full(state, path) -> None:
         Path(path).write_bytes(b"half")
@@ -226,8 +231,8 @@ def test_a_checkpoint_that_cannot_be_written_is_a_clear_error_and_the_last_one_s
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="No space left on device"):
-        save_checkpoint(tmp_path, {"epoch": 2})
-    assert load_checkpoint(tmp_path) == {"epoch": 1}
+        save_checkpoint(tmp_path, state | {"epochs": [0, 4]})
+    assert load_checkpoint(tmp_path) == state
 
 
 def test_checkpoints_that_take_long_are_written_less_often(monkeypatch):
@@ -304,6 +309,28 @@ def test_a_broken_checkpoint_is_named_and_training_starts_again(network, parts, 
         trained = run(network, parts, preprocess, recipe, checkpoints=folder)
     assert len(trained.curve) == recipe.epochs
     assert "checkpoint.pt is broken" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_something_else_is_named_and_training_starts_again(
+    network, parts, preprocess, recipe, tmp_path, capsys
+):
+    with checkpoint_folder(tmp_path, {"a": 1}) as folder:
+        torch.save({"epochs": [0, 2]}, folder / "checkpoint.pt")
+        trained = run(network, parts, preprocess, recipe, checkpoints=folder)
+    assert len(trained.curve) == recipe.epochs
+    assert "checkpoint.pt is broken (it holds no chosen, curve, run): starting again" in capsys.readouterr().out
+
+
+def test_a_full_disk_under_a_checkpoint_is_told_with_its_path(tmp_path, monkeypatch):
+    def full(state, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 1038464 vs 1038352")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/checkpoint.pt: .*make room, then run again$"):
+        save_checkpoint(tmp_path, {})
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(UserError, match="make room, then run again; the checkpoint before it is kept"):
+        save_checkpoint(tmp_path, {})
 
 
 def test_an_input_size_that_the_network_does_not_take_is_a_clear_error(network, parts, recipe):

@@ -207,6 +207,40 @@ def test_what_is_wrong_in_all_processes_is_told_in_one_line(project: Path):
     )
 
 
+def test_an_error_of_one_process_is_told_in_one_line(project: Path):
+    write_params(project, epochs=2000)
+    first = start(project, "stages.finetune", "toy")
+    assert first.stdout.readline().startswith("finetune toy: epoch 1/2000")
+    second = start(project, "stages.finetune", "toy")  # only its first process finds the folder locked
+    _, errors = second.communicate(timeout=120)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=120)
+    assert second.returncode == 2
+    assert errors.startswith("error: ")
+    assert "is still training this" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--nproc-per-node 0", "torchrun refuses it"),
+        ("--nproc-per-node abc", "torchrun refuses it"),
+        ("--nproc-per-node 2 other.py", "other.py is no option of it"),
+    ],
+)
+def test_options_that_torchrun_does_not_take_are_told_in_one_line(project: Path, options: str, told: str):
+    write_params(project)
+    path = project / "params.yaml"
+    path.write_text(path.read_text().replace("torchrun --nproc-per-node 2", f"torchrun {options}"))
+    process = start(project, "stages.finetune", "toy")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.startswith(f"error: base.launcher = 'torchrun {options}': ")
+    assert told in errors
+    assert errors.count("\n") == 1
+
+
 def test_a_process_that_is_killed_ends_the_stage_in_one_line_and_the_next_run_goes_on(project: Path):
     write_params(project, epochs=2000)
     process = start(project, "stages.finetune", "toy")
