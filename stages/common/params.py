@@ -29,7 +29,7 @@ def _launcher(command: str) -> str:
     try:
         program, *options = shlex.split(command) or [""]
     except ValueError as error:
-        raise ValueError(f"{str(error).lower()}") from None
+        raise ValueError(str(error).lower()) from None
     if not (program == "torchrun" or (program == "python" and not options)):
         raise ValueError("must be python, or torchrun with its options (torchrun --nproc-per-node 2)")
     return command
@@ -578,9 +578,13 @@ class EdgeBenchmark(Section):
 
     @model_validator(mode="after")
     def affinity_holds_the_threads(self) -> "EdgeBenchmark":
-        if self.affinity is not None and len(set(self.affinity)) < self.threads:
+        if self.affinity is None:
+            return self
+        if len(set(self.affinity)) < len(self.affinity):
+            raise ValueError("affinity: each core once")
+        if len(self.affinity) < self.threads:
             raise ValueError(
-                f"affinity names {len(set(self.affinity))} cores for {self.threads} threads: they would take turns"
+                f"affinity names {len(self.affinity)} cores for {self.threads} threads: they would take turns"
             )
         return self
 
@@ -793,6 +797,10 @@ def _readable(detail: dict, raw: Any) -> str:
             return f"{key}.method = {value.get('method')!r}: must be one of {detail['ctx']['expected_tags']}"
         case "union_tag_not_found":
             return f"{key}.method: is required and missing"
+        case "dict_type" | "model_type" if value is None:
+            return f"{key}: is empty: its keys are missing"
+        case "too_short":
+            return f"{key}: needs entries, at least {detail['ctx']['min_length']}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     shown = "" if isinstance(value, dict) else f" = {value!r}"
     return (

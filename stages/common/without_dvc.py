@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from stages.common import paths
-from stages.common.errors import UserError, run_stage
+from stages.common.errors import INTERRUPTED, UserError, run_stage
 from stages.common.files import read_json, sha256_of, write_json
 from stages.common.params import Params, load_params
 
@@ -110,14 +110,16 @@ def run(stage: str) -> dict[str, object]:
     if code := subprocess.run(command).returncode:
         raise UserError(f"{stage}: ended with exit code {code}; the stages before it are done")
     told: dict[str, object] = {"seconds": round(time.time() - started, 1), "finished": round(time.time())}
-    if name in OUTS:
-        told["sha256"] = hashes(stage)
+    if artifact := hashes(stage):
+        told["sha256"] = artifact
     return told
 
 
 def hashes(stage: str) -> dict[str, str]:
     """The SHA-256 of every file of a stage's artifact, by name; empty where there is none."""
     name, _, key = stage.partition("@")
+    if name not in OUTS:
+        return {}
     folder = OUTS[name](key)
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return {file.name: sha256_of(file) for file in files}
@@ -156,19 +158,29 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="stages that run at once (1)")
     arguments = parser.parse_args()
     params, around = load_params(), surroundings()
-    told = read_json(PROVENANCE) if PROVENANCE.exists() else {}
+    told = _told_before()
 
     def is_done(stage: str) -> bool:
         entry = told.get(stage, {})
         same = all(entry.get(name) == around[name] for name in ("commit", "params_sha256"))
-        return same and (stage.partition("@")[0] not in OUTS or entry.get("sha256") == hashes(stage))
+        return same and entry.get("sha256", {}) == hashes(stage)
 
     def done(stage: str, entry: dict[str, object]) -> None:
         told[stage] = entry | around
         write_json(PROVENANCE, {name: told[name] for name in [*all_stages(params), *told] if name in told})
 
     stages = [stage for stage in chosen(arguments.stages, params) if not (arguments.resume and is_done(stage))]
-    run_all(stages, params, max(1, arguments.jobs), done)
+    try:
+        run_all(stages, params, max(1, arguments.jobs), done)
+    except KeyboardInterrupt:  # the stages under way were interrupted too, and have said what is kept
+        sys.exit(INTERRUPTED)
+
+
+def _told_before() -> dict[str, dict[str, object]]:
+    told = read_json(PROVENANCE) if PROVENANCE.exists() else {}
+    if not isinstance(told, dict) or not all(isinstance(entry, dict) for entry in told.values()):
+        raise UserError(f"{PROVENANCE} holds no provenance (an entry for each stage): move it away")
+    return told
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             matrices = sorted((p for p in group["params"] if p.grad is not None), key=_kind)
             bfloat16 = bool(matrices) and use_bfloat16("auto", matrices[0].device)
-            for _, alike in itertools.groupby(matrices, key=lambda p: _kind(p)[:2]):
+            for _, alike in itertools.groupby(matrices, key=_kind):
                 self._move(list(alike), group, bfloat16)
         return loss
 
@@ -56,15 +56,14 @@ class Muon(torch.optim.Muon):
         wide = torch.stack([one.mT if _tall(one) else one for one in wanted])
         moves = orthogonalised(wide, group["ns_coefficients"], group["ns_steps"], group["eps"], bfloat16)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for tall, pairs in itertools.groupby(zip(matrices, moves.to(wide.dtype), strict=True), lambda of: _tall(of[0])):
-            moved, by = zip(*pairs, strict=True)
-            rows, columns = moved[0].shape
+        for matrix, move in zip(matrices, moves.to(wide.dtype), strict=True):
+            rows, columns = matrix.shape
             rate = group["lr"] * math.sqrt(max(1, rows / columns))
-            torch._foreach_add_(moved, [one.mT for one in by] if tall else by, alpha=-rate)
+            matrix.add_(move.mT if _tall(matrix) else move, alpha=-rate)
 
 
-def _kind(matrix: torch.Tensor) -> tuple[int, int, bool]:
-    return min(matrix.shape), max(matrix.shape), _tall(matrix)
+def _kind(matrix: torch.Tensor) -> tuple[int, int]:
+    return min(matrix.shape), max(matrix.shape)
 
 
 def _tall(matrix: torch.Tensor) -> bool:

@@ -383,6 +383,18 @@ def test_a_weights_file_is_looked_for_beside_the_params(raw, tmp_path):
     check_models(load_params(tmp_path / "params.yaml"), tmp_path / "params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("section", "value", "words"),
+    [
+        ("models", {}, "models: needs entries, at least 1"),
+        ("finetune", None, "finetune: is empty: its keys are missing"),
+    ],
+)
+def test_an_empty_section_is_named(raw, tmp_path, section, value, words):
+    raw[section] = value
+    assert words in refusal(raw, tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "just words", "a: [1", "- 1\n- 2\n"])
 def test_a_file_that_holds_no_sections_is_refused(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)
@@ -457,6 +469,7 @@ def test_a_bad_file_ends_the_command_with_exit_code_2_and_no_traceback(raw, tmp_
         ({"runtimes": ["openvino"]}, "runtimes must hold onnxruntime"),
         ({"runtimes": ["onnxruntime", "onnxruntime"]}, "runtimes: each once"),
         ({"threads": 2, "affinity": [0]}, "affinity names 1 cores for 2 threads"),
+        ({"affinity": [0, 0]}, "affinity: each core once"),
         ({"soak": {"variant": "another", "minutes": 1}}, "edge_benchmark.soak.variant = 'another': not listed"),
         ({"printed": {"variant": "another"}}, "edge_benchmark.printed.variant = 'another': not listed"),
     ],

@@ -11,7 +11,7 @@ import pytest
 from toy_project import pruned_project
 
 from stages.common import paths, without_dvc
-from stages.common.errors import UserError
+from stages.common.errors import INTERRUPTED, UserError
 from stages.common.params import load_params
 from stages.common.without_dvc import PROVENANCE, all_stages, chosen, needs, run_all, surroundings
 
@@ -92,6 +92,24 @@ def test_what_was_done_and_is_gone_or_changed_is_done_again(project, monkeypatch
     shutil.rmtree(paths.compressed("toy-none-fp32"))
     run(monkeypatch, "--resume", "quantize@toy-none-fp32")
     assert len(ran) == 2
+
+
+def test_what_cannot_be_a_provenance_is_refused_and_kept(project, monkeypatch):
+    PROVENANCE.parent.mkdir(exist_ok=True)
+    PROVENANCE.write_text("[]")
+    with pytest.raises(UserError, match=r"provenance\.json holds no provenance"):
+        run(monkeypatch, "quantize@toy-none-fp32")
+    assert PROVENANCE.read_text() == "[]"
+
+
+def test_an_interruption_is_left_to_the_stages_to_tell(project, monkeypatch, capfd):
+    def interrupted(stage: str) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(without_dvc, "run", interrupted)
+    with pytest.raises(SystemExit, match=str(INTERRUPTED)):
+        run(monkeypatch, "quantize@toy-none-fp32")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_stage_that_fails_ends_the_run_and_is_named(project, monkeypatch, capfd):
