@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise, product
 from math import cos, dist, pi, sin
+from statistics import quantiles
 
 from stages.reporting.bits import Contest, bits_by_layer, contests_of, objectives_of
 from stages.reporting.inputs import Run
@@ -21,6 +22,7 @@ from stages.reporting.text import bytes_text, count_text, ms_text, percent_text,
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DOWN = {"marker": r"$\downarrow$", "ms": 8}
 FILLS = ("full", "none", "left")
 LINES = ("-", "--", ":", "-.")
 INK, FAINT = "#1b1f24", "#c3c9d2"
@@ -99,19 +101,28 @@ LEVEL_COSTS = {"size": "size_bytes", "macs": "macs", "latency": "latency_ms_p50"
 def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -> Picture:
     """Top-1 against a cost, the front as a line, labels that do not overlap.
 
-    A variant stands with its Wilson interval; several seeds stand as one point, with their standard deviation.
+    A variant stands with its Wilson interval; several seeds stand as one point, with their standard deviation. Points
+    far below the rest stand at the lower edge with an arrow, and their labels tell the accuracy: the axis is for those
+    that a reader chooses from.
     """
     words, unit, write = COSTS[cost]
     points = points_of(rows, cost)
+    lowest = _lowest_shown(points, choices)
+    shown = [point for point in points if point.top1 >= lowest]
+    low, high = 100 * min(point.low for point in shown), 100 * max(point.high for point in shown)
+    step = 0.06 * (high - low)
     scale, unit = _scale([point.cost for point in points], unit)
     figure, axes = _figure(3.7)
     colors, markers = _looks(run)
-    marks = [(point.cost / scale, 100 * point.top1) for point in points]
+    marks = [(point.cost / scale, 100 * point.top1 if point.top1 >= lowest else low - step) for point in points]
     _cost_axis(axes, [x for x, _ in marks])
     titles = {}
     for index, (point, (x, y)) in enumerate(zip(points, marks, strict=True)):
         color, marker = colors[point.pruner], markers[point.quantizer]
-        axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, lw=1, alpha=0.6)
+        if point.top1 >= lowest:
+            axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, lw=1, alpha=0.6)
+        else:
+            axes.plot([x], [y - step], color=color, ls="", **DOWN)
         chosen = choices.headline in point.variants
         (mark,) = axes.plot([x], [y], **marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
         mark.set_markeredgecolor(INK if chosen else color)
@@ -127,8 +138,8 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     several = any(len(point.variants) > 1 for point in points)
     axes.set_ylabel("test top-1 (%), mean over seeds" if several else "test top-1 (%)")
     axes.margins(y=0.12)
-    _legend(figure, colors, markers, front=len(line) > 1)
-    labels = _label_points(figure, axes, _labels(run, points, marks, choices), marks)
+    _legend(figure, colors, markers, front=len(line) > 1, below=len(shown) < len(points))
+    labels = _label_points(figure, axes, _labels(run, points, marks, choices, lowest), marks)
     best = [point.variants[0] for point in sorted(points, key=lambda point: point.cost) if point.on_front]
     spread = f"{percent_text(run.params.report.confidence, 0)} Wilson interval"
     if several:
@@ -137,7 +148,17 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
         f"Scatter plot of {len(points)} variants: test top-1 accuracy with {spread} against {words}. On the front, from"
         f" cheapest: {', '.join(best)}."
     )
+    if below := [f"{point.variants[0]} ({percent_text(point.top1)})" for point in points if point.top1 < lowest]:
+        alt += f" Below what the axis shows: {', '.join(below)}."
     return _finish(figure, name, f"Accuracy against {words}", alt, titles, labels)
+
+
+def _lowest_shown(points: list[Point], choices: Choices) -> float:
+    """The accuracy below which a point is far out: Tukey's outer fence (Exploratory Data Analysis, 1977, section 2D),
+    but never above a point on the front or the headline."""
+    low, high = quantiles([point.top1 for point in points], n=4, method="inclusive")[::2] if points[1:] else (0.0, 0.0)
+    kept = [point.top1 for point in points if point.on_front or choices.headline in point.variants]
+    return min(low - 3 * (high - low), *kept)
 
 
 def _accuracy_words(point: Point) -> str:
@@ -573,8 +594,8 @@ def _whole_numbers(axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _legend(figure, colors: dict[str, str], markers: dict[str, dict[str, str]], front: bool) -> None:
-    """Pruners by colour, quantizers by marker, and the front's line where there is one, under the plot."""
+def _legend(figure, colors: dict[str, str], markers: dict[str, dict[str, str]], front: bool, below: bool) -> None:
+    """Pruners by colour, quantizers by marker, and under the plot what else there is: the front, points below it."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=color, lw=5, label=pruner) for pruner, color in colors.items()]
@@ -583,6 +604,8 @@ def _legend(figure, colors: dict[str, str], markers: dict[str, dict[str, str]], 
     ]
     if front:
         handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
+    if below:
+        handles.append(Line2D([], [], color=INK, ls="", **DOWN, label="far below"))
     _legend_below(figure, handles, [handle.get_label() for handle in handles])
 
 
@@ -597,15 +620,16 @@ def _legend_below(figure, handles: list, labels: list[str]) -> None:
 
 
 def _labels(
-    run: Run, points: list[Point], marks: list[tuple[float, float]], choices: Choices
+    run: Run, points: list[Point], marks: list[tuple[float, float]], choices: Choices, lowest: float
 ) -> list[tuple[float, float, str]]:
-    """x, y and text, the most important first."""
+    """x, y and text, the most important first: the headline, the baselines, the front from its cheapest."""
     order = []
     for point, mark in zip(points, marks, strict=True):
         first = point.variants[0]
         baseline = first == run.params.baseline_of(first)
-        rank = (choices.headline not in point.variants, not baseline, not point.on_front)
-        order.append((rank, *mark, wrapped(short_name(run.params, first), LABEL_LETTERS)))
+        rank = (choices.headline not in point.variants, not baseline, not point.on_front, point.cost)
+        accuracy = f" {percent_text(point.top1)}" if point.top1 < lowest else ""
+        order.append((rank, *mark, wrapped(short_name(run.params, first), LABEL_LETTERS) + accuracy))
     return [label for _, *label in sorted(order, key=lambda item: item[0])]
 
 

@@ -244,6 +244,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", choices=["plain", "ours"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not 0 < arguments.batch <= JPEG_IMAGES:
+        parser.error(f"--batch {arguments.batch}: must be from 1 to {JPEG_IMAGES}, the images that `plain` reads")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no usable CUDA device")
     if arguments.serve:
         serve(PLAIN if arguments.serve == "plain" else OURS, arguments)
         return

@@ -78,6 +78,26 @@ def test_labels_do_not_overlap_and_name_the_headline(tmp_path: Path, monkeypatch
     assert {"levels_size", "levels_macs", "levels_latency"} <= set(pictures)
 
 
+def test_marks_far_below_tell_their_accuracy_and_leave_the_axis_to_the_rest(tmp_path, monkeypatch):
+    params, accuracy = crowded()
+    write_run(tmp_path, params, accuracy=accuracy | {"continued": 0.3}, left={"continued": 1.1})
+    monkeypatch.chdir(tmp_path)
+    run = read_run(load_params())
+    groups = assemble_groups(run)
+    axes, figure_of = [], plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: axes.append(figure_of(*size)) or axes[-1])
+    rows = assemble_rows(run, groups)
+    picture = plots.pareto(run, rows, choose(run), "size_bytes", "pareto_size")
+    assert axes[0][1].get_ylim()[0] > 60
+    assert re.search(r"Below what the axis shows: atto-continued-fp32 \([23]\d\.\d %\), atto-continued-int8", picture.alt)
+    assert any(re.fullmatch(r"continued-fp32 [23]\d\.\d %", text.get_text()) for text in axes[0][1].texts)
+    # the cheapest is on the front, however bad it is
+    cheapest = min(rows, key=lambda row: row["size_bytes"])
+    changed = [row | {"top1": 0.1} if row is cheapest else row for row in rows]
+    plots.pareto(run, changed, choose(run), "size_bytes", "pareto_size")
+    assert axes[1][1].get_ylim()[0] < 10
+
+
 @pytest.mark.parametrize("crowd", range(4))
 def test_a_label_stands_nearest_to_its_own_mark_or_a_line_leads_there(crowd: int):
     spread = np.random.default_rng(crowd).normal(size=(12, 2)) * (0.05, 0.2) + (1.0, 80.0)
