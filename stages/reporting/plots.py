@@ -38,6 +38,8 @@ LINE_HEIGHT = 0.19
 """Inches of a line of text."""
 MOST_CURVES = 40
 """Training curves in one picture."""
+FAR_BELOW = 0.05
+"""What lies by less than this accuracy under the rest is never moved to the edge of an axis."""
 CONFUSION_NUMBERS = 12
 """Up to so many classes the cells of the confusion matrix hold numbers."""
 CONFUSION_CLASSES = 50
@@ -107,22 +109,20 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     """
     words, unit, write = COSTS[cost]
     points = points_of(rows, cost)
-    lowest = _lowest_shown(points, choices)
-    shown = [point for point in points if point.top1 >= lowest]
-    low, high = 100 * min(point.low for point in shown), 100 * max(point.high for point in shown)
-    step = 0.06 * (high - low)
+    kept = [point.top1 for point in points if point.on_front or choices.headline in point.variants]
+    floor = _floor([(point.top1, point.low, point.high) for point in points], kept)
     scale, unit = _scale([point.cost for point in points], unit)
     figure, axes = _figure(3.7)
     colors, markers = _looks(run)
-    marks = [(point.cost / scale, 100 * point.top1 if point.top1 >= lowest else low - step) for point in points]
+    marks = [(point.cost / scale, floor.place(point.top1)) for point in points]
     _cost_axis(axes, [x for x, _ in marks])
     titles = {}
     for index, (point, (x, y)) in enumerate(zip(points, marks, strict=True)):
         color, marker = colors[point.pruner], markers[point.quantizer]
-        if point.top1 >= lowest:
-            axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, lw=1, alpha=0.6)
+        if floor.far_below(point.top1):
+            axes.plot([x], [y - floor.step], color=color, ls="", **DOWN)
         else:
-            axes.plot([x], [y - step], color=color, ls="", **DOWN)
+            axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, lw=1, alpha=0.6)
         chosen = choices.headline in point.variants
         (mark,) = axes.plot([x], [y], **marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
         mark.set_markeredgecolor(INK if chosen else color)
@@ -138,8 +138,9 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     several = any(len(point.variants) > 1 for point in points)
     axes.set_ylabel("test top-1 (%), mean over seeds" if several else "test top-1 (%)")
     axes.margins(y=0.12)
-    _legend(figure, colors, markers, front=len(line) > 1, below=len(shown) < len(points))
-    labels = _label_points(figure, axes, _labels(run, points, marks, choices, lowest), marks)
+    below = [point for point in points if floor.far_below(point.top1)]
+    _legend(figure, colors, markers, front=len(line) > 1, below=bool(below))
+    labels = _label_points(figure, axes, _labels(run, points, marks, choices, floor), marks)
     best = [point.variants[0] for point in sorted(points, key=lambda point: point.cost) if point.on_front]
     spread = f"{percent_text(run.params.report.confidence, 0)} Wilson interval"
     if several:
@@ -148,17 +149,44 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
         f"Scatter plot of {len(points)} variants: test top-1 accuracy with {spread} against {words}. On the front, from"
         f" cheapest: {', '.join(best)}."
     )
-    if below := [f"{point.variants[0]} ({percent_text(point.top1)})" for point in points if point.top1 < lowest]:
-        alt += f" Below what the axis shows: {', '.join(below)}."
+    if below:
+        words_below = (f"{point.variants[0]} ({percent_text(point.top1)})" for point in below)
+        alt += f" Below what the axis shows: {', '.join(words_below)}."
     return _finish(figure, name, f"Accuracy against {words}", alt, titles, labels)
 
 
-def _lowest_shown(points: list[Point], choices: Choices) -> float:
-    """The accuracy below which a point is far out: Tukey's outer fence (Exploratory Data Analysis, 1977, section 2D),
-    but never above a point on the front or the headline."""
-    low, high = quantiles([point.top1 for point in points], n=4, method="inclusive")[::2] if points[1:] else (0.0, 0.0)
-    kept = [point.top1 for point in points if point.on_front or choices.headline in point.variants]
-    return min(low - 3 * (high - low), *kept)
+@dataclass(frozen=True)
+class _Floor:
+    """Where an accuracy axis begins, so that points far below the rest do not squeeze the rest together."""
+
+    lowest: float
+    y: float
+    """In percent: here stand the marks of what lies below `lowest`."""
+    step: float
+    """In percent: so far under them stands their arrow."""
+
+    def far_below(self, top1: float) -> bool:
+        return top1 < self.lowest
+
+    def place(self, top1: float) -> float:
+        return self.y if self.far_below(top1) else 100 * top1
+
+
+def _floor(bars: list[tuple[float, float, float]], kept: Sequence[float] = ()) -> _Floor:
+    """Far below is what lies under Tukey's lower outer fence (Exploratory Data Analysis, 1977, section 2D), and by at
+    least `FAR_BELOW` under the lower quartile.
+
+    Args:
+        bars: accuracy of each point, and both ends of its bar.
+        kept: accuracies that have to stand where they are.
+    """
+    top1s = [top1 for top1, _, _ in bars]
+    low, _, high = quantiles(top1s, n=4, method="inclusive") if len(top1s) > 1 else top1s * 3
+    lowest = min([low - max(3 * (high - low), FAR_BELOW), *kept])
+    shown = [bar for bar in bars if bar[0] >= lowest]
+    bottom, top = 100 * min(bar[1] for bar in shown), 100 * max(bar[2] for bar in shown)
+    step = 0.06 * (top - bottom)
+    return _Floor(lowest, bottom - step, step)
 
 
 def _accuracy_words(point: Point) -> str:
@@ -188,7 +216,8 @@ def params_bars(run: Run, rows: list[dict]) -> Picture:
 def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str) -> Picture | None:
     """Accuracy against the share of a dense network's cost: a line for each method, means and deviations over seeds.
 
-    None where no method has two levels.
+    None where no method has two levels. Levels far below the rest stand at the lower edge with an arrow; the legend
+    tells their accuracy.
     """
     several = len({level.family for level in found}) > 1
     lines: dict[tuple[str, str], list[Level]] = {}
@@ -200,25 +229,31 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
     words, _, _ = COSTS[cost]
     figure, axes = _figure(3.7)
     methods, quantizers = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
-    titles = {}
+    deviations = [(level.group.top1, level.group.top1_deviation or 0.0) for level in found]
+    floor = _floor([(top1, top1 - deviation, top1 + deviation) for top1, deviation in deviations])
+    titles, below = {}, []
     for number, ((method, quantizer), line) in enumerate(lines.items()):
         look = {
             "color": COLORS[methods.index(method) % len(COLORS)],
-            "marker": MARKERS[methods.index(method) % len(MARKERS)],
+            **_shape(methods.index(method)),
             "ls": LINES[quantizers.index(quantizer) % len(LINES)],
         }
         line = sorted(line, key=lambda level: (level.shares[cost], level.group.name))
-        xs, ys = [100 * level.shares[cost] for level in line], [100 * level.group.top1 for level in line]
+        xs, ys = [100 * level.shares[cost] for level in line], [floor.place(level.group.top1) for level in line]
         label = f"{method} {quantizer}" if len(quantizers) > 1 else method
-        axes.plot(xs, ys, color=look["color"], ls=look["ls"], lw=1.2, marker=look["marker"], ms=5, label=label)
+        axes.plot(xs, ys, **look, lw=1.2, ms=5, label=label)
         for index, (level, x, y) in enumerate(zip(line, xs, ys, strict=True)):
             deviation = 100 * (level.group.top1_deviation or 0.0)
-            axes.plot([x, x], [y - deviation, y + deviation], color=look["color"], lw=1, alpha=0.6)
-            (point,) = axes.plot([x], [y], marker=look["marker"], color=look["color"], ms=5)
+            if floor.far_below(level.group.top1):
+                axes.plot([x], [y - floor.step], color=look["color"], ls="", **DOWN)
+                below.append(f"{level.group.name} {percent_text(level.group.top1)}")
+            else:
+                axes.plot([x, x], [y - deviation, y + deviation], color=look["color"], lw=1, alpha=0.6)
+            (point,) = axes.plot([x], [y], **look, ms=5)
             point.set_gid(f"{name}-point-{number}-{index}")
             spread = f" \N{PLUS-MINUS SIGN} {deviation:.2f}" if level.group.top1_deviation is not None else ""
             titles[f"{name}-point-{number}-{index}"] = (
-                f"{level.group.name}: {x:.1f} % of the dense {words}, top-1 {y:.2f} %{spread}"
+                f"{level.group.name}: {x:.1f} % of the dense {words}, top-1 {100 * level.group.top1:.2f} %{spread}"
             )
     dense: dict[str, list[float]] = {}
     for row in rows:
@@ -229,6 +264,8 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
         axes.axhline(sum(top1) / len(top1), color=INK, lw=0.9, ls=LINES[1 + place % 3], label=label)
     axes.set_xlabel(f"{words}, % of the dense network's")
     axes.set_ylabel("test top-1 (%), mean over seeds")
+    if below:
+        axes.plot([], [], color=INK, ls="", **DOWN, label=f"far below: {', '.join(below)}")
     _legend_below(figure, *axes.get_legend_handles_labels())
     alt = (
         f"Line plot of test top-1 accuracy against {words} as a share of the dense network's, for {', '.join(methods)}."
@@ -555,8 +592,12 @@ def _looks(run: Run) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     pruners = [p for p in run.params.prune if any(run.params.prunings[v.pruning].pruner == p for v in used)]
     quantizers = [q for q in run.params.quantize if any(v.quantizer == q for v in used)]
     colors = {pruner: COLORS[index % len(COLORS)] for index, pruner in enumerate(pruners)}
-    shapes = [{"marker": marker, "fillstyle": fill} for fill in FILLS for marker in MARKERS]
-    return colors, {quantizer: shapes[index % len(shapes)] for index, quantizer in enumerate(quantizers)}
+    return colors, {quantizer: _shape(index) for index, quantizer in enumerate(quantizers)}
+
+
+def _shape(index: int) -> dict[str, str]:
+    """A marker for each of many things: all of them full, then hollow, then half full."""
+    return {"marker": MARKERS[index % len(MARKERS)], "fillstyle": FILLS[index // len(MARKERS) % len(FILLS)]}
 
 
 def _scale(values: list[float], unit: str) -> tuple[float, str]:
@@ -620,7 +661,7 @@ def _legend_below(figure, handles: list, labels: list[str]) -> None:
 
 
 def _labels(
-    run: Run, points: list[Point], marks: list[tuple[float, float]], choices: Choices, lowest: float
+    run: Run, points: list[Point], marks: list[tuple[float, float]], choices: Choices, floor: _Floor
 ) -> list[tuple[float, float, str]]:
     """x, y and text, the most important first: the headline, the baselines, the front from its cheapest."""
     order = []
@@ -628,7 +669,7 @@ def _labels(
         first = point.variants[0]
         baseline = first == run.params.baseline_of(first)
         rank = (choices.headline not in point.variants, not baseline, not point.on_front, point.cost)
-        accuracy = f" {percent_text(point.top1)}" if point.top1 < lowest else ""
+        accuracy = f" {percent_text(point.top1)}" if floor.far_below(point.top1) else ""
         order.append((rank, *mark, wrapped(short_name(run.params, first), LABEL_LETTERS) + accuracy))
     return [label for _, *label in sorted(order, key=lambda item: item[0])]
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from synthetic_run import params_of, write_run
 
-from stages.common.params import Params, load_params
+from stages.common.params import Importance, Params, load_params
 from stages.reporting import plots
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.levels import levels_of
@@ -89,7 +89,9 @@ def test_marks_far_below_tell_their_accuracy_and_leave_the_axis_to_the_rest(tmp_
     rows = assemble_rows(run, groups)
     picture = plots.pareto(run, rows, choose(run), "size_bytes", "pareto_size")
     assert axes[0][1].get_ylim()[0] > 60
-    assert re.search(r"Below what the axis shows: atto-continued-fp32 \([23]\d\.\d %\), atto-continued-int8", picture.alt)
+    assert re.search(
+        r"Below what the axis shows: atto-continued-fp32 \([23]\d\.\d %\), atto-continued-int8", picture.alt
+    )
     assert any(re.fullmatch(r"continued-fp32 [23]\d\.\d %", text.get_text()) for text in axes[0][1].texts)
     # the cheapest is on the front, however bad it is
     cheapest = min(rows, key=lambda row: row["size_bytes"])
@@ -194,6 +196,32 @@ def test_models_do_not_share_a_line_of_the_levels_plot(tmp_path: Path, monkeypat
     picture = levels(run, rows, levels_of(run, rows, groups), "macs", "levels_macs")
     assert "small oto, tuned oto" in picture.alt
     assert len(set(re.findall(r'id="levels_macs-point-(\d)-', picture.svg))) == 2
+
+
+def test_many_methods_look_different_and_a_level_far_below_is_told_in_the_legend(tmp_path, monkeypatch):
+    pruners = {"none": {"method": "none"}}
+    pruners["continued"] = {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5}
+    for number, score in enumerate(sorted(Importance.model_fields)):
+        weights = dict.fromkeys(Importance.model_fields, 0.0) | {score: 1.0}
+        for optimizer in ("hesso", "dhspg"):
+            name = f"{optimizer}{number}"
+            pruners[name] = pruners["continued"] | {"method": "oto", "optimizer": optimizer, "importance": weights}
+            pruners[name] |= {"group_sparsity": 0.5}
+    pruners["more"] = pruners[name] | {"group_sparsity": 0.9}
+    write_run(tmp_path, params_of(pruners=pruners), accuracy={"more": 0.3})
+    monkeypatch.chdir(tmp_path)
+    run = read_run(load_params())
+    groups = assemble_groups(run)
+    rows = assemble_rows(run, groups)
+    found, drawn, figure_of = levels_of(run, rows, groups), [], plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: drawn.append(figure_of(*size)) or drawn[-1])
+    levels(run, rows, found, "macs", "levels_macs")
+    figure, axes = drawn[0]
+    lines = [line for line in axes.lines if line.get_label() in {level.kind for level in found}]
+    assert len({(line.get_color(), line.get_marker(), line.get_fillstyle()) for line in lines}) == len(lines) > 8
+    told = " ".join(text.get_text() for legend in figure.legends for text in legend.get_texts())
+    assert re.search(r"far below: \S*more-fp32\s+[23]\d\.\d\s%", told), told
+    assert axes.get_ylim()[0] > 60
 
 
 def test_every_variant_is_a_mark_that_names_itself(run: Run, pictures: dict[str, Picture]):
