@@ -5,6 +5,7 @@ Colours are Okabe & Ito's, which colour-blind readers tell apart, and tell the p
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,8 +105,8 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     """Top-1 against a cost, the front as a line, labels that do not overlap.
 
     A variant stands with its Wilson interval; several seeds stand as one point, with their standard deviation. Points
-    far below the rest stand at the lower edge with an arrow, and their labels tell the accuracy: the axis is for those
-    that a reader chooses from.
+    far below the rest stand at the lower edge with an arrow, and a line under the axis tells their accuracy: the axis
+    is for those that a reader chooses from.
     """
     words, unit, write = COSTS[cost]
     points = points_of(rows, cost)
@@ -113,20 +114,21 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     floor = _floor([(point.top1, point.low, point.high) for point in points], kept)
     scale, unit = _scale([point.cost for point in points], unit)
     figure, axes = _figure(3.7)
-    colors, markers = _looks(run)
+    pruners, quantizers = _looks(run)
     marks = [(point.cost / scale, floor.place(point.top1)) for point in points]
     _cost_axis(axes, [x for x, _ in marks])
     titles = {}
     for index, (point, (x, y)) in enumerate(zip(points, marks, strict=True)):
-        color, marker = colors[point.pruner], markers[point.quantizer]
+        look = quantizers[point.quantizer] | pruners[point.pruner]
+        color = look["color"]
         if floor.far_below(point.top1):
             axes.plot([x], [y - floor.step], color=color, ls="", **DOWN)
         else:
             axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, lw=1, alpha=0.6)
         chosen = choices.headline in point.variants
-        (mark,) = axes.plot([x], [y], **marker, color=color, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
+        (mark,) = axes.plot([x], [y], **look, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
         mark.set_markeredgecolor(INK if chosen else color)
-        mark.set_zorder(3)
+        mark.set_zorder(3.5 if chosen else 3)
         mark.set_gid(f"{name}-point-{index}")
         titles[f"{name}-point-{index}"] = (
             f"{_accuracy_words(point)}, {write(point.cost)}{', on the front' if point.on_front else ''}"
@@ -134,13 +136,14 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     line = sorted(mark for mark, point in zip(marks, points, strict=True) if point.on_front)
     if len(line) > 1:
         axes.plot(*zip(*line, strict=True), color=INK, lw=0.9, ls="--", drawstyle="steps-post", zorder=1)
-    axes.set_xlabel(f"{words} ({unit})")
+    below = [point for point in points if floor.far_below(point.top1)]
+    told = [f"{short_name(run.params, point.variants[0])} {percent_text(point.top1)}" for point in below]
+    _cost_label(figure, axes, f"{words} ({unit})", told)
     several = any(len(point.variants) > 1 for point in points)
     axes.set_ylabel("test top-1 (%), mean over seeds" if several else "test top-1 (%)")
     axes.margins(y=0.12)
-    below = [point for point in points if floor.far_below(point.top1)]
-    _legend(figure, colors, markers, front=len(line) > 1, below=bool(below))
-    labels = _label_points(figure, axes, _labels(run, points, marks, choices, floor), marks)
+    _legend(figure, pruners, quantizers, front=len(line) > 1)
+    labels = _label_points(figure, axes, _labels(run, points, marks, choices), marks)
     best = [point.variants[0] for point in sorted(points, key=lambda point: point.cost) if point.on_front]
     spread = f"{percent_text(run.params.report.confidence, 0)} Wilson interval"
     if several:
@@ -149,9 +152,8 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
         f"Scatter plot of {len(points)} variants: test top-1 accuracy with {spread} against {words}. On the front, from"
         f" cheapest: {', '.join(best)}."
     )
-    if below:
-        words_below = (f"{point.variants[0]} ({percent_text(point.top1)})" for point in below)
-        alt += f" Below what the axis shows: {', '.join(words_below)}."
+    if told:
+        alt += f" Far below: {', '.join(told)}."
     return _finish(figure, name, f"Accuracy against {words}", alt, titles, labels)
 
 
@@ -216,8 +218,8 @@ def params_bars(run: Run, rows: list[dict]) -> Picture:
 def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str) -> Picture | None:
     """Accuracy against the share of a dense network's cost: a line for each method, means and deviations over seeds.
 
-    None where no method has two levels. Levels far below the rest stand at the lower edge with an arrow; the legend
-    tells their accuracy.
+    None where no method has two levels. Levels far below the rest stand at the lower edge with an arrow; a line under
+    the axis tells their accuracy.
     """
     several = len({level.family for level in found}) > 1
     lines: dict[tuple[str, str], list[Level]] = {}
@@ -229,8 +231,16 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
     words, _, _ = COSTS[cost]
     figure, axes = _figure(3.7)
     methods, quantizers = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
-    deviations = [(level.group.top1, level.group.top1_deviation or 0.0) for level in found]
-    floor = _floor([(top1, top1 - deviation, top1 + deviation) for top1, deviation in deviations])
+    dense: dict[str, list[float]] = {}
+    for row in rows:
+        if row["variant"] == run.params.baseline_of(row["variant"]):
+            dense.setdefault(model_family(run.params, row["model"]), []).append(row["top1"])
+    dense_means = {family: sum(top1) / len(top1) for family, top1 in dense.items()}
+    bars = [
+        (top1, top1 - deviation, top1 + deviation)
+        for top1, deviation in ((level.group.top1, level.group.top1_deviation or 0.0) for level in found)
+    ]
+    floor = _floor([*bars, *((top1,) * 3 for top1 in dense_means.values())], list(dense_means.values()))
     titles, below = {}, []
     for number, ((method, quantizer), line) in enumerate(lines.items()):
         look = {
@@ -255,17 +265,12 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
             titles[f"{name}-point-{number}-{index}"] = (
                 f"{level.group.name}: {x:.1f} % of the dense {words}, top-1 {100 * level.group.top1:.2f} %{spread}"
             )
-    dense: dict[str, list[float]] = {}
-    for row in rows:
-        if row["variant"] == run.params.baseline_of(row["variant"]):
-            dense.setdefault(model_family(run.params, row["model"]), []).append(100 * row["top1"])
-    for place, (family, top1) in enumerate(dense.items()):
+    for place, (family, top1) in enumerate(dense_means.items()):
         label = f"dense {family}" if several else "dense"
-        axes.axhline(sum(top1) / len(top1), color=INK, lw=0.9, ls=LINES[1 + place % 3], label=label)
-    axes.set_xlabel(f"{words}, % of the dense network's")
-    axes.set_ylabel("test top-1 (%), mean over seeds")
-    if below:
-        axes.plot([], [], color=INK, ls="", **DOWN, label=f"far below: {', '.join(below)}")
+        axes.axhline(100 * top1, color=INK, lw=0.9, ls=LINES[1 + place % 3], label=label)
+    _cost_label(figure, axes, f"{words}, % of the dense network's", below)
+    seeds = any(len(level.group.variants) > 1 for level in found)
+    axes.set_ylabel("test top-1 (%), mean over seeds" if seeds else "test top-1 (%)")
     _legend_below(figure, *axes.get_legend_handles_labels())
     alt = (
         f"Line plot of test top-1 accuracy against {words} as a share of the dense network's, for {', '.join(methods)}."
@@ -586,12 +591,17 @@ def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def _looks(run: Run) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Colour of each pruner and marker of each quantizer (full, then hollow, then half full), in the params' order."""
+def _looks(run: Run) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    """Of each pruner its colour, of each quantizer its marker, in the params' order.
+
+    With one quantizer the marker tells pruners apart too, which are often more than the colours.
+    """
     used = run.params.variants.values()
     pruners = [p for p in run.params.prune if any(run.params.prunings[v.pruning].pruner == p for v in used)]
     quantizers = [q for q in run.params.quantize if any(v.quantizer == q for v in used)]
-    colors = {pruner: COLORS[index % len(COLORS)] for index, pruner in enumerate(pruners)}
+    colors = {pruner: {"color": COLORS[index % len(COLORS)]} for index, pruner in enumerate(pruners)}
+    if len(quantizers) == 1:
+        return {pruner: colors[pruner] | _shape(index) for index, pruner in enumerate(pruners)}, {quantizers[0]: {}}
     return colors, {quantizer: _shape(index) for index, quantizer in enumerate(quantizers)}
 
 
@@ -629,24 +639,37 @@ def _cost_axis(axes, xs: list[float]) -> None:
         axes.set_xlim(low - room, high + room)
 
 
+def _cost_label(figure, axes, words: str, below: list[str]) -> None:
+    """What the x axis shows; under it, for which the figure grows, what lies below the y axis."""
+    told = f"\N{DOWNWARDS ARROW} far below: {', '.join(below)}".replace(" %", "\N{NO-BREAK SPACE}%") if below else ""
+    lines = textwrap.wrap(told, LEGEND_LETTERS, break_on_hyphens=False)
+    axes.set_xlabel("\n".join([words, *lines]))
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * len(lines))
+
+
 def _whole_numbers(axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _legend(figure, colors: dict[str, str], markers: dict[str, dict[str, str]], front: bool, below: bool) -> None:
-    """Pruners by colour, quantizers by marker, and under the plot what else there is: the front, points below it."""
+def _legend(figure, pruners: dict[str, dict[str, str]], quantizers: dict[str, dict[str, str]], front: bool) -> None:
+    """Pruners by colour, quantizers by marker, and the front's line where there is one, under the plot."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=color, lw=5, label=pruner) for pruner, color in colors.items()]
+    handles = [
+        Line2D([], [], **look, ls="", ms=6, label=pruner)
+        if "marker" in look
+        else Line2D([], [], **look, lw=5, label=pruner)
+        for pruner, look in pruners.items()
+    ]
     handles += [
-        Line2D([], [], color=INK, **marker, ls="", ms=6, label=quantizer) for quantizer, marker in markers.items()
+        Line2D([], [], color=INK, **look, ls="", ms=6, label=quantizer)
+        for quantizer, look in quantizers.items()
+        if look
     ]
     if front:
         handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
-    if below:
-        handles.append(Line2D([], [], color=INK, ls="", **DOWN, label="far below"))
     _legend_below(figure, handles, [handle.get_label() for handle in handles])
 
 
@@ -661,7 +684,7 @@ def _legend_below(figure, handles: list, labels: list[str]) -> None:
 
 
 def _labels(
-    run: Run, points: list[Point], marks: list[tuple[float, float]], choices: Choices, floor: _Floor
+    run: Run, points: list[Point], marks: list[tuple[float, float]], choices: Choices
 ) -> list[tuple[float, float, str]]:
     """x, y and text, the most important first: the headline, the baselines, the front from its cheapest."""
     order = []
@@ -669,8 +692,7 @@ def _labels(
         first = point.variants[0]
         baseline = first == run.params.baseline_of(first)
         rank = (choices.headline not in point.variants, not baseline, not point.on_front, point.cost)
-        accuracy = f" {percent_text(point.top1)}" if floor.far_below(point.top1) else ""
-        order.append((rank, *mark, wrapped(short_name(run.params, first), LABEL_LETTERS) + accuracy))
+        order.append((rank, *mark, wrapped(short_name(run.params, first), LABEL_LETTERS)))
     return [label for _, *label in sorted(order, key=lambda item: item[0])]
 
 
