@@ -8,6 +8,9 @@ from stages.common.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+SHARES = ("drop_rate", "drop_path_rate", "stochastic_depth_prob", "dropout")
+"""Arguments that constructors take as they come, and training stumbles over."""
+
 
 def unknown(library: str, architecture: str) -> str | None:
     """What is wrong with an architecture that its library does not have, with the nearest names; None if it has it."""
@@ -36,6 +39,10 @@ def construct(library: str, architecture: str, arguments: dict[str, Any], classe
     Raises:
         UserError: if the library has no such classifier, or it refuses the arguments.
     """
+    for name in SHARES:
+        share = arguments.get(name) or 0
+        if not (isinstance(share, int | float) and 0 <= share < 1):
+            raise UserError(f"{library} {architecture}: {name} = {share!r}: must be at least 0 and less than 1")
     try:
         if library == "timm":
             return timm_model(architecture, num_classes=classes, **arguments)
@@ -47,9 +54,8 @@ def construct(library: str, architecture: str, arguments: dict[str, Any], classe
     except Exception as error:  # whatever a constructor stumbles over
         if problem := unknown(library, architecture):
             raise UserError(f"{architecture!r}: {problem}") from None
-        raise UserError(
-            f"{library} {architecture} does not take arguments {arguments}: {error or type(error).__name__}"
-        ) from None
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error or type(error).__name__
+        raise UserError(f"{library} {architecture} does not take arguments {arguments}: {reason}") from None
 
 
 def refused_arguments(library: str, architecture: str, arguments: dict[str, Any]) -> str | None:

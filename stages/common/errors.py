@@ -61,7 +61,7 @@ def run_stage(main: Callable[[], object]) -> None:
     except KeyboardInterrupt as interruption:
         kept = str(interruption) or "nothing half-done is kept"
         if os.environ.get("RANK", "0") == "0":
-            print(f"interrupted: {kept}; `dvc repro` goes on from there", file=sys.stderr)
+            print(f"interrupted: {kept}; the same command goes on from there", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -797,7 +797,7 @@ def _readable(detail: dict, raw: Any) -> str:
             return f"{key}.method = {value.get('method')!r}: must be one of {detail['ctx']['expected_tags']}"
         case "union_tag_not_found":
             return f"{key}.method: is required and missing"
-        case "dict_type" | "model_type" if value is None:
+        case "dict_type" | "model_type" | "model_attributes_type" if value is None:
             return f"{key}: is empty: its keys are missing"
         case "too_short":
             return f"{key}: needs entries, at least {detail['ctx']['min_length']}"

@@ -13,6 +13,7 @@ Where the code came without its repository, the environment variable EDGEWISE_CO
 import argparse
 import importlib.metadata
 import itertools
+import json
 import os
 import platform
 import subprocess
@@ -24,12 +25,23 @@ from pathlib import Path
 
 from stages.common import paths
 from stages.common.errors import INTERRUPTED, UserError, run_stage
-from stages.common.files import read_json, sha256_of, write_json
+from stages.common.files import sha256_of, write_json
 from stages.common.params import Params, load_params
 
 PROVENANCE = paths.REPORTS / "provenance.json"
+DIRTY = "-dirty"
 LIBRARIES = ("torch", "torchvision", "timm", "only-train-once", "onnx", "onnxruntime", "numpy")
-OUTS = {"finetune": paths.dense, "prune": paths.pruned, "quantize": paths.compressed}
+ARTIFACTS = {"finetune": paths.dense, "prune": paths.pruned, "quantize": paths.compressed}
+OUTS = {
+    "download": lambda _: paths.IMAGES,
+    "finetune": paths.dense_curve,
+    "prune": paths.pruned_curve,
+    "quantize": paths.compressed_curve,
+    "profile": paths.profile,
+    "edge-benchmark": lambda _: paths.EDGE,
+    "report": lambda _: paths.REPORTS / "index.html",
+}
+"""What each stage leaves beside its artifact, by which it is seen whether it is still there."""
 
 
 def all_stages(params: Params) -> list[str]:
@@ -118,18 +130,19 @@ def run(stage: str) -> dict[str, object]:
 def hashes(stage: str) -> dict[str, str]:
     """The SHA-256 of every file of a stage's artifact, by name; empty where there is none."""
     name, _, key = stage.partition("@")
-    if name not in OUTS:
+    if name not in ARTIFACTS:
         return {}
-    folder = OUTS[name](key)
+    folder = ARTIFACTS[name](key)
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return {file.name: sha256_of(file) for file in files}
 
 
 def surroundings() -> dict[str, object]:
     """Where and with what the stages run."""
-    describe = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40")
+    git = ("git", "-C", str(Path(__file__).parents[1]))  # reports may have changed: the run has written them
+    commit, changes = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "--porcelain", ".")
     return {
-        "commit": os.environ.get("EDGEWISE_COMMIT") or _output(*describe),
+        "commit": os.environ.get("EDGEWISE_COMMIT") or (f"{commit}{DIRTY}" if changes else commit),
         "params_sha256": sha256_of(paths.PARAMS),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
@@ -157,13 +170,18 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="leave out what the provenance has from these params")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="stages that run at once (1)")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: must be at least 1")
     params, around = load_params(), surroundings()
     told = _told_before()
+    if arguments.resume and str(around["commit"]).endswith(DIRTY):
+        print("the code has changes that no commit holds: nothing is taken as done")
 
     def is_done(stage: str) -> bool:
-        entry = told.get(stage, {})
+        entry, (name, _, key) = told.get(stage, {}), stage.partition("@")
         same = all(entry.get(name) == around[name] for name in ("commit", "params_sha256"))
-        return same and entry.get("sha256", {}) == hashes(stage)
+        same &= not str(around["commit"]).endswith(DIRTY)
+        return same and OUTS[name](key).exists() and entry.get("sha256", {}) == hashes(stage)
 
     def done(stage: str, entry: dict[str, object]) -> None:
         told[stage] = entry | around
@@ -171,13 +189,18 @@ def main() -> None:
 
     stages = [stage for stage in chosen(arguments.stages, params) if not (arguments.resume and is_done(stage))]
     try:
-        run_all(stages, params, max(1, arguments.jobs), done)
+        run_all(stages, params, arguments.jobs, done)
     except KeyboardInterrupt:  # the stages under way were interrupted too, and have said what is kept
         sys.exit(INTERRUPTED)
 
 
 def _told_before() -> dict[str, dict[str, object]]:
-    told = read_json(PROVENANCE) if PROVENANCE.exists() else {}
+    if not PROVENANCE.exists():
+        return {}
+    try:
+        told = json.loads(PROVENANCE.read_bytes())
+    except ValueError:
+        told = None
     if not isinstance(told, dict) or not all(isinstance(entry, dict) for entry in told.values()):
         raise UserError(f"{PROVENANCE} holds no provenance (an entry for each stage): move it away")
     return told

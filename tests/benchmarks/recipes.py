@@ -38,8 +38,10 @@ def changed(raw: dict, changes: list[str], seed: int) -> dict:
     """The params with `key.of.a.setting=value` set; the value is YAML.
 
     Raises:
-        UserError: for a change of another form, of what is no section, or to what is no value.
+        UserError: for a change of another form, of a seed or of what is no section, or to what is no value.
     """
+    if seeds := [change for change in changes if change.partition("=")[0].endswith(".seed")]:
+        raise UserError(f"{seeds[0]}: seeds are given by --seeds")
     for change in [*changes, f"base.seed={seed}", f"root={ROOT}"]:
         key, equals, value = change.partition("=")
         *sections, name = key.split(".")
@@ -74,7 +76,7 @@ def train(changes: list[str], seed: int) -> dict[str, object]:
         key = next(iter(params.models))
         command = [sys.executable, "-m", "stages.finetune", key]
         if subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode:
-            raise UserError(f"{' '.join(changes)}: did not train, for the reason above")
+            raise UserError(f"{' '.join(changes) or 'the recipe'}: did not train, for the reason above")
         with (folder / paths.dense_curve(key)).open() as file:
             curve = list(csv.DictReader(file))
     seconds = sum(float(row["seconds"]) for row in curve)

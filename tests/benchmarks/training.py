@@ -244,6 +244,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", choices=["plain", "ours"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if min(arguments.rounds, arguments.steps) < 1 or arguments.threads < 0:
+        parser.error("--rounds and --steps must be at least 1, --threads at least 0")
     if not 0 < arguments.batch <= JPEG_IMAGES:
         parser.error(f"--batch {arguments.batch}: must be from 1 to {JPEG_IMAGES}, the images that `plain` reads")
     if arguments.device == "cuda" and not torch.cuda.is_available():

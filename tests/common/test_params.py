@@ -388,6 +388,7 @@ def test_a_weights_file_is_looked_for_beside_the_params(raw, tmp_path):
     [
         ("models", {}, "models: needs entries, at least 1"),
         ("finetune", None, "finetune: is empty: its keys are missing"),
+        ("prune", {"none": None}, "prune.none: is empty: its keys are missing"),
     ],
 )
 def test_an_empty_section_is_named(raw, tmp_path, section, value, words):

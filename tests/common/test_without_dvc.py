@@ -13,7 +13,7 @@ from toy_project import pruned_project
 from stages.common import paths, without_dvc
 from stages.common.errors import INTERRUPTED, UserError
 from stages.common.params import load_params
-from stages.common.without_dvc import PROVENANCE, all_stages, chosen, needs, run_all, surroundings
+from stages.common.without_dvc import DIRTY, PROVENANCE, all_stages, chosen, needs, run_all, surroundings
 
 TOP = Path(__file__).parents[2]
 
@@ -69,6 +69,7 @@ def test_each_stage_tells_where_its_artifact_comes_from(project, monkeypatch):
 
 
 def test_what_is_done_stays_told_and_is_left_out_when_resumed(project, monkeypatch):
+    monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
     first = run(monkeypatch, "quantize@toy-none-fp32")
     ran = []
     monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
@@ -81,6 +82,7 @@ def test_what_is_done_stays_told_and_is_left_out_when_resumed(project, monkeypat
 
 
 def test_what_was_done_and_is_gone_or_changed_is_done_again(project, monkeypatch):
+    monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
     run(monkeypatch, "quantize@toy-none-fp32")
     ran = []
     monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
@@ -94,12 +96,35 @@ def test_what_was_done_and_is_gone_or_changed_is_done_again(project, monkeypatch
     assert len(ran) == 2
 
 
+def test_what_leaves_no_artifact_is_done_again_where_it_is_gone(project, monkeypatch):
+    monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
+    run(monkeypatch, "quantize@toy-none-fp32", "profile@toy-none-fp32")
+    ran = []
+    monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
+    run(monkeypatch, "--resume", "profile@toy-none-fp32")
+    assert ran == []
+    shutil.rmtree(paths.profile("toy-none-fp32"))
+    run(monkeypatch, "--resume", "profile@toy-none-fp32")
+    assert ran == ["profile@toy-none-fp32"]
+
+
+def test_nothing_is_taken_as_done_by_code_that_no_commit_holds(project, monkeypatch, capfd):
+    monkeypatch.setenv("EDGEWISE_COMMIT", f"abc{DIRTY}")
+    ran = []
+    monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
+    for _ in range(2):
+        run(monkeypatch, "--resume", "quantize@toy-none-fp32")
+    assert len(ran) == 2
+    assert "the code has changes that no commit holds: nothing is taken as done" in capfd.readouterr().out
+
+
 def test_what_cannot_be_a_provenance_is_refused_and_kept(project, monkeypatch):
     PROVENANCE.parent.mkdir(exist_ok=True)
-    PROVENANCE.write_text("[]")
-    with pytest.raises(UserError, match=r"provenance\.json holds no provenance"):
-        run(monkeypatch, "quantize@toy-none-fp32")
-    assert PROVENANCE.read_text() == "[]"
+    for text in ("[]", "", '{"quantize": 1}'):
+        PROVENANCE.write_text(text)
+        with pytest.raises(UserError, match=r"provenance\.json holds no provenance"):
+            run(monkeypatch, "quantize@toy-none-fp32")
+        assert PROVENANCE.read_text() == text
 
 
 def test_an_interruption_is_left_to_the_stages_to_tell(project, monkeypatch, capfd):

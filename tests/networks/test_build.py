@@ -56,6 +56,12 @@ def test_refused_arguments_name_the_architecture(library, architecture, argument
         build_network(NetworkSpec(library, architecture, arguments, 4))
 
 
+@pytest.mark.parametrize("rate", [5, -0.1, "x"])
+def test_a_share_that_training_would_stumble_over_is_refused(rate):
+    with pytest.raises(UserError, match=r"drop_path_rate = .*: must be at least 0 and less than 1"):
+        build_network(NetworkSpec("timm", "convnext_atto", {"drop_path_rate": rate}, 4))
+
+
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_an_unknown_architecture_is_called_that_and_not_blamed_on_its_arguments(library):
     with pytest.raises(
