@@ -41,6 +41,8 @@ class EqualMacs:
     macs_ratio: float
     """Theirs over ours."""
     difference: PairedDifference
+    deviation: float | None
+    """Of the difference over seeds (sample standard deviation); None with one seed."""
     p_value: float
     """Holm-corrected over these comparisons."""
 
@@ -52,6 +54,8 @@ class Libraries:
     one: str
     other: str
     difference: PairedDifference
+    deviation: float | None
+    """Of the difference over seeds (sample standard deviation); None with one seed."""
     p_value: float
 
 
@@ -110,7 +114,7 @@ def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
         if isinstance(run.params.prune[level.pruner], Structured)
         and run.params.quantize[level.quantizer].method == "fp32"
     ]
-    pairs: dict[str, tuple[Level, Level, PairedDifference]] = {}
+    pairs: dict[str, tuple[Level, Level, PairedDifference, float | None]] = {}
     for ours in structured:
         if run.params.prune[ours.pruner].method != "oto":
             continue
@@ -122,25 +126,33 @@ def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
                 continue
             if len(theirs.group.variants) != len(ours.group.variants):
                 continue
-            difference = compare(run, list(zip(ours.group.variants, theirs.group.variants, strict=True)))
-            pairs[f"{ours.group.name} {theirs.group.name}"] = (ours, theirs, difference)
-    corrected = holm({name: difference.p_value for name, (_, _, difference) in pairs.items()})
+            seeds = list(zip(ours.group.variants, theirs.group.variants, strict=True))
+            found = ours, theirs, compare(run, seeds), _deviation(run, seeds)
+            pairs[f"{ours.group.name} {theirs.group.name}"] = found
+    corrected = holm({name: difference.p_value for name, (_, _, difference, _) in pairs.items()})
     return [
         EqualMacs(
             ours.group.name,
             theirs.group.name,
             theirs.shares["macs"] / ours.shares["macs"],
             difference,
+            deviation,
             corrected[name],
         )
-        for name, (ours, theirs, difference) in pairs.items()
+        for name, (ours, theirs, difference, deviation) in pairs.items()
     ]
+
+
+def _deviation(run: Run, pairs: list[tuple[str, str]]) -> float | None:
+    """Of the differences of test top-1, the first's of each pair (seed) less the second's."""
+    top1 = {name: run.variants[name].profile["top1"] for pair in pairs for name in pair}
+    return mean_and_deviation([top1[ours] - top1[theirs] for ours, theirs in pairs])[1]
 
 
 def between_libraries(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[Libraries]:
     """Each group against the same pruner and quantizer on the same network of another library."""
     params = run.params
-    found: dict[str, tuple[Group, Group, PairedDifference]] = {}
+    found: dict[str, tuple[Group, Group, PairedDifference, float | None]] = {}
     for one, other in _same_networks(run, rows):
         for group in groups.values():
             rest = group.name.removeprefix(f"{one}-")
@@ -148,11 +160,11 @@ def between_libraries(run: Run, rows: list[dict], groups: dict[str, Group]) -> l
             if model_family(params, params.model_of(group.variants[0])) != one or peer is None:
                 continue
             pairs = list(zip(group.variants, peer.variants, strict=False))
-            found[group.name] = (group, peer, compare(run, pairs))
-    corrected = holm({name: difference.p_value for name, (_, _, difference) in found.items()})
+            found[group.name] = (group, peer, compare(run, pairs), _deviation(run, pairs))
+    corrected = holm({name: difference.p_value for name, (_, _, difference, _) in found.items()})
     return [
-        Libraries(group.name, peer.name, difference, corrected[name])
-        for name, (group, peer, difference) in found.items()
+        Libraries(group.name, peer.name, difference, deviation, corrected[name])
+        for name, (group, peer, difference, deviation) in found.items()
     ]
 
 

@@ -10,7 +10,7 @@ from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import read_claims
 from stages.reporting.edge import marks_of, printed_lines, runtimes_of, soak_lines
 from stages.reporting.inputs import Run
-from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, levels_of
+from stages.reporting.levels import EqualMacs, Libraries, at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
 from stages.reporting.robustness import headline_variants, robustness_of
 from stages.reporting.rows import Choices, Group, baseline_words, control_of, extra_training, is_control, small_dense
@@ -306,12 +306,11 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
     return {
         "benchmarks": _benchmarks(run) if any(run.params.prune[one.pruner].method == "oto" for one in found) else [],
         "equal_macs": [
-            (one.ours, one.theirs, f"{one.macs_ratio:.3f}", *_interval(one.difference), p_text(one.p_value))
+            (one.ours, one.theirs, f"{one.macs_ratio:.3f}", *_over_seeds(one), p_text(one.p_value))
             for one in at_equal_macs(run, found)
         ],
         "libraries": [
-            (one.one, one.other, *_interval(one.difference), p_text(one.p_value))
-            for one in between_libraries(run, rows, groups)
+            (one.one, one.other, *_over_seeds(one), p_text(one.p_value)) for one in between_libraries(run, rows, groups)
         ],
         "cuts": [
             (
@@ -322,6 +321,12 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
             for cut in cuts_of(run, found)
         ],
     }
+
+
+def _over_seeds(one: EqualMacs | Libraries) -> tuple[str, str, str]:
+    """Difference, its deviation over seeds and its interval, in points."""
+    difference, interval = _interval(one.difference)
+    return difference, "" if one.deviation is None else f"{100 * one.deviation:.2f}", interval
 
 
 def _bits(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict:

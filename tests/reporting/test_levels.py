@@ -113,6 +113,7 @@ def test_the_difference_at_equal_macs_is_that_of_the_same_seeds_on_the_same_imag
         for seed in (0, 1)
     ]
     assert found.difference.delta == pytest.approx(np.mean(seeds))
+    assert found.deviation == pytest.approx(np.std(seeds, ddof=1))
     assert found.difference.low < found.difference.delta < found.difference.high
     assert found.p_value >= found.difference.p_value
 
@@ -120,6 +121,13 @@ def test_the_difference_at_equal_macs_is_that_of_the_same_seeds_on_the_same_imag
 def test_libraries_are_compared_pruner_by_pruner_on_the_same_network(run: Run, parts: tuple):
     found = between_libraries(run, parts[1], parts[0])
     assert [(one.one, one.other) for one in found] == [(f"atto-s0-{p}-fp32", f"tv-s0-{p}-fp32") for p in PRUNERS]
+    differences = [
+        run.variants[f"atto-s{seed}-oto50-fp32"].profile["top1"]
+        - run.variants[f"tv-s{seed}-oto50-fp32"].profile["top1"]
+        for seed in (0, 1)
+    ]
+    oto = next(one for one in found if one.one == "atto-s0-oto50-fp32")
+    assert oto.deviation == pytest.approx(np.std(differences, ddof=1))
 
 
 def test_the_jump_at_the_cut_is_told_for_pruners_that_cut(run: Run, parts: tuple):
