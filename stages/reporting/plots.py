@@ -111,20 +111,18 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     words, unit, write = COSTS[cost]
     points = points_of(rows, cost)
     kept = [point.top1 for point in points if point.on_front or choices.headline in point.variants]
-    floor = _floor([(point.top1, point.low, point.high) for point in points], kept)
+    bars = [(point.top1, point.low, point.high) for point in points]
+    floor = _floor(bars, kept)
     scale, unit = _scale([point.cost for point in points], unit)
     figure, axes = _figure(3.7)
     pruners, quantizers = _looks(run)
     marks = [(point.cost / scale, floor.place(point.top1)) for point in points]
     _cost_axis(axes, [x for x, _ in marks])
     titles = {}
-    for index, (point, (x, y)) in enumerate(zip(points, marks, strict=True)):
+    for index, (point, bar, (x, y)) in enumerate(zip(points, bars, marks, strict=True)):
         look = quantizers[point.quantizer] | pruners[point.pruner]
         color = look["color"]
-        if floor.far_below(point.top1):
-            axes.plot([x], [y - floor.step], color=color, ls="", **DOWN)
-        else:
-            axes.plot([x, x], [100 * point.low, 100 * point.high], color=color, lw=1, alpha=0.6)
+        floor.draw_bar(axes, x, bar, color)
         chosen = choices.headline in point.variants
         (mark,) = axes.plot([x], [y], **look, ms=8 if chosen else 6, mew=1.4 if chosen else 0.8)
         mark.set_markeredgecolor(INK if chosen else color)
@@ -172,6 +170,14 @@ class _Floor:
 
     def place(self, top1: float) -> float:
         return self.y if self.far_below(top1) else 100 * top1
+
+    def draw_bar(self, axes, x: float, bar: tuple[float, float, float], color: str) -> None:
+        """The line between the ends of a point's bar; an arrow under what is far below."""
+        top1, low, high = bar
+        if self.far_below(top1):
+            axes.plot([x], [self.y - self.step], color=color, ls="", **DOWN)
+        else:
+            axes.plot([x, x], [100 * low, 100 * high], color=color, lw=1, alpha=0.6)
 
 
 def _floor(bars: list[tuple[float, float, float]], kept: Sequence[float] = ()) -> _Floor:
@@ -236,11 +242,7 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
         if row["variant"] == run.params.baseline_of(row["variant"]):
             dense.setdefault(model_family(run.params, row["model"]), []).append(row["top1"])
     dense_means = {family: sum(top1) / len(top1) for family, top1 in dense.items()}
-    bars = [
-        (top1, top1 - deviation, top1 + deviation)
-        for top1, deviation in ((level.group.top1, level.group.top1_deviation or 0.0) for level in found)
-    ]
-    floor = _floor([*bars, *((top1,) * 3 for top1 in dense_means.values())], list(dense_means.values()))
+    floor = _floor([*map(_bar_of, found), *((top1,) * 3 for top1 in dense_means.values())], list(dense_means.values()))
     titles, below = {}, []
     for number, ((method, quantizer), line) in enumerate(lines.items()):
         look = {
@@ -253,15 +255,13 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
         label = f"{method} {quantizer}" if len(quantizers) > 1 else method
         axes.plot(xs, ys, **look, lw=1.2, ms=5, label=label)
         for index, (level, x, y) in enumerate(zip(line, xs, ys, strict=True)):
-            deviation = 100 * (level.group.top1_deviation or 0.0)
+            floor.draw_bar(axes, x, _bar_of(level), look["color"])
             if floor.far_below(level.group.top1):
-                axes.plot([x], [y - floor.step], color=look["color"], ls="", **DOWN)
                 below.append(f"{level.group.name} {percent_text(level.group.top1)}")
-            else:
-                axes.plot([x, x], [y - deviation, y + deviation], color=look["color"], lw=1, alpha=0.6)
             (point,) = axes.plot([x], [y], **look, ms=5)
             point.set_gid(f"{name}-point-{number}-{index}")
-            spread = f" \N{PLUS-MINUS SIGN} {deviation:.2f}" if level.group.top1_deviation is not None else ""
+            deviation = level.group.top1_deviation
+            spread = f" \N{PLUS-MINUS SIGN} {100 * deviation:.2f}" if deviation is not None else ""
             titles[f"{name}-point-{number}-{index}"] = (
                 f"{level.group.name}: {x:.1f} % of the dense {words}, top-1 {100 * level.group.top1:.2f} %{spread}"
             )
@@ -276,6 +276,12 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
         f"Line plot of test top-1 accuracy against {words} as a share of the dense network's, for {', '.join(methods)}."
     )
     return _finish(figure, name, f"Levels: accuracy against {words}", alt, titles)
+
+
+def _bar_of(level: Level) -> tuple[float, float, float]:
+    """Accuracy, and a standard deviation over seeds to either side."""
+    top1, deviation = level.group.top1, level.group.top1_deviation or 0.0
+    return top1, top1 - deviation, top1 + deviation
 
 
 def bits(run: Run, contest: Contest) -> Picture:
