@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import os
+import time
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +12,10 @@ import torch
 from stages.common.cores import threads_for
 from stages.common.errors import UserError
 from stages.common.params import Base
+from stages.training import processes
+
+WORTH_IT = 0.8
+"""Of float32's time for a product, what bfloat16's may take at most: autocast's conversions want their share."""
 
 
 def prepare_host(base: Base) -> torch.device:
@@ -36,13 +42,33 @@ def prepare_host(base: Base) -> torch.device:
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether to train under bfloat16 autocast: `auto` says yes where the hardware multiplies bfloat16 itself."""
+    """Whether to train under bfloat16 autocast; all processes of a training call this and get the same answer.
+
+    `auto` says yes where the hardware multiplies bfloat16 itself, and on a CPU only if it does so faster: AVX-512's
+    instructions take half of float32's time on some processors and twice as long on others.
+    """
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return processes.from_first(_faster_in_bfloat16)
+
+
+@functools.cache
+def _faster_in_bfloat16() -> bool:
+    """By the fastest of some products of a linear layer each, taken in turns: what else is running slows both."""
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent names: not known to this torch
-    return any(getattr(torch.cpu, name, bool)() for name in native)
+    if not any(getattr(torch.cpu, name, bool)() for name in native):
+        return False
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    operands = {kind: (torch.ones(2048, 192, dtype=kind), torch.ones(768, 192, dtype=kind)) for kind in seconds}
+    with torch.no_grad():
+        for _ in range(8):
+            for kind, (x, weight) in operands.items():
+                started = time.perf_counter()
+                torch.nn.functional.linear(x, weight)
+                seconds[kind].append(time.perf_counter() - started)
+    return min(seconds[torch.bfloat16]) <= WORTH_IT * min(seconds[torch.float32])
 
 
 @contextlib.contextmanager

@@ -340,7 +340,7 @@ class _Run:
 
     def state_dict(self, finished: bool) -> dict[str, Any]:
         """All that an unfinished training goes on from; of a finished one only where the constraint came to."""
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = {"bfloat16": self.bfloat16}
         if self.constraint is not None:
             state["constraint"] = self.constraint.state_dict()
         if not finished:
@@ -350,6 +350,7 @@ class _Run:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bfloat16 = state.pop("bfloat16")  # as it began: what is faster may be measured otherwise the next time
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 

@@ -1,6 +1,6 @@
 """Muon with its orthogonalisation over all matrices of one shape at once, turned where they are tall.
 
-In bfloat16 only where the hardware has it: torch's own takes one matrix at a time, and multiplies in bfloat16, which
+In bfloat16 only where that is faster: torch's own takes one matrix at a time, and multiplies in bfloat16, which
 processors without such instructions emulate at a hundredth of their speed.
 """
 
@@ -40,9 +40,10 @@ class Muon(torch.optim.Muon):
                 loss = closure()
         for group in self.param_groups:
             matrices = sorted((p for p in group["params"] if p.grad is not None), key=_kind)
-            bfloat16 = bool(matrices) and use_bfloat16("auto", matrices[0].device)
+            if matrices and "bfloat16" not in group:  # the group keeps it: a resumed training goes on as it began
+                group["bfloat16"] = use_bfloat16("auto", matrices[0].device)
             for _, alike in itertools.groupby(matrices, key=_kind):
-                self._move(list(alike), group, bfloat16)
+                self._move(list(alike), group, group["bfloat16"])
         return loss
 
     def _move(self, matrices: list[nn.Parameter], group: dict, bfloat16: bool) -> None:
@@ -76,7 +77,7 @@ def orthogonalised(
     """Newton-Schulz iterations that bring the singular values of each matrix in `x` near 1.
 
     `x` is `[N, rows, columns]` with no more rows than columns. One iteration is `x <- (a + b g + c g^2) x` with
-    `g = x x^T`; in bfloat16, as torch's, where the hardware has it.
+    `g = x x^T`; in bfloat16 as torch's own does it.
     """
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     if bfloat16:

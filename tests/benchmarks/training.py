@@ -213,7 +213,8 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     for segment in segments.values():
         segment()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(json.dumps({"device": name, "threads": torch.get_num_threads()}), flush=True)
+    precision = "bfloat16" if names != PLAIN and use_bfloat16(recipe.precision, device) else "float32"
+    print(json.dumps({"device": name, "threads": torch.get_num_threads(), "precision": precision}), flush=True)
     for line in sys.stdin:
         print(segments[line.strip()](), flush=True)
 
@@ -267,10 +268,8 @@ def main() -> None:
     speeds = {name: images / float(np.median(seconds)) for name, seconds in times.items()}
     ratios = {name: np.array(times[top]) / np.array(times[below]) for name, (top, below) in RATIOS.items()}
     rows = {name: ratio_row(of_rounds, arguments.seed) for name, of_rounds in ratios.items()}
-    device = torch.device(arguments.device)
-    precision = "bfloat16" if use_bfloat16(load_params().finetune.precision, device) else "float32"
     settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "serve")}
-    result = {"machine": machine, **host, "precision": precision, "settings": settings}
+    result = {"machine": machine, **host, "settings": settings}
     result |= {"images_per_second": speeds, "ratios": rows}
     for name, speed in speeds.items():
         print(f"{name:22} {speed:8,.0f} images/s")

@@ -13,7 +13,7 @@ from stages.common.errors import UserError
 from stages.common.params import Base, NoneContinued
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
-from stages.training import checkpoint, loop
+from stages.training import checkpoint, loop, muon
 from stages.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from stages.training.loop import recipe_for, steps_in, train
 
@@ -73,6 +73,33 @@ def test_a_training_killed_after_an_epoch_ends_bit_for_bit_where_the_uninterrupt
         {k: v for k, v in row.items() if k not in timing} for row in whole.curve
     ]
     assert weights(_resume_finished(network, parts, preprocess, recipe, tmp_path).network) == weights(whole.network)
+
+
+@pytest.mark.parametrize("began", [True, False], ids=["bfloat16", "float32"])
+def test_a_resumed_training_keeps_the_precision_in_which_it_began(
+    network, parts, preprocess, recipe, tmp_path, monkeypatch, began
+):
+    recipe = recipe.model_copy(update={"optimizer": "muon", "precision": "auto"})
+
+    def measured(faster: bool) -> None:
+        for module in (loop, muon):
+            monkeypatch.setattr(module, "use_bfloat16", lambda precision, device: faster)
+
+    def stopped(count: int) -> None:
+        if count == 5:  # in the second epoch
+            raise KeyboardInterrupt
+
+    measured(began)
+    whole = run(copy.deepcopy(network), parts, preprocess, recipe)
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            copy.deepcopy(network), (_Watched(parts[0], [], stopped), parts[1]), preprocess, recipe,
+            checkpoints=tmp_path,
+        )  # fmt: skip
+    measured(not began)
+    resumed = run(copy.deepcopy(network), parts, preprocess, recipe, checkpoints=tmp_path)
+    assert weights(resumed.network) == weights(whole.network)
+    assert weights(run(copy.deepcopy(network), parts, preprocess, recipe).network) != weights(whole.network)
 
 
 def _resume_finished(network, parts, preprocess, recipe, tmp_path):
