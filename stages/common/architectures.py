@@ -73,6 +73,26 @@ def refused_arguments(library: str, architecture: str, arguments: dict[str, Any]
     return None
 
 
+def refused_images(library: str, architecture: str, arguments: dict[str, Any], input_size: int) -> str | None:
+    """Why the classifier gives nothing for RGB images of `input_size` pixels; None if it does. Nothing is allocated
+    unless something is wrong."""
+    import torch
+
+    reason = ""
+    for device in ("meta", "cpu"):  # the meta device lacks some operators
+        try:
+            with torch.device(device), torch.no_grad():
+                construct(library, architecture, arguments, classes=2).eval()(torch.zeros(1, 3, input_size, input_size))
+        except UserError as error:
+            reason = str(error)
+        except Exception as error:  # whatever a layer stumbles over
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        else:
+            return None
+    given = f" with arguments {arguments}" if arguments else ""
+    return f"{library} {architecture}{given} takes no RGB images of {input_size} pixels: {reason}"
+
+
 def timm_model(architecture: str, **arguments: Any) -> "nn.Module":
     """As `timm.create_model`, which drops arguments that are None: `ls_init_value: null` is a choice."""
     import timm

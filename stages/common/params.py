@@ -656,7 +656,7 @@ def load_params(path: Path = paths.PARAMS) -> Params:
 
 
 def check_models(params: Params, path: Path = paths.PARAMS) -> None:
-    """Refuse a model that cannot be built, or whose weights are not there (imports the libraries).
+    """Refuse a model that cannot be built, takes no images of its size, or lacks its weights (imports the libraries).
 
     Args:
         path: the file that `params` was read from; paths in it are relative to its folder.
@@ -664,7 +664,7 @@ def check_models(params: Params, path: Path = paths.PARAMS) -> None:
     Raises:
         UserError: with one line for each problem; an unknown architecture comes with the nearest names.
     """
-    from stages.common.architectures import refused_arguments, unknown
+    from stages.common.architectures import refused_arguments, refused_images, unknown
 
     problems = []
     for name, model in params.models.items():
@@ -672,6 +672,8 @@ def check_models(params: Params, path: Path = paths.PARAMS) -> None:
             problems.append(f"models.{name}.architecture = {model.architecture!r}: {problem}")
         elif problem := refused_arguments(model.library, model.architecture, model.arguments):
             problems.append(f"models.{name}.arguments: {problem}")
+        elif problem := refused_images(model.library, model.architecture, model.arguments, model.input_size):
+            problems.append(f"models.{name}: {problem}")
         if model.weights not in ("none", "pretrained") and not (path.parent / model.weights).is_file():
             problems.append(
                 f"models.{name}.weights = {model.weights!r}: no such file (seen from the folder of params.yaml), nor"

@@ -173,15 +173,14 @@ def main() -> None:
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs}: must be at least 1")
     params, around = load_params(), surroundings()
-    told = _told_before()
-    if arguments.resume and str(around["commit"]).endswith(DIRTY):
+    told, dirty = _told_before(), str(around["commit"]).endswith(DIRTY)
+    if arguments.resume and dirty:
         print("the code has changes that no commit holds: nothing is taken as done")
 
     def is_done(stage: str) -> bool:
         entry, (name, _, key) = told.get(stage, {}), stage.partition("@")
         same = all(entry.get(name) == around[name] for name in ("commit", "params_sha256"))
-        same &= not str(around["commit"]).endswith(DIRTY)
-        return same and OUTS[name](key).exists() and entry.get("sha256", {}) == hashes(stage)
+        return same and not dirty and OUTS[name](key).exists() and entry.get("sha256", {}) == hashes(stage)
 
     def done(stage: str, entry: dict[str, object]) -> None:
         told[stage] = entry | around

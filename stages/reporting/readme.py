@@ -306,8 +306,13 @@ def recipes_block(reports: Path) -> str:
 
 
 def training_block(reports: Path) -> str:
-    """What `tests/benchmarks/training.py` measured."""
-    found = read_json(_measured(reports / "benchmarks/training.json", "training.py"))
+    """What `tests/benchmarks/training.py` measured, on each machine."""
+    first = _measured(reports / "benchmarks/training.json", "training.py")
+    files = [first, *sorted(first.parent.glob("training_*.json"))]
+    return "\n\n".join(_training_speed(read_json(file)) for file in files)
+
+
+def _training_speed(found: dict) -> str:
     ratios, machine, settings = found["ratios"], found["machine"], found["settings"]
 
     def ratio(name: str, cost: bool = False) -> str:

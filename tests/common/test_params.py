@@ -375,6 +375,20 @@ def test_arguments_that_the_architecture_does_not_take_are_refusal(raw, tmp_path
     assert "unexpected keyword argument 'dephts'" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"arguments": {"in_chans": 1}}, "timm convnext_atto with arguments {'in_chans': 1} takes no RGB images of 32"),
+        ({"arguments": {"patch_size": 0}}, "with arguments {'patch_size': 0} takes no RGB images of 32 pixels"),
+        ({"arguments": {}, "input_size": 8}, "models.convnext: timm convnext_atto takes no RGB images of 8 pixels"),
+        ({"arguments": {}, "architecture": "vit_tiny_patch16_224"}, "takes no RGB images of 32 pixels"),
+    ],
+)
+def test_a_network_that_takes_no_images_of_its_size_is_refused(raw, tmp_path, change, reason):
+    raw["models"]["convnext"] |= {"input_size": 32} | change
+    assert reason in refusal(raw, tmp_path)
+
+
 def test_a_weights_file_is_looked_for_beside_the_params(raw, tmp_path):
     raw["models"]["convnext"]["weights"] = "weights/atto.pth"
     assert "models.convnext.weights = 'weights/atto.pth': no such file" in refusal(raw, tmp_path)

@@ -80,6 +80,15 @@ def test_what_training_costs_is_told_with_its_intervals(top):
     assert "on A Processor (avx2; 2 threads), torch 2.15.0, float32." in text
 
 
+def test_what_training_costs_is_told_of_each_machine(top):
+    path = top / "profiles/tiny-one/reports/benchmarks/training.json"
+    other = json.loads(path.read_text()) | {"precision": "bfloat16"}
+    path.with_stem("training_other").write_text(json.dumps(other))
+    first, second = filled(block("training"), top).split("Medians of 12 rounds")[1:]
+    assert "float32.\n\n- One epoch's steps: 1,234 images/s" in first
+    assert "bfloat16." in second
+
+
 def test_a_gpu_is_named_where_training_was_timed_on_one(top):
     path = top / "profiles/tiny-one/reports/benchmarks/training.json"
     found = json.loads(path.read_text())
