@@ -1,6 +1,7 @@
 """The classifiers of timm and torchvision by name: which there are, and how one is constructed."""
 
 import difflib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import UserError
@@ -44,18 +45,24 @@ def construct(library: str, architecture: str, arguments: dict[str, Any], classe
         if not (isinstance(share, int | float) and 0 <= share < 1):
             raise UserError(f"{library} {architecture}: {name} = {share!r}: must be at least 0 and less than 1")
     try:
-        if library == "timm":
-            return timm_model(architecture, num_classes=classes, **arguments)
-        if architecture.startswith("convnext") and "block_setting" in arguments:
-            return _torchvision_convnext(arguments, classes)
-        import torchvision
-
-        return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how torchvision will initialise some day, and the like
+            return _constructed(library, architecture, arguments, classes)
     except Exception as error:  # whatever a constructor stumbles over
         if problem := unknown(library, architecture):
             raise UserError(f"{architecture!r}: {problem}") from None
         reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error or type(error).__name__
         raise UserError(f"{library} {architecture} does not take arguments {arguments}: {reason}") from None
+
+
+def _constructed(library: str, architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
+    if library == "timm":
+        return timm_model(architecture, num_classes=classes, **arguments)
+    if architecture.startswith("convnext") and "block_setting" in arguments:
+        return _torchvision_convnext(arguments, classes)
+    import torchvision
+
+    return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
 
 
 def refused_arguments(library: str, architecture: str, arguments: dict[str, Any]) -> str | None:
@@ -74,23 +81,36 @@ def refused_arguments(library: str, architecture: str, arguments: dict[str, Any]
 
 
 def refused_images(library: str, architecture: str, arguments: dict[str, Any], input_size: int) -> str | None:
-    """Why the classifier gives nothing for RGB images of `input_size` pixels; None if it does. Nothing is allocated
+    """Why the classifier gives no logits for RGB images of `input_size` pixels; None if it does. Nothing is allocated
     unless something is wrong."""
     import torch
 
+    given = f"{library} {architecture}{f' with arguments {arguments}' if arguments else ''}"
     reason = ""
     for device in ("meta", "cpu"):  # the meta device lacks some operators
         try:
             with torch.device(device), torch.no_grad():
-                construct(library, architecture, arguments, classes=2).eval()(torch.zeros(1, 3, input_size, input_size))
+                network = construct(library, architecture, arguments, classes=2).eval()
+                output = network(torch.zeros(1, 3, input_size, input_size))
         except UserError as error:
             reason = str(error)
         except Exception as error:  # whatever a layer stumbles over
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
         else:
-            return None
-    given = f" with arguments {arguments}" if arguments else ""
-    return f"{library} {architecture}{given} takes no RGB images of {input_size} pixels: {reason}"
+            return (problem := more_than_logits(network, output)) and f"{given} {problem}"
+    return (
+        f"{given} takes no RGB images of {input_size} pixels ({reason}): change input_size, or the arguments (some"
+        " networks have `img_size`)"
+    )
+
+
+def more_than_logits(network: "nn.Module", output: object) -> str | None:
+    """What is wrong with a network whose output is not `[N, classes]` alone; None where it is."""
+    if getattr(network, "aux_logits", False):
+        return "has auxiliary outputs, which cannot be trained: set arguments: {aux_logits: false, init_weights: false}"
+    if getattr(output, "ndim", None) != 2:
+        return "gives something other than logits [N, classes]: it cannot be trained as a classifier"
+    return None
 
 
 def timm_model(architecture: str, **arguments: Any) -> "nn.Module":

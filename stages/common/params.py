@@ -120,6 +120,7 @@ class Finetune(Section):
     take less time. Validation, and trainings that go on from finished weights, use the model's `input_size`."""
     early_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of autocast; Muon's own products are in bfloat16 wherever that is faster."""
     compile: bool = False
     """`torch.compile` the training step: a minute or more to start, then faster, most of all on a GPU."""
 

@@ -187,6 +187,8 @@ def main() -> None:
         write_json(PROVENANCE, {name: told[name] for name in [*all_stages(params), *told] if name in told})
 
     stages = [stage for stage in chosen(arguments.stages, params) if not (arguments.resume and is_done(stage))]
+    if not stages:
+        print("nothing to do: all of it is done by this commit and these params")
     try:
         run_all(stages, params, arguments.jobs, done)
     except KeyboardInterrupt:  # the stages under way were interrupted too, and have said what is kept

@@ -18,6 +18,7 @@ import stages
 from stages.common.errors import UserError
 from stages.common.files import atomic_file, clear_disk_errors
 from stages.training import processes
+from stages.training.host import precision_kept_in
 
 CODE = (
     *("common", "datasets", "networks", "pruning", "quantization", "training"),
@@ -72,7 +73,8 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
             if other != folder and (other / FINISHED).exists():
                 shutil.rmtree(other, ignore_errors=True)
         processes.wait_for_all()
-        yield folder
+        with precision_kept_in(folder):
+            yield folder
         (folder / FINISHED).touch()
 
 

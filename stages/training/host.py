@@ -1,21 +1,26 @@
 """The machine that trains: device, threads, precision, and an allocator that keeps its memory."""
 
 import contextlib
+import contextvars
 import ctypes
 import functools
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from stages.common.cores import threads_for
 from stages.common.errors import UserError
+from stages.common.files import atomic_file
 from stages.common.params import Base
 from stages.training import processes
 
 WORTH_IT = 0.8
 """Of float32's time for a product, what bfloat16's may take at most: autocast's conversions want their share."""
+FASTER = "bfloat16_is_faster"
+_keeper: contextvars.ContextVar[Path | None] = contextvars.ContextVar("keeper", default=None)
 
 
 def prepare_host(base: Base) -> torch.device:
@@ -54,8 +59,29 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     return processes.from_first(_faster_in_bfloat16)
 
 
-@functools.cache
+@contextlib.contextmanager
+def precision_kept_in(folder: Path) -> Iterator[None]:
+    """Let all trainings in this block go by what the first of them measured, in whichever process that was."""
+    token = _keeper.set(folder)
+    try:
+        yield
+    finally:
+        _keeper.reset(token)
+
+
 def _faster_in_bfloat16() -> bool:
+    folder = _keeper.get()
+    if folder is None:
+        return _measured_faster()
+    file = folder / FASTER
+    if not file.exists():
+        with atomic_file(file) as temporary:
+            temporary.write_text(f"{_measured_faster()}\n")
+    return file.read_text().strip() == str(True)
+
+
+@functools.cache
+def _measured_faster() -> bool:
     """By the fastest of some products of a linear layer each, taken in turns: what else is running slows both."""
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent names: not known to this torch
     if not any(getattr(torch.cpu, name, bool)() for name in native):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stages.common.architectures import more_than_logits
 from stages.common.errors import UserError
 from stages.common.params import Base, Bits, Finetune, Training
 from stages.common.progress import EpochProgress, epoch_progress
@@ -214,10 +215,10 @@ class _Run:
         self.seed, self.title, self.rate_key, self.constraint = seed, title, rate_key, constraint
         self.distillation = distillation if distillation is not None and distillation.weight else None
         self.bfloat16 = use_bfloat16(recipe.precision, device)
-        network.train().to(device, memory_format=torch.channels_last)
+        _channels_last(network.train().to(device))
         if self.distillation is not None:
             freeze(self.distillation.teacher, network)
-            self.distillation.teacher.to(device, memory_format=torch.channels_last)
+            _channels_last(self.distillation.teacher.to(device))
         self.preprocess = copy.deepcopy(preprocess).to(device)
         self.batches, self.steps = steps_per_epoch(recipe, len(part)), steps_in(recipe, len(part))
         self.optimizers = Optimizers(network, recipe)
@@ -340,7 +341,7 @@ class _Run:
 
     def state_dict(self, finished: bool) -> dict[str, Any]:
         """All that an unfinished training goes on from; of a finished one only where the constraint came to."""
-        state: dict[str, Any] = {"bfloat16": self.bfloat16}
+        state: dict[str, Any] = {}
         if self.constraint is not None:
             state["constraint"] = self.constraint.state_dict()
         if not finished:
@@ -350,9 +351,15 @@ class _Run:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.bfloat16 = state.pop("bfloat16")  # as it began: what is faster may be measured otherwise the next time
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
+
+
+def _channels_last(network: nn.Module) -> None:
+    """Lay out its weights for images; torch's own `to` stumbles over three-dimensional convolutions."""
+    for weights in network.parameters():
+        if weights.dim() == 4:
+            weights.data = weights.data.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -369,10 +376,8 @@ def _classes(network: nn.Module, input_size: int, title: str, key: str = "input_
         reason = str(error).splitlines()[0]
         raise UserError(f"{title}: the network does not take {key} {input_size} ({reason}): choose another") from None
     network.train()
-    if getattr(network, "aux_logits", False) or not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        raise UserError(
-            f"{title}: the network gives more than logits; networks with auxiliary outputs cannot be trained"
-        )
+    if problem := more_than_logits(network, logits):
+        raise UserError(f"{title}: the network {problem}")
     return logits.shape[1]
 
 

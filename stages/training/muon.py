@@ -40,7 +40,7 @@ class Muon(torch.optim.Muon):
                 loss = closure()
         for group in self.param_groups:
             matrices = sorted((p for p in group["params"] if p.grad is not None), key=_kind)
-            if matrices and "bfloat16" not in group:  # the group keeps it: a resumed training goes on as it began
+            if matrices and "bfloat16" not in group:
                 group["bfloat16"] = use_bfloat16("auto", matrices[0].device)
             for _, alike in itertools.groupby(matrices, key=_kind):
                 self._move(list(alike), group, group["bfloat16"])

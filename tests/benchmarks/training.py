@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from stages.common import paths
-from stages.common.errors import run_stage
+from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
 from stages.common.params import Finetune, Model, Oto, load_params
 from stages.common.progress import epoch_progress
@@ -48,7 +48,7 @@ from stages.pruning.costs import costs_of
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
 from stages.training.host import prepare_host, use_bfloat16
-from stages.training.loop import _Run, steps_in
+from stages.training.loop import _Run, steps_in, steps_per_epoch
 
 PLAIN = ("plain",)
 OURS = ("loop", "bare", "silent", "silent again", "averaged and logged", "hesso")
@@ -172,6 +172,8 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
     groups = channel_groups(pruned, size)
     pruner = Oto(method="oto", epochs=recipe.epochs, learning_rate_factor=1.0, group_sparsity=0.5)
     total = steps_in(recipe, len(part))
+    if steps >= (most := steps_per_epoch(recipe, len(part))):
+        raise UserError(f"--steps {steps}: an epoch has {most} of {recipe.batch_size} images: lower it or --batch")
     hesso = Hesso(pruned, groups, costs_of(pruned, groups, size), pruner, total, "prune.benchmark")
     quiet = run_of(silent, copy.deepcopy(network))
     pruning = run_of(silent, pruned, hesso)

@@ -382,6 +382,8 @@ def test_arguments_that_the_architecture_does_not_take_are_refusal(raw, tmp_path
         ({"arguments": {"patch_size": 0}}, "with arguments {'patch_size': 0} takes no RGB images of 32 pixels"),
         ({"arguments": {}, "input_size": 8}, "models.convnext: timm convnext_atto takes no RGB images of 8 pixels"),
         ({"arguments": {}, "architecture": "vit_tiny_patch16_224"}, "takes no RGB images of 32 pixels"),
+        ({"arguments": {"features_only": True}, "architecture": "resnet18"}, "something other than logits"),
+        ({"arguments": {}, "library": "torchvision", "architecture": "googlenet"}, "googlenet has auxiliary outputs"),
     ],
 )
 def test_a_network_that_takes_no_images_of_its_size_is_refused(raw, tmp_path, change, reason):

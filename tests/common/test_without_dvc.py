@@ -68,7 +68,7 @@ def test_each_stage_tells_where_its_artifact_comes_from(project, monkeypatch):
     assert entry["seconds"] > 0
 
 
-def test_what_is_done_stays_told_and_is_left_out_when_resumed(project, monkeypatch):
+def test_what_is_done_stays_told_and_is_left_out_when_resumed(project, monkeypatch, capsys):
     monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
     first = run(monkeypatch, "quantize@toy-none-fp32")
     ran = []
@@ -76,6 +76,9 @@ def test_what_is_done_stays_told_and_is_left_out_when_resumed(project, monkeypat
     told = run(monkeypatch, "--resume", "quantize")
     assert ran == ["quantize@toy-none-int8"]
     assert told["quantize@toy-none-fp32"] == first["quantize@toy-none-fp32"]
+    assert "nothing to do" not in capsys.readouterr().out
+    run(monkeypatch, "--resume", "quantize@toy-none-fp32")
+    assert "nothing to do: all of it is done by this commit" in capsys.readouterr().out
     paths.PARAMS.write_text(paths.PARAMS.read_text() + "\n")
     run(monkeypatch, "--resume", "quantize")
     assert ran[1:] == ["quantize@toy-none-fp32", "quantize@toy-none-int8"]

@@ -170,7 +170,7 @@ def test_an_interrupted_distillation_ends_bit_for_bit_where_the_uninterrupted_on
     monkeypatch.setattr(loop, "save_checkpoint", save)
     assert result(checkpoints=tmp_path) == whole
     assert kept[0].keys() == {"epochs", "curve", "chosen", "run"}
-    assert kept[0]["run"].keys() == {"bfloat16", "network", "optimizers", "average"}
+    assert kept[0]["run"].keys() == {"network", "optimizers", "average"}
 
 
 def test_a_distillation_whose_loss_is_not_finite_ends_with_a_clear_error(network, teacher, parts, preprocess, recipe):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stages.training import host
+from stages.training.checkpoint import checkpoint_folder
 from stages.training.host import use_bfloat16
 
 CPU = torch.device("cpu")
@@ -12,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def products(monkeypatch):
     """Makes a processor of which each product takes `seconds[dtype]`; gives back those that were computed."""
-    host._faster_in_bfloat16.cache_clear()
+    host._measured_faster.cache_clear()
     computed = []
 
     def processor(seconds: dict[torch.dtype, float], native: bool = True) -> list[torch.dtype]:
@@ -27,7 +28,7 @@ def products(monkeypatch):
         return computed
 
     yield processor
-    host._faster_in_bfloat16.cache_clear()
+    host._measured_faster.cache_clear()
 
 
 @pytest.mark.parametrize(("bfloat16", "wanted"), [(0.002, True), (0.008, False)], ids=["faster", "slower"])
@@ -51,3 +52,16 @@ def test_a_precision_that_is_named_is_taken(products):
     assert use_bfloat16("bfloat16", CPU)
     assert not use_bfloat16("float32", CPU)
     assert computed == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stage_that_is_run_again_keeps_the_precision_in_which_it_began(tmp_path, monkeypatch, first):
+    def trained(identity: str, measured: bool) -> bool:
+        monkeypatch.setattr(host, "_measured_faster", lambda: measured)
+        with checkpoint_folder(tmp_path, {"a": identity}):
+            return use_bfloat16("auto", CPU)
+
+    assert trained("one", measured=first) is first
+    assert trained("one", measured=not first) is first
+    assert trained("another", measured=not first) is not first
+    assert use_bfloat16("auto", CPU) is not first  # out of any stage: as it is measured

@@ -13,7 +13,7 @@ from stages.common.errors import UserError
 from stages.common.params import Base, NoneContinued
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
-from stages.training import checkpoint, loop, muon
+from stages.training import checkpoint, host, loop
 from stages.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from stages.training.loop import recipe_for, steps_in, train
 
@@ -81,25 +81,28 @@ def test_a_resumed_training_keeps_the_precision_in_which_it_began(
 ):
     recipe = recipe.model_copy(update={"optimizer": "muon", "precision": "auto"})
 
-    def measured(faster: bool) -> None:
-        for module in (loop, muon):
-            monkeypatch.setattr(module, "use_bfloat16", lambda precision, device: faster)
+    def phases(folder: Path, faster: bool, stop_in: int | None = None) -> bytes:
+        """Two, as of a pruner; each began its own optimizer."""
+        monkeypatch.setattr(host, "_measured_faster", lambda: faster)
+        trained = copy.deepcopy(network)
+        with checkpoint_folder(folder, {"a": 1}) as checkpoints:
+            for phase, epochs in enumerate([(0, 2), (2, 3)]):
+                (own := checkpoints / str(phase)).mkdir(exist_ok=True)
+                part = _Watched(parts[0], [], lambda count, phase=phase: _interrupt(phase == stop_in and count == 2))
+                run(trained, (part, parts[1]), preprocess, recipe, checkpoints=own, epochs=epochs, keep="last")
+        return weights(trained)
 
-    def stopped(count: int) -> None:
-        if count == 5:  # in the second epoch
-            raise KeyboardInterrupt
+    whole = phases(tmp_path / "whole", began)
+    assert phases(tmp_path / "other", not began) != whole
+    for phase in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            phases(tmp_path / str(phase), began, stop_in=phase)
+        assert phases(tmp_path / str(phase), not began) == whole
 
-    measured(began)
-    whole = run(copy.deepcopy(network), parts, preprocess, recipe)
-    with pytest.raises(KeyboardInterrupt):
-        run(
-            copy.deepcopy(network), (_Watched(parts[0], [], stopped), parts[1]), preprocess, recipe,
-            checkpoints=tmp_path,
-        )  # fmt: skip
-    measured(not began)
-    resumed = run(copy.deepcopy(network), parts, preprocess, recipe, checkpoints=tmp_path)
-    assert weights(resumed.network) == weights(whole.network)
-    assert weights(run(copy.deepcopy(network), parts, preprocess, recipe).network) != weights(whole.network)
+
+def _interrupt(now: bool) -> None:
+    if now:
+        raise KeyboardInterrupt
 
 
 def _resume_finished(network, parts, preprocess, recipe, tmp_path):
@@ -363,6 +366,19 @@ def test_a_full_disk_under_a_checkpoint_is_told_with_its_path(tmp_path, monkeypa
 def test_an_input_size_that_the_network_does_not_take_is_a_clear_error(network, parts, recipe):
     with pytest.raises(UserError, match="does not take input_size 8"):
         run(network, parts, Preprocess([0.5] * 3, [0.25] * 3, 8), recipe)
+
+
+def test_a_network_with_a_three_dimensional_convolution_trains(parts, preprocess, recipe):
+    class Volume(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.volume = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(1, 2, 3)
+            self.head = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(self.volume(self.first(x).unsqueeze(1)).mean((2, 3, 4)))
+
+    assert run(Volume(), parts, preprocess, recipe.model_copy(update={"epochs": 1})).epoch == 1
 
 
 def test_the_first_part_of_a_training_sees_other_sizes_and_validation_does_not(network, parts, preprocess, recipe):
