@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,8 @@ OUTS = {
     "report": lambda _: paths.REPORTS / "index.html",
 }
 """What each stage leaves beside its artifact, by which it is seen whether it is still there."""
+TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell reports it
+_under_way: set[subprocess.Popen] = set()
 
 
 def all_stages(params: Params) -> list[str]:
@@ -119,12 +122,23 @@ def run(stage: str) -> dict[str, object]:
     name, _, key = stage.partition("@")
     started = time.time()
     command = [sys.executable, "-m", f"stages.{name.replace('-', '_')}", *([key] if key else [])]
-    if code := subprocess.run(command).returncode:
+    with subprocess.Popen(command) as process:
+        _under_way.add(process)
+        code = process.wait()
+    _under_way.discard(process)
+    if code:
         raise UserError(f"{stage}: ended with exit code {code}; the stages before it are done")
     told: dict[str, object] = {"seconds": round(time.time() - started, 1), "finished": round(time.time())}
     if artifact := hashes(stage):
         told["sha256"] = artifact
     return told
+
+
+def _end_all(*_: object) -> None:
+    """End the stages under way with this process: a time limit ends only the one that it started."""
+    for process in tuple(_under_way):
+        process.terminate()
+    sys.exit(TERMINATED)
 
 
 def hashes(stage: str) -> dict[str, str]:
@@ -189,10 +203,13 @@ def main() -> None:
     stages = [stage for stage in chosen(arguments.stages, params) if not (arguments.resume and is_done(stage))]
     if not stages:
         print("nothing to do: all of it is done by this commit and these params")
+    before = signal.signal(signal.SIGTERM, _end_all)
     try:
         run_all(stages, params, arguments.jobs, done)
     except KeyboardInterrupt:  # the stages under way were interrupted too, and have said what is kept
         sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _told_before() -> dict[str, dict[str, object]]:

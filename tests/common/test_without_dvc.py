@@ -140,6 +140,22 @@ def test_an_interruption_is_left_to_the_stages_to_tell(project, monkeypatch, cap
     assert capfd.readouterr().err == ""
 
 
+def test_the_stages_under_way_end_with_a_run_that_is_terminated(project):
+    command = [sys.executable, "-m", "stages.common.without_dvc", "--jobs", "2", "quantize"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        threads, started = Path(f"/proc/{process.pid}/task"), time.monotonic()
+        while len(children := " ".join(file.read_text() for file in threads.glob("*/children")).split()) < 2:
+            assert process.poll() is None
+            assert time.monotonic() - started < 30
+            time.sleep(0.05)
+        time.sleep(0.5)  # Popen has come back, and the stages import what they need for seconds more
+        process.terminate()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == without_dvc.TERMINATED
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not PROVENANCE.exists()
+
+
 def test_a_stage_that_fails_ends_the_run_and_is_named(project, monkeypatch, capfd):
     (paths.pruned("toy-none") / "model.json").write_text("{")
     with pytest.raises(UserError, match="quantize@toy-none-fp32: ended with exit code 2; the stages before it"):
