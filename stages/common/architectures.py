@@ -65,43 +65,32 @@ def _constructed(library: str, architecture: str, arguments: dict[str, Any], cla
     return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
 
 
-def refused_arguments(library: str, architecture: str, arguments: dict[str, Any]) -> str | None:
-    """Why the classifier cannot be constructed; None if it can. Nothing is allocated."""
-    import torch
+def refused(library: str, architecture: str, arguments: dict[str, Any], input_size: int) -> tuple[str, str] | None:
+    """Why the classifier cannot be constructed, or gives no logits for RGB images of `input_size` pixels.
 
-    try:
-        with torch.device("meta"):
-            construct(library, architecture, arguments, classes=2)
-    except UserError:
-        try:  # some constructors compute with their tensors, which the meta device cannot
-            construct(library, architecture, arguments, classes=2)
-        except UserError as error:
-            return str(error)
-    return None
+    Nothing is allocated unless something is wrong.
 
-
-def refused_images(library: str, architecture: str, arguments: dict[str, Any], input_size: int) -> str | None:
-    """Why the classifier gives no logits for RGB images of `input_size` pixels; None if it does. Nothing is allocated
-    unless something is wrong."""
+    Returns:
+        Where in the model's params the reason lies ("": in more than one key), and the reason; or None.
+    """
     import torch
 
     given = f"{library} {architecture}{f' with arguments {arguments}' if arguments else ''}"
-    reason = ""
-    for device in ("meta", "cpu"):  # the meta device lacks some operators
+    for device in ("meta", "cpu"):  # the meta device lacks some operators, and some constructors compute
         try:
             with torch.device(device), torch.no_grad():
                 network = construct(library, architecture, arguments, classes=2).eval()
                 output = network(torch.zeros(1, 3, input_size, input_size))
         except UserError as error:
-            reason = str(error)
+            found = ".arguments", str(error)
         except Exception as error:  # whatever a layer stumbles over
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            remedy = "change input_size, or the arguments (some networks have `img_size`)"
+            found = "", f"{given} takes no RGB images of {input_size} pixels ({reason}): {remedy}"
         else:
-            return (problem := more_than_logits(network, output)) and f"{given} {problem}"
-    return (
-        f"{given} takes no RGB images of {input_size} pixels ({reason}): change input_size, or the arguments (some"
-        " networks have `img_size`)"
-    )
+            problem = more_than_logits(network, output)
+            return ("", f"{given} {problem}") if problem else None
+    return found
 
 
 def more_than_logits(network: "nn.Module", output: object) -> str | None:

@@ -665,16 +665,15 @@ def check_models(params: Params, path: Path = paths.PARAMS) -> None:
     Raises:
         UserError: with one line for each problem; an unknown architecture comes with the nearest names.
     """
-    from stages.common.architectures import refused_arguments, refused_images, unknown
+    from stages.common.architectures import refused, unknown
 
     problems = []
     for name, model in params.models.items():
         if problem := unknown(model.library, model.architecture):
             problems.append(f"models.{name}.architecture = {model.architecture!r}: {problem}")
-        elif problem := refused_arguments(model.library, model.architecture, model.arguments):
-            problems.append(f"models.{name}.arguments: {problem}")
-        elif problem := refused_images(model.library, model.architecture, model.arguments, model.input_size):
-            problems.append(f"models.{name}: {problem}")
+        elif found := refused(model.library, model.architecture, model.arguments, model.input_size):
+            key, reason = found
+            problems.append(f"models.{name}{key}: {reason}")
         if model.weights not in ("none", "pretrained") and not (path.parent / model.weights).is_file():
             problems.append(
                 f"models.{name}.weights = {model.weights!r}: no such file (seen from the folder of params.yaml), nor"
