@@ -33,8 +33,8 @@ from stages.training.average import WeightAverage
 from stages.training.batches import Images
 from stages.training.checkpoint import Spacing, load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
+from stages.training.convolutions import mended_convolutions
 from stages.training.cuda_graphs import Graphed
-from stages.training.depthwise import fast_depthwise
 from stages.training.distillation import Distillation, freeze, soft_loss
 from stages.training.host import clear_compile_errors, clear_memory_errors, prepare_host, use_bfloat16
 from stages.training.optimizers import Optimizers, schedule
@@ -286,7 +286,7 @@ class _Run:
         teacher_logits = None
         kind = self.device.type  # no layer is called twice, and in a CUDA graph autocast's cache would go stale
         autocast = torch.autocast(kind, dtype=torch.bfloat16, enabled=self.bfloat16, cache_enabled=kind != "cuda")
-        with autocast, fast_depthwise(self.device, self.recipe.compile):
+        with autocast, mended_convolutions(self.device, self.recipe.compile):
             x = self.preprocess.resize(x, input_size)
             if self.distillation is not None:
                 with torch.no_grad():

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.training import depthwise
-from stages.training.depthwise import FastDepthwise, fast_depthwise, weight_gradient
+from stages.training import convolutions
+from stages.training.convolutions import MendedConvolutions, mended_convolutions, weight_gradient
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(x.shape))
         return weight_gradient(x, gradient, kernel)
 
-    monkeypatch.setattr(depthwise, "weight_gradient", recorded)
+    monkeypatch.setattr(convolutions, "weight_gradient", recorded)
     return shapes
 
 
@@ -42,7 +44,7 @@ def test_gradients_are_those_of_the_convolution(kernel, size, memory, bias, repl
     x = torch.randn(5, 6, *size).to(memory_format=memory)
     expected = gradients(layer, x)
     assert not replaced
-    with FastDepthwise():
+    with MendedConvolutions():
         found = gradients(layer, x)
     assert replaced == [(5, 6, *size)]
     for ours, theirs in zip(found, expected, strict=True):
@@ -52,7 +54,7 @@ def test_gradients_are_those_of_the_convolution(kernel, size, memory, bias, repl
 
 def test_onednns_own_gradient_is_not_asked_for_at_all():
     layer = nn.Conv2d(6, 6, 3, padding=1, groups=6)  # one mask for input and bias makes it compute the weights' too
-    with FastDepthwise(), torch.profiler.profile() as profile:
+    with MendedConvolutions(), torch.profiler.profile() as profile:
         gradients(layer, torch.randn(5, 6, 2, 2))
     names = {event.name for event in profile.events()}
     assert "aten::convolution" in names
@@ -63,7 +65,7 @@ def test_under_autocast_they_are_those_of_the_rounded_layer(replaced):
     torch.manual_seed(0)
     layer, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(5, 6, 3, 3)
     expected = gradients(layer, x, bfloat16=True)
-    with FastDepthwise():
+    with MendedConvolutions():
         found = gradients(layer, x, bfloat16=True)
     assert replaced
     for ours, theirs in zip(found, expected, strict=True):
@@ -89,32 +91,56 @@ def test_under_autocast_they_are_those_of_the_rounded_layer(replaced):
 def test_other_convolutions_stay_as_they_are(layer, size, replaced):
     x = torch.randn(2, 6, size, size)
     expected = gradients(layer, x)
-    with FastDepthwise():
+    with MendedConvolutions():
         found = gradients(layer, x)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert not replaced
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (
+            nn.Conv2d(3, 48, 1, stride=2, bias=False),
+            (224, 224),
+        ),  # RepVGG's first: torch's own crashes in channels-last memory
+        (nn.Conv2d(7, 24, 1, stride=2), (112, 112)),  # or ends in another gradient
+        (nn.Conv2d(15, 8, 1, stride=(3, 1)), (90, 81)),
+    ],
+)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_strided_pointwise_convolutions_of_few_channels_have_the_right_gradient(layer, size, bfloat16):
+    torch.manual_seed(0)
+    x = torch.randn(4, layer.in_channels, *size)
+    expected = gradients(layer, x, bfloat16)
+    layer = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    with MendedConvolutions():
+        found = gradients(layer, x.to(memory_format=torch.channels_last), bfloat16)
+    for ours, theirs in zip(found, expected, strict=True):
+        tolerance = 0.02 if bfloat16 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+
+
 def test_frozen_weights_and_evaluation_call_the_convolution_itself(replaced):
     layer, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(2, 6, 4, 4)
-    with FastDepthwise(), torch.no_grad():
+    with MendedConvolutions(), torch.no_grad():
         assert layer(x).grad_fn is None
     layer.requires_grad_(False)
     x.requires_grad_()
-    with FastDepthwise():
+    with MendedConvolutions():
         layer(x).sum().backward()
     assert not replaced
 
 
 def test_it_is_for_cpus_that_do_not_compile():
-    assert isinstance(fast_depthwise(torch.device("cpu"), compiled=False), FastDepthwise)
-    assert not isinstance(fast_depthwise(torch.device("cpu"), compiled=True), FastDepthwise)
-    assert not isinstance(fast_depthwise(torch.device("cuda"), compiled=False), FastDepthwise)
+    assert isinstance(mended_convolutions(torch.device("cpu"), compiled=False), MendedConvolutions)
+    assert not isinstance(mended_convolutions(torch.device("cpu"), compiled=True), MendedConvolutions)
+    assert not isinstance(mended_convolutions(torch.device("cuda"), compiled=False), MendedConvolutions)
 
 
 def test_functional_calls_in_other_forms_stay_as_they_are():
     x, weight = torch.randn(2, 6, 4, 4), torch.randn(6, 1, 7, 7, requires_grad=True)
-    with FastDepthwise():
+    with MendedConvolutions():
         found = [F.conv2d(x, weight, padding=3, groups=6), F.conv2d(x, weight, None, 1, 3, 1, 6)]
     expected = F.conv2d(x, weight, padding=3, groups=6)
     assert all(torch.equal(y, expected) and y.grad_fn.name() == expected.grad_fn.name() for y in found)

@@ -1,7 +1,12 @@
-"""Weight gradients of depthwise convolutions as matrix products, on CPUs.
+"""Weight gradients that oneDNN is slow at, or computes wrongly, on CPUs.
 
-oneDNN's own are fast for 3x3 kernels on maps of at least 3x3. On small maps, as small images leave them in the last
-stages of a ConvNeXt, those of larger kernels, and of kernels larger than the map, take about ten times as long.
+Those of depthwise convolutions are fast for 3x3 kernels on maps of at least 3x3. On small maps, as small images leave
+them in the last stages of a ConvNeXt, those of larger kernels, and of kernels larger than the map, take about ten times
+as long: here they are matrix products.
+
+A pointwise convolution that strides over a large map of fewer than 16 channels in channels-last memory, as RepVGG's
+first one does, writes its gradient beside the memory that is there for it (torch 2.15, AVX2 and AVX-512): the process
+crashes, or goes on with a wrong gradient. Here it is given only the pixels that it reads.
 """
 
 import functools
@@ -17,23 +22,24 @@ from torch.overrides import TorchFunctionMode
 LARGEST_MAP = 36
 """Pixels: the products' work grows with their square, a convolution's with their number."""
 FAST_KERNEL = 3
+FEW_CHANNELS = 16
 
 
-def fast_depthwise(device: torch.device, compiled: bool) -> AbstractContextManager:
-    """Within it, depthwise convolutions take their weight gradient by whichever way is the faster on this device."""
-    return FastDepthwise() if device.type == "cpu" and not compiled else nullcontext()
+def mended_convolutions(device: torch.device, compiled: bool) -> AbstractContextManager:
+    """Within it, convolutions have the weight gradients of this module on CPUs; compiled ones stay as they are."""
+    return MendedConvolutions() if device.type == "cpu" and not compiled else nullcontext()
 
 
-class FastDepthwise(TorchFunctionMode):
-    """Replaces the calls of `conv2d` that oneDNN is slow at; results are equal up to rounding."""
+class MendedConvolutions(TorchFunctionMode):
+    """Replaces the calls of `conv2d` that oneDNN is slow at or gets wrong; results are equal up to rounding."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.conv2d and len(args) == 7 and torch.is_grad_enabled() and slow(*args):
-            x, weight, bias = args[:3]
-            if torch.is_autocast_enabled("cpu"):
-                x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
-                bias = None if bias is None else bias.to(x.dtype)
-            return _Depthwise.apply(x, weight, bias)
+        if function is torch.conv2d and len(args) == 7 and torch.is_grad_enabled():
+            if slow(*args):
+                return _depthwise(*args[:3])
+            if skips_pixels(*args):
+                x, weight, bias, (down, right) = args[:4]
+                return function(x[:, :, ::down, ::right], weight, bias)
         return function(*args, **(kwargs or {}))
 
 
@@ -54,6 +60,27 @@ def slow(
         return False
     height, width = x.shape[2:]
     return height * width <= LARGEST_MAP and (max(kernel) > FAST_KERNEL or height < kernel[0] or width < kernel[1])
+
+
+def skips_pixels(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> bool:
+    """Whether it is a pointwise convolution of few channels with a stride, and has a weight gradient."""
+    few = x.dim() == 4 and x.shape[1] < FEW_CHANNELS and weight.requires_grad
+    return few and weight.shape[2:] == (1, 1) and stride != (1, 1) and padding == (0, 0) and groups == 1
+
+
+def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
+        bias = None if bias is None else bias.to(x.dtype)
+    return _Depthwise.apply(x, weight, bias)
 
 
 class _Depthwise(torch.autograd.Function):
