@@ -40,6 +40,8 @@ def construct(library: str, architecture: str, arguments: dict[str, Any], classe
     Raises:
         UserError: if the library has no such classifier, or it refuses the arguments.
     """
+    if "num_classes" in arguments:
+        raise UserError(f"{library} {architecture}: num_classes is as many classes as the images have: leave it out")
     for name in SHARES:
         share = arguments.get(name) or 0
         if not (isinstance(share, int | float) and 0 <= share < 1):
@@ -65,10 +67,15 @@ def _constructed(library: str, architecture: str, arguments: dict[str, Any], cla
     return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
 
 
-def refused(library: str, architecture: str, arguments: dict[str, Any], input_size: int) -> tuple[str, str] | None:
-    """Why the classifier cannot be constructed, or gives no logits for RGB images of `input_size` pixels.
+def refused(
+    library: str, architecture: str, arguments: dict[str, Any], sizes: dict[str, int]
+) -> tuple[str, str] | None:
+    """Why the classifier cannot be constructed, or gives no logits for RGB images of all sizes that it will see.
 
     Nothing is allocated unless something is wrong.
+
+    Args:
+        sizes: the images' side in pixels, by the key of the params that says so.
 
     Returns:
         Where in the model's params the reason lies ("": in more than one key), and the reason; or None.
@@ -76,17 +83,19 @@ def refused(library: str, architecture: str, arguments: dict[str, Any], input_si
     import torch
 
     given = f"{library} {architecture}{f' with arguments {arguments}' if arguments else ''}"
+    key, size = next(iter(sizes.items()))
     for device in ("meta", "cpu"):  # the meta device lacks some operators, and some constructors compute
         try:
             with torch.device(device), torch.no_grad():
                 network = construct(library, architecture, arguments, classes=2).eval()
-                output = network(torch.zeros(1, 3, input_size, input_size))
+                for key, size in sizes.items():  # noqa: B007, the last one is told below
+                    output = network(torch.zeros(1, 3, size, size))
         except UserError as error:
             found = ".arguments", str(error)
         except Exception as error:  # whatever a layer stumbles over
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            remedy = "change input_size, or the arguments (some networks have `img_size`)"
-            found = "", f"{given} takes no RGB images of {input_size} pixels ({reason}): {remedy}"
+            remedy = f"change {key}, or the arguments (some networks have `img_size`)"
+            found = "", f"{given} takes no RGB images of {size} pixels ({reason}): {remedy}"
         else:
             problem = more_than_logits(network, output)
             return ("", f"{given} {problem}") if problem else None

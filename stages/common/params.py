@@ -619,6 +619,12 @@ class Params(Section):
         own = self.models[model].seed
         return self.base.seed if own is None else own
 
+    def sizes_of(self, model: str) -> dict[str, int]:
+        """The sizes in pixels at which it is trained, by the keys that say so."""
+        early, section = self.finetune.early_input_size, self.models[model]
+        sizes = {"input_size": section.input_size}
+        return sizes | ({"finetune.early_input_size": early} if early and section.weights == "none" else {})
+
     def model_of(self, variant: str) -> str:
         return self.prunings[self.variants[variant].pruning].model
 
@@ -671,7 +677,7 @@ def check_models(params: Params, path: Path = paths.PARAMS) -> None:
     for name, model in params.models.items():
         if problem := unknown(model.library, model.architecture):
             problems.append(f"models.{name}.architecture = {model.architecture!r}: {problem}")
-        elif found := refused(model.library, model.architecture, model.arguments, model.input_size):
+        elif found := refused(model.library, model.architecture, model.arguments, params.sizes_of(name)):
             key, reason = found
             problems.append(f"models.{name}{key}: {reason}")
         if model.weights not in ("none", "pretrained") and not (path.parent / model.weights).is_file():

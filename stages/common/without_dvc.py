@@ -196,13 +196,26 @@ def main() -> None:
         same = all(entry.get(name) == around[name] for name in ("commit", "params_sha256"))
         return same and not dirty and OUTS[name](key).exists() and entry.get("sha256", {}) == hashes(stage)
 
+    def is_left_out(stage: str) -> bool:
+        """Whether it is done, and none of those that it needs was made again since."""
+        before = [told[other] for other in needs(stage, params) if other in told]
+        return is_done(stage) and all(entry.get("finished", 0) <= told[stage].get("finished", 0) for entry in before)
+
     def done(stage: str, entry: dict[str, object]) -> None:
         told[stage] = entry | around
         write_json(PROVENANCE, {name: told[name] for name in [*all_stages(params), *told] if name in told})
 
-    stages = [stage for stage in chosen(arguments.stages, params) if not (arguments.resume and is_done(stage))]
+    left_out: set[str] = set()
+    for stage in all_stages(params) if arguments.resume else []:
+        if is_left_out(stage) and not (needs(stage, params) & told.keys()) - left_out:
+            left_out.add(stage)
+    stages = [stage for stage in chosen(arguments.stages, params) if stage not in left_out]
     if not stages:
         print("nothing to do: all of it is done by this commit and these params")
+    read = {other for stage in stages for other in needs(stage, params)} - {*stages}
+    if others := [other for other in all_stages(params) if other in read & told.keys() and not is_done(other)]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        print(f"read as it is, though other params or another commit made it: {', '.join(others[:3])}{more}")
     before = signal.signal(signal.SIGTERM, _end_all)
     try:
         run_all(stages, params, arguments.jobs, done)

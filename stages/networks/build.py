@@ -88,7 +88,7 @@ def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[st
         The names of the tensors that were not loaded.
 
     Raises:
-        UserError: if the hub cannot be reached, or the file is missing, broken or of another network.
+        UserError: if the hub cannot be reached, or the file is missing, broken, not finite or of another network.
     """
     state = _hub_state(spec) if weights == "pretrained" else _file_state(Path(weights))
     own = network.state_dict()
@@ -107,6 +107,10 @@ def load_weights(network: nn.Module, spec: NetworkSpec, weights: str) -> list[st
         raise UserError(
             f"weights {weights!r}: {name} has shape {tuple(state[name].shape)},"
             f" this network's is {tuple(own[name].shape)}"
+        )
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise UserError(
+            f"weights {weights!r}: {broken[0]} holds values that are not finite: the training they come from failed"
         )
     load_tensors(network, {name: tensor for name, tensor in state.items() if name not in other}, strict=False)
     return other
@@ -133,13 +137,22 @@ def _file_state(path: Path) -> dict[str, torch.Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors and torch each raise their own kinds for a broken file
-        raise UserError(f"weights {str(path)!r} cannot be read as tensors: {str(error).splitlines()[0]}") from None
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # safetensors and torch each raise their own kinds for a broken file, in their own words
+        raise UserError(
+            f"weights {str(path)!r} cannot be read as tensors: the file is broken, or holds more than tensors: save it"
+            " by torch.save(model.state_dict(), ...) or as .safetensors"
+        ) from None
     for key in ("state_dict", "model"):  # common wrappings of a published state dict
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"weights {str(path)!r} do not hold a state dict (names and tensors)")
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state

@@ -139,8 +139,15 @@ def _headline(run: Run, rows: dict[str, dict], groups: dict[str, Group], choices
             ("test top-1", percent_text(row["top1"]), f"{interval}; dense: {percent_text(baseline['top1'])}"),
         ],
         "change": _change(run, group, choices.headline),
-        "spread": spread_text(group),
+        "spread": spread_text(group) + _latencies([rows[name]["latency_ms_p50"] for name in group.variants]),
     }
+
+
+def _latencies(of_seeds: list[float]) -> str:
+    """Of the same settings under all seeds: pruning leaves each its own widths, and one of them may be lucky."""
+    if len(of_seeds) == 1:
+        return ""
+    return f"; median latency from {ms_text(min(of_seeds))} to {ms_text(max(of_seeds))}"
 
 
 def _change(run: Run, group: Group, variant: str) -> str:

@@ -286,16 +286,16 @@ def claims_block(reports: Path) -> str:
 
 
 def recipes_block(reports: Path) -> str:
-    """One line for each recipe that `tests/benchmarks/recipes.py` tried; of a seed tried twice the last counts."""
+    """A line for each recipe that `tests/benchmarks/recipes.py` tried, and commit; of a seed's results the last."""
     tried: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in read_csv(_measured(reports / "recipes.csv", "recipes.py")):
-        key = tuple(row[name] for name in ("change", "epochs", "validation_images", "cpu", "threads"))
+        key = tuple(row[name] for name in ("change", "epochs", "validation_images", "cpu", "threads", "commit"))
         tried.setdefault(key, {})[row["seed"]] = row
     lines = [
         "| change | epochs | seeds | top-1 on validation images, % | minutes | images/s | n | machine |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for (change, epochs, images, cpu, threads), of_seeds in tried.items():
+    for (change, epochs, images, cpu, threads, _), of_seeds in tried.items():
         rows = of_seeds.values()
         top1 = _spread([float(row["validation_top1"]) for row in rows], lambda value: f"{100 * value:.2f}")
         minutes = sum(float(row["seconds"]) for row in rows) / len(rows) / 60

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +65,7 @@ def launch(base: Base) -> None:
         where = f"process {rank} of {base.launcher!r}: " if failure.exitcode < 0 else ""
         raise UserError(f"{where}{failure.message}") from None
     except (ValueError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        reason = str(error).splitlines()[0] if str(error) else "it does not say why"
         raise UserError(f"base.launcher = {base.launcher!r}: torchrun refuses it: {reason}") from None
     except SignalException as ended:
         sys.exit(INTERRUPTED if ended.sigval == signal.SIGINT else 128 + ended.sigval)
@@ -134,5 +135,7 @@ def with_mean_gradients(network: nn.Module, device: torch.device) -> nn.Module:
     """A module to call in the network's place: after backward, gradients are the mean over all processes."""
     if not dist.is_initialized():
         return network
+    # The same memory told in other strides, in depthwise weights laid out for images: nothing is slower for it
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)

@@ -10,6 +10,7 @@ Without changes it trains the recipe as it stands. Figures are those of validati
 import argparse
 import csv
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,11 +24,14 @@ from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
 from stages.common.params import load_params
+from stages.common.without_dvc import DIRTY, TERMINATED
 from stages.datasets.store import read_info
 from stages.edge.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 LOG = Path("reports/recipes.csv")
+SECTIONS = ("base", "models", "finetune")
+"""What a training reads; the images are those that the profile has."""
 COLUMNS = (
     *("change", "epochs", "seed", "validation_images", "validation_top1", "seconds", "images_per_second", "threads"),
     *("cpu", "commit"),
@@ -38,10 +42,12 @@ def changed(raw: dict, changes: list[str], seed: int) -> dict:
     """The params with `key.of.a.setting=value` set; the value is YAML.
 
     Raises:
-        UserError: for a change of another form, of a seed or of what is no section, or to what is no value.
+        UserError: for a change of another form, of a seed or of what no training reads, or to what is no value.
     """
     if seeds := [change for change in changes if change.partition("=")[0].endswith(".seed")]:
         raise UserError(f"{seeds[0]}: seeds are given by --seeds")
+    if idle := [change for change in changes if change.partition("=")[0].partition(".")[0] not in SECTIONS]:
+        raise UserError(f"{idle[0]}: a training does not depend on it: only on {', '.join(SECTIONS)}")
     for change in [*changes, f"base.seed={seed}", f"root={ROOT}"]:
         key, equals, value = change.partition("=")
         *sections, name = key.split(".")
@@ -80,7 +86,6 @@ def train(changes: list[str], seed: int) -> dict[str, object]:
         with (folder / paths.dense_curve(key)).open() as file:
             curve = list(csv.DictReader(file))
     seconds = sum(float(row["seconds"]) for row in curve)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "change": " ".join(changes) or "none",
         "epochs": params.finetune.epochs,
@@ -91,8 +96,35 @@ def train(changes: list[str], seed: int) -> dict[str, object]:
         "images_per_second": round(sum(float(row["images_per_second"]) for row in curve) / len(curve)),
         "threads": threads_for(params.base.threads),
         "cpu": describe_machine(())["cpu"],
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit that holds the code and this profile's recipe, marked where it does not: this log may have changed."""
+    recipe = ("--", str(ROOT / "stages"), str(paths.PARAMS.resolve()))
+    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changes = subprocess.run(["git", "status", "--porcelain", *recipe], cwd=ROOT, capture_output=True, text=True)
+    return name.stdout.strip() + (DIRTY if changes.stdout else "")
+
+
+def append(log: Path, row: dict[str, object]) -> None:
+    """Add a line to the log, or make it.
+
+    Raises:
+        UserError: if the file has other columns.
+    """
+    text = log.read_text() if log.exists() else ""
+    header = ",".join(COLUMNS)
+    if text and text.partition("\n")[0] != header:
+        raise UserError(f"{log}: is no log of recipes, which begins with {header}: name another file by --log")
+    with log.open("a", newline="") as file:  # one line at once: several processes may write
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not text:
+            writer.writeheader()
+        elif not text.endswith("\n"):
+            file.write("\n")
+        writer.writerow(row)
 
 
 def main() -> None:
@@ -101,15 +133,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--log", type=Path, default=LOG)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # which ends the training and its folder too
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
-        row = train(arguments.changes, seed)
-        new = not arguments.log.exists()
-        with arguments.log.open("a", newline="") as file:  # one line at once: several processes may write
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(arguments.log, train(arguments.changes, seed))
 
 
 if __name__ == "__main__":

@@ -253,6 +253,8 @@ def main() -> None:
         parser.error(f"--batch {arguments.batch}: must be from 1 to {JPEG_IMAGES}, the images that `plain` reads")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no usable CUDA device")
+    if arguments.batch > (images := read_info(paths.IMAGES).counts["train"]):
+        parser.error(f"--batch {arguments.batch}: the training part of {paths.IMAGES} has only {images} images")
     if arguments.serve:
         serve(PLAIN if arguments.serve == "plain" else OURS, arguments)
         return

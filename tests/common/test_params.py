@@ -391,6 +391,13 @@ def test_a_network_that_takes_no_images_of_its_size_is_refused(raw, tmp_path, ch
     assert reason in refusal(raw, tmp_path)
 
 
+def test_a_network_that_takes_no_images_of_the_early_size_is_refused(raw, tmp_path):
+    raw["models"]["convnext"] |= {"input_size": 32}
+    raw["finetune"]["early_input_size"] = 8
+    assert "takes no RGB images of 8 pixels" in (found := refusal(raw, tmp_path))
+    assert "change finetune.early_input_size, or the arguments" in found
+
+
 def test_a_weights_file_is_looked_for_beside_the_params(raw, tmp_path):
     raw["models"]["convnext"]["weights"] = "weights/atto.pth"
     assert "models.convnext.weights = 'weights/atto.pth': no such file" in refusal(raw, tmp_path)

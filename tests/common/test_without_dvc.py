@@ -99,6 +99,31 @@ def test_what_was_done_and_is_gone_or_changed_is_done_again(project, monkeypatch
     assert len(ran) == 2
 
 
+def test_what_comes_after_a_stage_that_was_made_again_is_made_again(project, monkeypatch, capsys):
+    monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
+    run(monkeypatch, "quantize@toy-none-fp32", "profile@toy-none-fp32")
+    told, ran = json.loads(PROVENANCE.read_text()), []
+    told["quantize@toy-none-fp32"]["finished"] = told["profile@toy-none-fp32"]["finished"] + 60
+    PROVENANCE.write_text(json.dumps(told))
+    monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
+    run(monkeypatch, "--resume", "quantize@toy-none-fp32", "profile@toy-none-fp32")
+    assert ran == ["profile@toy-none-fp32"]
+    assert "read as it is" not in capsys.readouterr().out
+
+
+def test_what_is_read_of_other_params_is_told_and_not_taken_as_done(project, monkeypatch, capsys):
+    monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
+    run(monkeypatch, "quantize@toy-none-fp32", "profile@toy-none-fp32")
+    told, ran = json.loads(PROVENANCE.read_text()), []
+    told["quantize@toy-none-fp32"]["params_sha256"] = "other"
+    PROVENANCE.write_text(json.dumps(told))
+    monkeypatch.setattr(without_dvc, "run", lambda stage: ran.append(stage) or {"seconds": 1.0})
+    run(monkeypatch, "--resume", "profile@toy-none-fp32")
+    assert ran == ["profile@toy-none-fp32"]
+    told = capsys.readouterr().out
+    assert "read as it is, though other params or another commit made it: quantize@toy-none-fp32\n" in told
+
+
 def test_what_leaves_no_artifact_is_done_again_where_it_is_gone(project, monkeypatch):
     monkeypatch.setenv("EDGEWISE_COMMIT", "abc")
     run(monkeypatch, "quantize@toy-none-fp32", "profile@toy-none-fp32")

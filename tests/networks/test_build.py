@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import timm
 import torch
@@ -56,6 +58,11 @@ def test_refused_arguments_name_the_architecture(library, architecture, argument
         build_network(NetworkSpec(library, architecture, arguments, 4))
 
 
+def test_the_number_of_classes_is_not_an_argument():
+    with pytest.raises(UserError, match="num_classes is as many classes as the images have: leave it out"):
+        build_network(NetworkSpec("timm", "convnext_atto", {**ARGUMENTS, "num_classes": 10}, 4))
+
+
 @pytest.mark.parametrize("rate", [5, -0.1, "x"])
 def test_a_share_that_training_would_stumble_over_is_refused(rate):
     with pytest.raises(UserError, match=r"drop_path_rate = .*: must be at least 0 and less than 1"):
@@ -103,6 +110,20 @@ def test_a_pth_state_dict_is_loaded_bare_or_wrapped(tmp_path, wrapping):
     assert torch.equal(network.stem[0].weight, state["stem.0.weight"])
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_as_wrapped_networks_have_them_are_understood(tmp_path, prefix):
+    path, state = saved(tmp_path, change=lambda state: [state.update({prefix + k: state.pop(k)}) for k in list(state)])
+    network = build_network(ATTO)
+    assert load_weights(network, ATTO, path) == []
+    assert torch.equal(network.stem[0].weight, state[f"{prefix}stem.0.weight"])
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    path, _ = saved(tmp_path, change=lambda state: state["stem.0.weight"].fill_(float("nan")))
+    with pytest.raises(UserError, match=r"stem\.0\.weight holds values that are not finite"):
+        load_weights(build_network(ATTO), ATTO, path)
+
+
 def test_a_head_of_another_number_of_classes_keeps_its_fresh_weights(tmp_path):
     path, state = saved(tmp_path, classes=1000)
     network = build_network(ATTO)
@@ -124,8 +145,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_a_missing_or_unreadable_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load_weights(build_network(ATTO), ATTO, str(tmp_path / "none.safetensors"))
-    for name in ("broken.safetensors", "broken.pth"):
-        (tmp_path / name).write_bytes(b"these are no tensors")
+    broken = itertools.product(("broken.safetensors", "broken.pth"), (b"these are no tensors", b"\x80\x02", b""))
+    for name, content in broken:
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="cannot be read as tensors"):
             load_weights(build_network(ATTO), ATTO, str(tmp_path / name))
 
@@ -138,7 +160,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 def test_a_pickled_module_is_never_unpickled(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(UserError, match="cannot be read as tensors"):
+    with pytest.raises(UserError, match=r"cannot be read as tensors: .* save it by torch\.save\(model\.state_dict\(\)"):
         load_weights(build_network(ATTO), ATTO, str(tmp_path / "module.pth"))
 
 

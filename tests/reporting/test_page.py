@@ -10,7 +10,7 @@ from stages.reporting.inputs import Run, read_run
 from stages.reporting.page import render_page
 from stages.reporting.plots import Picture, draw_all
 from stages.reporting.rows import assemble_groups, assemble_rows, choose
-from stages.reporting.text import points_text
+from stages.reporting.text import ms_text, points_text
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -160,3 +160,10 @@ def test_the_page_tells_calibration_corruptions_classes_and_bytes(page: str, run
     counts = page[page.index('id="counts"') : page.index('id="training"')]
     assert "Scales" in counts
     assert "26.0 KB" in counts
+
+
+def test_the_headline_tells_the_latency_of_the_other_seeds(page: str, seeds_run: Run):
+    assert "median latency from" not in page[page.index('class="answer"') : page.index("</section>")]
+    group = next(group for group in assemble_groups(seeds_run).values() if choose(seeds_run).headline in group.variants)
+    latencies = [seeds_run.variants[variant].edge["latency_ms_p50"] for variant in group.variants]
+    assert f"; median latency from {ms_text(min(latencies))} to {ms_text(max(latencies))})" in render(seeds_run)

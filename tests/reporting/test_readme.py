@@ -37,6 +37,7 @@ def write_recipes(reports: Path) -> None:
     rows = [
         "change,epochs,seed,validation_images,validation_top1,seconds,images_per_second,threads,cpu,commit",
         "none,4,0,5000,0.1234,60,3,2,A Processor,before",
+        "none,4,0,5000,0.2345,60,3,2,A Processor,abc",
         "none,4,0,5000,0.8000,600,300.5,2,A Processor,abc",
         "none,4,1,5000,0.8100,660,299.5,2,A Processor,abc",
         "finetune.batch_size=256,4,0,5000,0.7900,540,350,2,A Processor,abc",
@@ -63,7 +64,8 @@ def test_the_recipes_are_means_over_seeds_with_their_spread(top):
     lines = filled(block("recipes"), top).splitlines()
     assert "| `none` | 4 | 2 | 80.50 \N{PLUS-MINUS SIGN} 0.71 | 10.5 | 300 | 5,000 | A Processor, 2 threads |" in lines
     assert "| `finetune.batch_size=256` | 4 | 1 | 79.00 | 9.0 | 350 | 5,000 | A Processor, 2 threads |" in lines
-    assert len(lines) == 8
+    assert "| `none` | 4 | 1 | 12.34 | 1.0 | 3 | 5,000 | A Processor, 2 threads |" in lines  # another commit's recipe
+    assert len(lines) == 9
 
 
 def test_a_benchmark_that_was_not_run_is_named_with_what_makes_its_file(top):
