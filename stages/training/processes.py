@@ -135,7 +135,7 @@ def with_mean_gradients(network: nn.Module, device: torch.device) -> nn.Module:
     """A module to call in the network's place: after backward, gradients are the mean over all processes."""
     if not dist.is_initialized():
         return network
-    # The same memory told in other strides, in depthwise weights laid out for images: nothing is slower for it
+    # Of depthwise weights laid out for images, whose memory can be told in strides of two kinds
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)

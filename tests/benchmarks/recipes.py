@@ -108,8 +108,8 @@ def commit() -> str:
     return name.stdout.strip() + (DIRTY if changes.stdout else "")
 
 
-def append(log: Path, row: dict[str, object]) -> None:
-    """Add a line to the log, or make it.
+def written(log: Path) -> str:
+    """What the log holds.
 
     Raises:
         UserError: if the file has other columns.
@@ -118,6 +118,12 @@ def append(log: Path, row: dict[str, object]) -> None:
     header = ",".join(COLUMNS)
     if text and text.partition("\n")[0] != header:
         raise UserError(f"{log}: is no log of recipes, which begins with {header}: name another file by --log")
+    return text
+
+
+def append(log: Path, row: dict[str, object]) -> None:
+    """Add a line to the log, or make it."""
+    text = written(log)
     with log.open("a", newline="") as file:  # one line at once: several processes may write
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not text:
@@ -135,6 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # which ends the training and its folder too
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    written(arguments.log)  # refuses another file before hours of training
     for seed in arguments.seeds:
         append(arguments.log, train(arguments.changes, seed))
 
