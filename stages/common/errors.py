@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -47,8 +46,6 @@ def run_stage(main: Callable[[], object]) -> None:
     An interruption ends it with exit code 130, and says what of the work is kept. Where nobody reads what it prints any
     more (`| head`), it ends with exit code 141 and without a word.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `stages/__init__.py` has left it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()  # or a closed pipe would show only when the interpreter ends, with a traceback

@@ -1,6 +1,4 @@
 import errno
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +6,6 @@ from pathlib import Path
 import pytest
 
 from stages.common.errors import UserError, run_stage
-
-TOP = Path(__file__).parents[2]
 
 
 def ended(error: BaseException, capsys) -> tuple[int, str]:
@@ -56,29 +52,12 @@ def test_an_interruption_is_one_line_and_exit_code_130(capsys):
     assert line == "interrupted: nothing half-done is kept; the same command goes on from there\n"
 
 
-def test_an_interruption_while_a_stage_is_still_importing_ends_it_without_a_word(tmp_path):
-    (tmp_path / "torch.py").write_text("import signal\n\nsignal.raise_signal(signal.SIGINT)\n")
-    paths = f"{tmp_path}{os.pathsep}{TOP}"
-    command = [sys.executable, "-m", "stages.finetune", "toy"]
-    ended = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
-
-
-def test_a_stage_that_has_been_started_tells_of_an_interruption():
-    script = "import signal; from stages.common.errors import run_stage; run_stage(lambda: signal.raise_signal(2))"
-    start = f"import sys; sys.argv[0] = '-m'; {script}"
-    ended = subprocess.run([sys.executable, "-c", start], cwd=TOP, capture_output=True, text=True)
-    assert ended.returncode == 130
-    assert ended.stderr.startswith("interrupted: nothing half-done is kept")
-
-
 @pytest.mark.parametrize("lines", [1, 100_000])  # fewer and more than the buffer holds
 def test_a_reader_who_has_left_ends_the_program_without_a_word(lines):
     script = f"from stages.common.errors import run_stage; run_stage(lambda: print({lines} * 'the plan\\n'))"
     command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+    top = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=top, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         program.stdout.close()
         assert program.stderr.read() == ""
     assert program.returncode == 141
