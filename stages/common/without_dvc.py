@@ -153,15 +153,21 @@ def hashes(stage: str) -> dict[str, str]:
 
 def surroundings() -> dict[str, object]:
     """Where and with what the stages run."""
-    git = ("git", "-C", str(Path(__file__).parents[1]))  # reports may have changed: the run has written them
-    commit, changes = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "--porcelain", ".")
     return {
-        "commit": os.environ.get("EDGEWISE_COMMIT") or (f"{commit}{DIRTY}" if changes else commit),
+        "commit": commit(),
         "params_sha256": sha256_of(paths.PARAMS),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in LIBRARIES},
     }
+
+
+def commit(*others: Path) -> str | None:
+    """The commit that holds the code, and these other files, marked where it does not; None where there is none."""
+    git = ("git", "-C", str(Path(__file__).parents[1]))  # reports may have changed: a run has written them
+    name = _output(*git, "rev-parse", "HEAD")
+    changes = _output(*git, "status", "--porcelain", ".", *(str(other.resolve()) for other in others))
+    return os.environ.get("EDGEWISE_COMMIT") or (f"{name}{DIRTY}" if changes else name)
 
 
 def _output(*command: str) -> str | None:
@@ -191,15 +197,17 @@ def main() -> None:
     if arguments.resume and dirty:
         print("the code has changes that no commit holds: nothing is taken as done")
 
-    def is_done(stage: str) -> bool:
-        entry, (name, _, key) = told.get(stage, {}), stage.partition("@")
-        same = all(entry.get(name) == around[name] for name in ("commit", "params_sha256"))
-        return same and not dirty and OUTS[name](key).exists() and entry.get("sha256", {}) == hashes(stage)
+    def is_of_these(stage: str) -> bool:
+        return all(told[stage].get(name) == around[name] for name in ("commit", "params_sha256"))
 
-    def is_left_out(stage: str) -> bool:
-        """Whether it is done, and none of those that it needs was made again since."""
-        before = [told[other] for other in needs(stage, params) if other in told]
-        return is_done(stage) and all(entry.get("finished", 0) <= told[stage].get("finished", 0) for entry in before)
+    def is_done(stage: str, kept: set[str]) -> bool:
+        """Whether it was made by these, is still there, and stands on what is `kept` and was not made again since."""
+        if dirty or stage not in told or not is_of_these(stage):
+            return False
+        entry, before, (name, _, key) = told[stage], needs(stage, params) & told.keys(), stage.partition("@")
+        newest = max((told[other].get("finished", 0) for other in before), default=0)
+        fresh = before <= kept and newest <= entry.get("finished", 0)
+        return fresh and OUTS[name](key).exists() and entry.get("sha256", {}) == hashes(stage)
 
     def done(stage: str, entry: dict[str, object]) -> None:
         told[stage] = entry | around
@@ -207,13 +215,13 @@ def main() -> None:
 
     left_out: set[str] = set()
     for stage in all_stages(params) if arguments.resume else []:
-        if is_left_out(stage) and not (needs(stage, params) & told.keys()) - left_out:
+        if is_done(stage, left_out):
             left_out.add(stage)
     stages = [stage for stage in chosen(arguments.stages, params) if stage not in left_out]
     if not stages:
         print("nothing to do: all of it is done by this commit and these params")
     read = {other for stage in stages for other in needs(stage, params)} - {*stages}
-    if others := [other for other in all_stages(params) if other in read & told.keys() and not is_done(other)]:
+    if others := [other for other in all_stages(params) if other in read & told.keys() and not is_of_these(other)]:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         print(f"read as it is, though other params or another commit made it: {', '.join(others[:3])}{more}")
     before = signal.signal(signal.SIGTERM, _end_all)

@@ -12,7 +12,7 @@ crashes, or goes on with a wrong gradient. Here it is given only the pixels that
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,29 +30,35 @@ def mended_convolutions(device: torch.device, compiled: bool) -> AbstractContext
     return MendedConvolutions() if device.type == "cpu" and not compiled else nullcontext()
 
 
+class Call(NamedTuple):
+    """The arguments of `conv2d`, as `nn.Conv2d` gives them."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+
 class MendedConvolutions(TorchFunctionMode):
     """Replaces the calls of `conv2d` that oneDNN is slow at or gets wrong; results are equal up to rounding."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.conv2d and len(args) == 7 and torch.is_grad_enabled():
-            if slow(*args):
-                return _depthwise(*args[:3])
-            if skips_pixels(*args):
-                x, weight, bias, (down, right) = args[:4]
-                return function(x[:, :, ::down, ::right], weight, bias)
+            call = Call(*args)
+            if slow(call):
+                return _depthwise(call.x, call.weight, call.bias)
+            if skips_pixels(call):
+                down, right = call.stride
+                return function(call.x[:, :, ::down, ::right], call.weight, call.bias)
         return function(*args, **(kwargs or {}))
 
 
-def slow(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> bool:
+def slow(call: Call) -> bool:
     """Whether oneDNN is slow at the weight gradient of this convolution, and `_Depthwise` computes the same one."""
+    x, weight, _, stride, padding, dilation, groups = call
     channels, depth, *kernel = weight.shape
     keeps_size = all(side % 2 for side in kernel) and padding == tuple(side // 2 for side in kernel)
     settings = keeps_size and (stride, dilation) == ((1, 1), (1, 1)) and depth == 1 and groups == channels
@@ -62,18 +68,11 @@ def slow(
     return height * width <= LARGEST_MAP and (max(kernel) > FAST_KERNEL or height < kernel[0] or width < kernel[1])
 
 
-def skips_pixels(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> bool:
+def skips_pixels(call: Call) -> bool:
     """Whether it is a pointwise convolution of few channels with a stride, and has a weight gradient."""
-    few = x.dim() == 4 and x.shape[1] < FEW_CHANNELS and weight.requires_grad
-    return few and weight.shape[2:] == (1, 1) and stride != (1, 1) and padding == (0, 0) and groups == 1
+    few = call.x.dim() == 4 and call.x.shape[1] < FEW_CHANNELS and call.weight.requires_grad
+    pointwise = call.weight.shape[2:] == (1, 1) and call.padding == (0, 0) and call.groups == 1
+    return few and pointwise and call.stride != (1, 1)
 
 
 def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

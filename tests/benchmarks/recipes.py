@@ -24,7 +24,7 @@ from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
 from stages.common.params import load_params
-from stages.common.without_dvc import DIRTY, TERMINATED
+from stages.common.without_dvc import TERMINATED, commit
 from stages.datasets.store import read_info
 from stages.edge.machine import describe_machine
 
@@ -96,16 +96,8 @@ def train(changes: list[str], seed: int) -> dict[str, object]:
         "images_per_second": round(sum(float(row["images_per_second"]) for row in curve) / len(curve)),
         "threads": threads_for(params.base.threads),
         "cpu": describe_machine(())["cpu"],
-        "commit": commit(),
+        "commit": commit(paths.PARAMS),
     }
-
-
-def commit() -> str:
-    """The commit that holds the code and this profile's recipe, marked where it does not: this log may have changed."""
-    recipe = ("--", str(ROOT / "stages"), str(paths.PARAMS.resolve()))
-    name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changes = subprocess.run(["git", "status", "--porcelain", *recipe], cwd=ROOT, capture_output=True, text=True)
-    return name.stdout.strip() + (DIRTY if changes.stdout else "")
 
 
 def written(log: Path) -> str:
