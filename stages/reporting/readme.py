@@ -252,9 +252,7 @@ def groups_block(reports: Path) -> str:
             for cost in ("macs", "artifact_bytes", "size_bytes", "latency_ms_p50")
         }
         costs = [percent_text(sum(of_cost) / len(of_cost)) for of_cost in shares.values()]
-        mean, deviation = mean_and_deviation(shares["latency_ms_p50"])
-        if deviation:
-            costs[-1] = f"{100 * mean:.1f} \N{PLUS-MINUS SIGN} {100 * deviation:.1f} %"
+        costs[-1] = _share(shares["latency_ms_p50"])
         controls = [control_of(params, row["variant"]) for row in members]
         over = [row["top1"] - by_name[c]["top1"] for row, c in zip(members, controls, strict=True) if c in by_name]
         deltas = [row["top1"] - dense["top1"] for row, dense in pairs if row is not dense]
@@ -343,6 +341,42 @@ def _training_speed(found: dict) -> str:
     )
 
 
+def even_widths_block(reports: Path) -> str:
+    """What `tests/benchmarks/even_widths.py` measured: a line for each network and unit, means over random choices."""
+    found = read_json(_measured(reports / "benchmarks/even_widths.json", "even_widths.py"))
+    lines = [
+        "| network | `divisible_by` | MACs | latency, `exact` norms | latency, `plain` norms |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for result in found["results"]:
+        cut = [row for row in result["rows"] if row["divisible_by"] is not None]
+        for unit in dict.fromkeys(row["divisible_by"] for row in cut):
+            rows = [row for row in cut if row["divisible_by"] == unit]
+            macs, _ = mean_and_deviation([row["macs_share"] for row in rows])
+            latencies = (
+                _share([row["time_over_dense"] for row in rows if row["layer_norm"] == form])
+                for form in ("exact", "plain")
+            )
+            cells = [f"`{result['profile']}`, `{result['model']}`", str(unit), percent_text(macs), *latencies]
+            lines.append(f"| {' | '.join(cells)} |")
+    choices = _plural(len({row["seed"] for row in cut}), "random choice")
+    busy = ", others were using the CPU" if any(result["busy"] for result in found["results"]) else ""
+    machine = found["machine"]
+    lines += [
+        "",
+        f"Shares of the whole network's; means \N{PLUS-MINUS SIGN} standard deviation over {choices} of the channels"
+        f" that go, at the same target of MACs, random weights. Timed on {machine['cpu']} (one thread, batch 1,"
+        f" interleaved in one run for each network{busy}), ONNX Runtime {machine['onnxruntime']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _share(latencies: list[float]) -> str:
+    """Mean and deviation of latencies over dense's, in per cent; the deviation only where there is one."""
+    mean, deviation = mean_and_deviation(latencies)
+    return f"{100 * mean:.1f}" + (f" \N{PLUS-MINUS SIGN} {100 * deviation:.1f}" if deviation else "") + " %"
+
+
 def _measured(path: Path, benchmark: str) -> Path:
     if not path.exists():
         raise UserError(f"{path} is missing: tests/benchmarks/{benchmark} makes it, as README.md says")
@@ -357,6 +391,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "claims": claims_block,
     "recipes": recipes_block,
     "training": training_block,
+    "even_widths": even_widths_block,
 }
 
 

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from stages.datasets.store import Part
+from stages.training.cuda_graphs import CAPTURE
 
 AHEAD = 2
 """Batches that are read before they are asked for."""
@@ -56,7 +57,11 @@ class Images:
         pinned = self.device.type == "cuda"
 
         def read(index: np.ndarray) -> tuple[torch.Tensor, ...]:
-            return tuple(tensor.pin_memory() if pinned else tensor for tensor in self._read(index))
+            batch = self._read(index)
+            if not pinned:
+                return batch
+            with CAPTURE:
+                return tuple(tensor.pin_memory() for tensor in batch)
 
         with ThreadPoolExecutor(1, "read-ahead") as pool:
             waiting: deque = deque()

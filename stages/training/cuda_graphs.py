@@ -3,8 +3,16 @@
 A ConvNeXt on small images has hundreds of operations, each of which the GPU does faster than the host starts it.
 """
 
+import contextlib
+import gc
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import nn
+
+CAPTURE = threading.Lock()
+"""Held while a graph is captured: memory that another thread pins for the device meanwhile would spoil it."""
 
 
 class Graphed:
@@ -34,7 +42,8 @@ class Graphed:
         if quiet := getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None):
             quiet(False)  # capturing takes a stream of its own, for once
         try:
-            return torch.cuda.make_graphed_callables(whole, (x.detach().clone(),), allow_unused_input=True)
+            with _undisturbed():
+                return torch.cuda.make_graphed_callables(whole, (x.detach().clone(),), allow_unused_input=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -45,6 +54,20 @@ class Graphed:
             with torch.no_grad():
                 for buffer, value in zip(self._network.buffers(), buffers, strict=True):
                     buffer.copy_(value)  # capturing ran the network: running statistics are not to have moved
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let no other thread and no garbage collection come between: to free an earlier graph would spoil this one too."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with CAPTURE:
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Whole(nn.Module):

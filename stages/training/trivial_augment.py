@@ -52,16 +52,16 @@ def trivial_augment(pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
     out = pixels.clone()
     moved = _index(draws.operation < len(MOVES))
     if len(moved):
-        on_device = moved.to(pixels.device)
         theta = _theta(draws[moved], pixels.shape[-1])
-        grid = F.affine_grid(theta, (len(moved), *pixels.shape[1:]), align_corners=False).to(pixels.device)
+        on_device, theta = (tensor.to(pixels.device, non_blocking=True) for tensor in (moved, theta))
+        grid = F.affine_grid(theta, (len(moved), *pixels.shape[1:]), align_corners=False)
         images = pixels[on_device].float()
         out[on_device] = F.grid_sample(images, grid, "nearest", "zeros", align_corners=False).to(torch.uint8)
     for number, name in enumerate(OPERATIONS[len(MOVES) :], len(MOVES)):
         index = _index(draws.operation == number)
         if name != "identity" and len(index):
-            on_device = index.to(pixels.device)
-            strength = draws.strength[index].to(pixels.device).view(-1, 1, 1, 1)
+            operands = (index, draws.strength[index].view(-1, 1, 1, 1))
+            on_device, strength = (tensor.to(pixels.device, non_blocking=True) for tensor in operands)
             out[on_device] = COLOURS[name](pixels[on_device], strength)
     return out
 
@@ -92,8 +92,8 @@ def _blend(pixels: torch.Tensor, other: torch.Tensor, strength: torch.Tensor) ->
 
 
 def _grey(pixels: torch.Tensor) -> torch.Tensor:
-    weights = torch.tensor(GREY, device=pixels.device).view(1, 3, 1, 1)
-    return (pixels * weights).sum(1, keepdim=True).floor()
+    red, green, blue = (share * pixels[:, [channel]] for channel, share in enumerate(GREY))
+    return (red + green + blue).floor()
 
 
 def _blurred(pixels: torch.Tensor) -> torch.Tensor:

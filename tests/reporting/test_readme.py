@@ -30,6 +30,7 @@ def reported(top: Path, monkeypatch: pytest.MonkeyPatch, params: dict) -> Path:
     report.main()
     write_recipes(folder / "reports")
     write_training(folder / "reports")
+    write_even_widths(folder / "reports")
     return top
 
 
@@ -58,6 +59,26 @@ def write_training(reports: Path) -> None:
     }
     (reports / "benchmarks").mkdir(exist_ok=True)
     (reports / "benchmarks/training.json").write_text(json.dumps(found))
+
+
+def write_even_widths(reports: Path) -> None:
+    times = {(1, "exact"): (1.1, 1.3), (1, "plain"): (1.0, 1.0), (8, "exact"): (0.6, 0.6), (8, "plain"): (0.5, 0.5)}
+    rows = [{"divisible_by": None, "layer_norm": None, "seed": None, "macs_share": 1.0, "time_over_dense": 1.0}]
+    rows += [
+        {"divisible_by": unit, "layer_norm": form, "seed": seed, "macs_share": 0.3 + seed / 10, "time_over_dense": time}
+        for (unit, form), of_seeds in times.items()
+        for seed, time in enumerate(of_seeds)
+    ]
+    result = {"profile": "profiles/x", "model": "net", "busy": False, "rows": rows}
+    found = {"machine": {"cpu": "A Processor", "onnxruntime": "1.32.0"}, "results": [result]}
+    (reports / "benchmarks/even_widths.json").write_text(json.dumps(found))
+
+
+def test_what_even_widths_are_worth_is_a_mean_over_choices_of_channels(top):
+    lines = filled(block("even_widths"), top).splitlines()
+    assert "| `profiles/x`, `net` | 1 | 35.0 % | 120.0 \N{PLUS-MINUS SIGN} 14.1 % | 100.0 % |" in lines
+    assert "| `profiles/x`, `net` | 8 | 35.0 % | 60.0 % | 50.0 % |" in lines
+    assert "over 2 random choices of the channels" in lines[-3]
 
 
 def test_the_recipes_are_means_over_seeds_with_their_spread(top):

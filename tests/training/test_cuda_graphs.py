@@ -1,12 +1,13 @@
 import copy
+import gc
 
 import pytest
 import torch
 from torch import nn
 
-from stages.training.cuda_graphs import Graphed
+from stages.training.cuda_graphs import CAPTURE, Graphed
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def network() -> nn.Module:
@@ -15,6 +16,7 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).cuda()
 
 
+@on_cuda
 def test_outputs_gradients_and_statistics_are_those_of_the_network_itself():
     plain = network()
     captured = copy.deepcopy(plain)
@@ -30,6 +32,7 @@ def test_outputs_gradients_and_statistics_are_those_of_the_network_itself():
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@on_cuda
 def test_a_network_that_waits_for_the_device_is_called_as_it_is(capsys):
     class Waits(nn.Module):
         def __init__(self) -> None:
@@ -43,3 +46,31 @@ def test_a_network_that_waits_for_the_device_is_called_as_it_is(capsys):
     x = torch.ones(2, 4, device="cuda")
     assert torch.equal(Graphed(waits, "test")(x), waits(x))
     assert "test: trains without a CUDA graph, more slowly" in capsys.readouterr().out
+
+
+def test_a_graph_is_captured_while_no_memory_is_pinned_and_no_garbage_is_collected(monkeypatch):
+    seen = []
+
+    def capture(module: nn.Module, sample: tuple, **_: object) -> nn.Module:
+        seen.append((CAPTURE.locked(), gc.isenabled()))
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    layer = nn.Linear(4, 4)
+    call = Graphed(layer, "test")
+    for size in (2, 2, 3):
+        x = torch.randn(size, 4)
+        assert torch.equal(call(x), layer(x))
+    assert seen == [(True, False)] * 2
+    assert (CAPTURE.locked(), gc.isenabled()) == (False, True)
+
+
+def test_a_capture_that_fails_leaves_lock_and_garbage_collection_as_they_were(monkeypatch, capsys):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted\nmore")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    assert torch.equal(Graphed(layer, "test")(x), layer(x))
+    assert (CAPTURE.locked(), gc.isenabled()) == (False, True)
+    assert capsys.readouterr().out == "test: trains without a CUDA graph, more slowly (operation not permitted)\n"
