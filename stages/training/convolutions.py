@@ -25,9 +25,9 @@ FAST_KERNEL = 3
 FEW_CHANNELS = 16
 
 
-def mended_convolutions(device: torch.device, compiled: bool) -> AbstractContextManager:
-    """Within it, convolutions have the weight gradients of this module on CPUs; compiled ones stay as they are."""
-    return MendedConvolutions() if device.type == "cpu" and not compiled else nullcontext()
+def mended_convolutions(device: torch.device) -> AbstractContextManager:
+    """Within it, convolutions have the weight gradients of this module on CPUs; torch.compile traces them too."""
+    return MendedConvolutions() if device.type == "cpu" else nullcontext()
 
 
 class Call(NamedTuple):

@@ -8,6 +8,7 @@ processes (`training.processes`) take the same steps together as one would, up t
 import copy
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -229,6 +230,7 @@ class _Run:
         self.augment = Augmentation(recipe, len(part), _classes(network, preprocess.input_size, title), seed)
         self.call = processes.with_mean_gradients(network, device)
         if recipe.compile:
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # it gives constants
             self.call = torch.compile(self.call, dynamic=False)  # early_input_size makes two sizes: code for each
         elif device.type == "cuda" and processes.count() == 1:
             self.call = Graphed(network, title)
@@ -286,7 +288,7 @@ class _Run:
         teacher_logits = None
         kind = self.device.type  # no layer is called twice, and in a CUDA graph autocast's cache would go stale
         autocast = torch.autocast(kind, dtype=torch.bfloat16, enabled=self.bfloat16, cache_enabled=kind != "cuda")
-        with autocast, mended_convolutions(self.device, self.recipe.compile):
+        with autocast, mended_convolutions(self.device):
             x = self.preprocess.resize(x, input_size)
             if self.distillation is not None:
                 with torch.no_grad():

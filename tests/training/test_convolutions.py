@@ -100,11 +100,9 @@ def test_other_convolutions_stay_as_they_are(layer, size, replaced):
 @pytest.mark.parametrize(
     ("layer", "size"),
     [
-        (
-            nn.Conv2d(3, 48, 1, stride=2, bias=False),
-            (224, 224),
-        ),  # RepVGG's first: torch's own crashes in channels-last memory
-        (nn.Conv2d(7, 24, 1, stride=2), (112, 112)),  # or ends in another gradient
+        # RepVGG's first, at which torch's own crashes in channels-last memory, or ends in another gradient
+        (nn.Conv2d(3, 48, 1, stride=2, bias=False), (224, 224)),
+        (nn.Conv2d(7, 24, 1, stride=2), (112, 112)),
         (nn.Conv2d(15, 8, 1, stride=(3, 1)), (90, 81)),
     ],
 )
@@ -132,10 +130,25 @@ def test_frozen_weights_and_evaluation_call_the_convolution_itself(replaced):
     assert not replaced
 
 
-def test_it_is_for_cpus_that_do_not_compile():
-    assert isinstance(mended_convolutions(torch.device("cpu"), compiled=False), MendedConvolutions)
-    assert not isinstance(mended_convolutions(torch.device("cpu"), compiled=True), MendedConvolutions)
-    assert not isinstance(mended_convolutions(torch.device("cuda"), compiled=False), MendedConvolutions)
+@pytest.mark.parametrize(
+    ("layer", "size"), [(nn.Conv2d(7, 24, 1, stride=2), 112), (nn.Conv2d(6, 6, 7, padding=3, groups=6), 4)]
+)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_compiled_convolutions_have_them_too(layer, size):
+    torch.manual_seed(0)
+    x = torch.randn(4, layer.in_channels, size, size)
+    expected = gradients(layer, x)
+    layer = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    compiled = torch.compile(layer, backend="aot_eager")  # traced as by default, without a C++ compiler
+    with MendedConvolutions():
+        found = gradients(compiled, x.to(memory_format=torch.channels_last))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_it_is_for_cpus():
+    assert isinstance(mended_convolutions(torch.device("cpu")), MendedConvolutions)
+    assert not isinstance(mended_convolutions(torch.device("cuda")), MendedConvolutions)
 
 
 def test_functional_calls_in_other_forms_stay_as_they_are():
