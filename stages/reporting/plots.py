@@ -600,7 +600,7 @@ def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
 def _looks(run: Run) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
     """Of each pruner its colour, of each quantizer its marker, in the params' order.
 
-    With one quantizer the marker tells pruners apart too, which are often more than the colours.
+    Pruners may be more than the colours: with one quantizer the marker tells them apart too, with several the filling.
     """
     used = run.params.variants.values()
     pruners = [p for p in run.params.prune if any(run.params.prunings[v.pruning].pruner == p for v in used)]
@@ -608,6 +608,8 @@ def _looks(run: Run) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str
     colors = {pruner: {"color": COLORS[index % len(COLORS)]} for index, pruner in enumerate(pruners)}
     if len(quantizers) == 1:
         return {pruner: colors[pruner] | _shape(index) for index, pruner in enumerate(pruners)}, {quantizers[0]: {}}
+    for index, pruner in enumerate(pruners[len(COLORS) :], len(COLORS)):
+        colors[pruner]["fillstyle"] = FILLS[index // len(COLORS) % len(FILLS)]
     return colors, {quantizer: _shape(index) for index, quantizer in enumerate(quantizers)}
 
 
@@ -664,8 +666,8 @@ def _legend(figure, pruners: dict[str, dict[str, str]], quantizers: dict[str, di
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], **look, ls="", ms=6, label=pruner)
-        if "marker" in look
+        Line2D([], [], **{"marker": "o"} | look, ls="", ms=6, label=pruner)
+        if {"marker", "fillstyle"} & look.keys()
         else Line2D([], [], **look, lw=5, label=pruner)
         for pruner, look in pruners.items()
     ]

@@ -45,6 +45,17 @@ def test_more_quantizers_than_shapes_still_look_different():
     assert len({tuple(look.values()) for look in markers.values()}) == len(markers) > len(plots.MARKERS)
 
 
+@pytest.mark.parametrize("quantizers", [["fp32"], ["fp32", "int8"]])
+def test_more_pruners_than_colours_still_look_different(quantizers):
+    oto = {"method": "oto", "epochs": 4, "learning_rate_factor": 0.5, "group_sparsity": 0.5}
+    pruners = {f"oto{number}": oto for number in range(len(plots.COLORS) + 3)}
+    variants = [(pruner, quantizer) for pruner in pruners for quantizer in quantizers]
+    raw = params_of(pruners=pruners, variants=variants)
+    of_pruner, of_quantizer = plots._looks(SimpleNamespace(params=Params.model_validate(raw)))
+    looks = [of_quantizer[quantizer] | of_pruner[pruner] for pruner, quantizer in variants]
+    assert len({tuple(sorted(look.items())) for look in looks}) == len(looks)
+
+
 def test_pictures_are_whole_and_described(pictures: dict[str, Picture]):
     assert set(pictures) == {
         "pareto_size",
