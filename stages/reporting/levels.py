@@ -25,7 +25,7 @@ class Level:
     pruner: str
     quantizer: str
     kind: str
-    """What the levels of one method share: `depgraph group_lasso`."""
+    """What the levels of one method share: `depgraph group_lasso`, `oto by 8` where channels go in units of 8."""
     shares: dict[str, float]
     """Of each of `COSTS`, the share of the same model's dense float network in ONNX Runtime, mean over seeds."""
     sparsity: float | None
@@ -82,6 +82,8 @@ def kind_of(pruner: Pruner) -> str:
             words.append("+".join(score for score, weight in value.model_dump().items() if weight))
         elif value != "none":
             words.append(value)
+    if (unit := getattr(pruner, "divisible_by", 1)) > 1:
+        words.append(f"by {unit}")
     return " ".join(words)
 
 

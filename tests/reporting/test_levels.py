@@ -86,6 +86,7 @@ def test_a_method_is_told_by_the_settings_that_make_it_another():
     )
     taylor = dict.fromkeys(Importance.model_fields, 0.0) | {"taylor_first_order": 1.0}
     assert kind_of(Oto(method="oto", importance=taylor, group_sparsity=0.5, **BUDGET)) == "oto taylor_first_order"
+    assert kind_of(Oto(method="oto", group_sparsity=0.5, divisible_by=8, **BUDGET)) == "oto by 8"
     assert kind_of(Depgraph(method="depgraph", importance="group_lasso", macs_reduction=0.5, **BUDGET)) == (
         "depgraph group_lasso"
     )
