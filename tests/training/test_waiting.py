@@ -58,6 +58,7 @@ def mode(monkeypatch):
     return mode
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_no_step_on_a_gpu_waits_for_it(network, parts, preprocess, recipe, mode, optimizer):
     recipe = recipe.model_copy(update={"optimizer": optimizer, "cutmix": 0.5})
