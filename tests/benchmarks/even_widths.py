@@ -38,6 +38,19 @@ FORMS = ("exact", "plain")
 DENSE = 0  # the first contender
 
 
+def chosen_model(given: str) -> tuple[str, Params, str]:
+    """The profile's folder, its params and the model's name in `folder:model`.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    profile, _, name = given.rpartition(":")
+    params = load_params(Path(profile) / "params.yaml")
+    if name not in params.models:
+        raise UserError(f"{given}: give a profile's folder and one of its models: {', '.join(params.models)}")
+    return profile, params, name
+
+
 def cut_networks(model: Model, reduction: float, unit: int, seed: int) -> tuple[dict[str, nn.Module], float]:
     """The narrower network, by the form of its LayerNorms, and its share of the whole one's MACs."""
     torch.manual_seed(seed)
@@ -48,7 +61,7 @@ def cut_networks(model: Model, reduction: float, unit: int, seed: int) -> tuple[
     target = {"macs_reduction": reduction, "divisible_by": unit}
     pruner = RandomStructured(method="random_structured", epochs=1, learning_rate_factor=1, **target)
     scores = torch.rand(sum(group.channels for group in groups))
-    pruned = by_group(groups, choose_channels(scores, groups, costs, pruner, key=f"divisible_by {unit}"))
+    pruned = by_group(groups, choose_channels(scores, groups, costs, pruner, key=f"units of {unit}: prune"))
     widths = torch.tensor([group.channels - int(pruned[group.name].sum()) for group in groups])
     subnet, spec = cut_channels(network, spec, groups, pruned)
     forms = {form: with_layer_norm(subnet, spec, form)[0] for form in FORMS}
@@ -95,12 +108,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seeds < 1 or not 0 < arguments.macs_reduction < 1:
         parser.error("--seeds must be at least 1, --macs-reduction between 0 and 1")
+    if arguments.out and arguments.out.is_dir():
+        parser.error(f"--out {arguments.out}: is a folder: name a file")
+    chosen = {given: chosen_model(given) for given in arguments.models}
     found = []
-    for given in arguments.models:
-        profile, _, name = given.rpartition(":")
-        params = load_params(Path(profile) / "params.yaml")
-        if name not in params.models:
-            raise UserError(f"{given}: give a profile's folder and one of its models: {', '.join(params.models)}")
+    for given, (profile, params, name) in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             settings = arguments.macs_reduction, arguments.seeds
             found.append({"profile": profile} | compare(params, name, *settings, Path(folder)))
