@@ -15,13 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all that Python puts there
 
 import torch
+from interleaved import timed_over
 from torch import nn
 
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
 from stages.common.params import Model, Params, RandomStructured, load_params
-from stages.edge.machine import EnergyMeter, RunWatch, describe_machine
-from stages.edge.protocol import Contender, Protocol, measure, random_pixels, timed_rows
+from stages.edge.machine import describe_machine
+from stages.edge.protocol import Contender, Protocol, random_pixels
 from stages.edge.runtimes import ONNXRUNTIME
 from stages.export.onnx_file import export_onnx
 from stages.networks.build import build_network, spec_of
@@ -89,14 +90,9 @@ def compare(params: Params, name: str, reduction: float, seeds: int, folder: Pat
             for form, network in networks.items():
                 enter(f"divisible_by {unit}, {form}, seed {seed}", network)
                 told.append({"divisible_by": unit, "layer_norm": form, "seed": seed, "macs_share": share})
-    watch = RunWatch.start()
-    rows = timed_rows(contenders, measure(contenders, PROTOCOL, EnergyMeter()), PROTOCOL)
-    marks, state = watch.finish()
-    for row, words in zip(rows, told, strict=True):  # times by dense's: the protocol's ratio is the other way round
-        row["time_over_dense"] = 1 / row.pop("latency_ratio")
-        high, low = 1 / row.pop("latency_ratio_low"), 1 / row.pop("latency_ratio_high")
-        row |= {"time_over_dense_low": low, "time_over_dense_high": high} | words
-    return {"model": name, "input_size": model.input_size, "macs_reduction": reduction, **marks, **state, "rows": rows}
+    rows, marks = timed_over(contenders, PROTOCOL, "time_over_dense")
+    rows = [row | words for row, words in zip(rows, told, strict=True)]
+    return {"model": name, "input_size": model.input_size, "macs_reduction": reduction, **marks, "rows": rows}
 
 
 def main() -> None:

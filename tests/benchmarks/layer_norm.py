@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is a
 
 import numpy as np
 import torch
+from interleaved import timed_over
 from torch import nn
 
 from stages.common.errors import run_stage
 from stages.common.files import write_json
 from stages.common.params import Int8Static
-from stages.edge.machine import EnergyMeter, RunWatch, describe_machine
-from stages.edge.protocol import Contender, Protocol, measure, random_pixels, timed_rows
+from stages.edge.machine import describe_machine
+from stages.edge.protocol import Contender, Protocol, random_pixels
 from stages.edge.runtimes import ONNXRUNTIME
 from stages.export.onnx_file import export_onnx
 from stages.networks.build import NetworkSpec, build_network
@@ -72,14 +73,8 @@ def compare(name: str, folder: Path) -> dict[str, object]:
         plain = len(contenders) if form == "plain" else contenders[-1].baseline
         run, pixels = ONNXRUNTIME.open(made, 1, 1), random_pixels(1, IMAGE, PROTOCOL.seed)
         contenders.append(Contender(f"{quantizer}, {form}", "onnxruntime", run, pixels, plain))
-    watch = RunWatch.start()
-    rows = timed_rows(contenders, measure(contenders, PROTOCOL, EnergyMeter()), PROTOCOL)
-    marks, state = watch.finish()
-    for row in rows:  # times by the plain one's: the protocol's ratio is the other way round
-        row["time_over_plain"] = 1 / row.pop("latency_ratio")
-        high, low = 1 / row.pop("latency_ratio_low"), 1 / row.pop("latency_ratio_high")
-        row |= {"time_over_plain_low": low, "time_over_plain_high": high}
-    return {"network": name, "input_size": input_size, "arguments": arguments, **marks, **state, "rows": rows}
+    rows, marks = timed_over(contenders, PROTOCOL, "time_over_plain")
+    return {"network": name, "input_size": input_size, "arguments": arguments, **marks, "rows": rows}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all that Python puts there
 
 import numpy as np
+from interleaved import timed_over
 
 from stages.artifacts.artifact import read_description
 from stages.common import paths
@@ -21,8 +22,8 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
 from stages.common.params import Int8Static, Params, load_params
 from stages.datasets.store import Part, open_part
-from stages.edge.machine import EnergyMeter, RunWatch, describe_machine
-from stages.edge.protocol import Contender, Protocol, measure, random_pixels, timed_rows
+from stages.edge.machine import describe_machine
+from stages.edge.protocol import Contender, Protocol, random_pixels
 from stages.edge.runtimes import ONNXRUNTIME, OPENVINO, TORCH_EAGER, Run
 from stages.quantization.calibration import calibration_images
 
@@ -80,20 +81,14 @@ def compare(params: Params, variant: str, scratch: Path) -> dict[str, object]:
     pixels = random_pixels(1, read_description(folder).image_size, PROTOCOL.seed)
     ours = list(runs).index("ours int8, ONNX Runtime")
     contenders = [Contender(variant, name, run, pixels, ours) for name, run in runs.items()]
-    watch = RunWatch.start()
-    rows = timed_rows(contenders, measure(contenders, PROTOCOL, EnergyMeter()), PROTOCOL)
-    marks, state = watch.finish()
+    rows, marks = timed_over(contenders, PROTOCOL, "time_over_ours")
     validation = open_part(paths.IMAGES, "validation")
     predicted = {name: classes_of(run, validation) for name, run in runs.items()}
     float_classes = predicted["float, ONNX Runtime"]
     for row in rows:
         row["validation_top1"] = float((predicted[row["runtime"]] == validation.labels).mean())
         row["agreement_with_float"] = float((predicted[row["runtime"]] == float_classes).mean())
-        # times by ours: the protocol's ratio is the other way round
-        row["time_over_ours"] = 1 / row.pop("latency_ratio")
-        high, low = 1 / row.pop("latency_ratio_low"), 1 / row.pop("latency_ratio_high")
-        row |= {"time_over_ours_low": low, "time_over_ours_high": high}
-    return {"variant": variant, "n_validation": len(validation), **marks, **state, "rows": rows}
+    return {"variant": variant, "n_validation": len(validation), **marks, "rows": rows}
 
 
 def main() -> None:
