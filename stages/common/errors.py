@@ -59,9 +59,9 @@ def run_stage(main: Callable[[], object]) -> None:
             raise
         _fail(readable)
     except KeyboardInterrupt as interruption:
-        kept = str(interruption) or "nothing half-done is kept"
+        kept = f"{interruption}; the same command goes on from there" if str(interruption) else ""
         if os.environ.get("RANK", "0") == "0":
-            print(f"interrupted: {kept}; the same command goes on from there", file=sys.stderr)
+            print(f"interrupted: {kept or 'nothing half-done is kept: run the same command again'}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

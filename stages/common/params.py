@@ -20,6 +20,7 @@ from stages.common.errors import UserError, run_stage
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=65536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names become folders and DVC keys: no dots
 
@@ -207,10 +208,11 @@ class Structured(Training):
     """Share of the dense network's parameters to remove."""
     macs_reduction: Fraction | None = None
     """Share of the dense network's MACs to remove."""
-    minimum_width: Count = 1
+    minimum_width: Width = 1
     """Channels that every layer keeps at least."""
-    divisible_by: Count = 1
-    """Every layer that is cut keeps a multiple of this, as vector units like it."""
+    divisible_by: Width = 1
+    """Every layer that is cut keeps a multiple of this, as vector units like it. Of a grouped convolution, which is
+    cut by whole groups, so many groups; with `depgraph`, which cuts within them, channels, as many in each group."""
     layer_norm: Literal["exact", "exact_matmul", "plain"] = "exact"
     """How a cut LayerNorm counts: by its original width (by padding, or by sums as matrix products), or plainly."""
     allow_partial: bool = False
@@ -244,6 +246,14 @@ class Scheduled(Section):
             raise ValueError("start_fraction must be less than end_fraction")
         return self
 
+    def _refuse_no_recovery(self, epochs: int, cause: str) -> None:
+        """Refuse what leaves no whole epoch behind a cut that changes the output, whatever the number of steps."""
+        if epochs == 1 or self.end_fraction == 1:
+            raise ValueError(
+                f"{cause} changes the output when channels are cut, and end_fraction {self.end_fraction} of epochs"
+                f" {epochs} leaves no whole epoch to recover: set epochs: 2 or more and end_fraction below 1"
+            )
+
 
 class Oto(Structured, Scheduled):
     method: Literal["oto"]
@@ -264,6 +274,12 @@ class Oto(Structured, Scheduled):
     def keys_are_those_of_its_optimizer(self) -> "Oto":
         others = ("penalty", "penalty_limit", "half_space") if self.optimizer == "hesso" else ("pruning_periods",)
         self._refuse_idle(f"optimizer: {self.optimizer}", *others)
+        return self
+
+    @model_validator(mode="after")
+    def an_inexact_cut_can_be_recovered(self) -> "Oto":
+        if self.layer_norm == "plain" and any(self.target.values()):
+            self._refuse_no_recovery(self.epochs, "layer_norm: plain")
         return self
 
     @model_validator(mode="after")
@@ -310,6 +326,8 @@ class Depgraph(Structured, Scheduled):
         self._refuse_idle("method: depgraph", "allow_partial")
         if self.importance == "magnitude":
             self._refuse_idle("importance: magnitude", "penalty", "start_fraction", "end_fraction")
+        else:
+            self._refuse_no_recovery(self.epochs, "method: depgraph")
         return self
 
 

@@ -66,6 +66,8 @@ def find_ratio(network: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_si
     if not wanted:
         return 0.0
     layers = _prunable(dense, spec, pruner, input_size, key)
+    if pruner.importance == "group_lasso":
+        _require_regularizable(dense, spec, pruner, input_size, key)
 
     def cut(ratio: float) -> nn.Module:
         return _cut(dense, spec, pruner, input_size, key, layers, ratio)[0]
@@ -73,10 +75,11 @@ def find_ratio(network: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_si
     if name == "group_sparsity":
         least = min(layers, key=lambda layer: 1 - layer.least / layer.channels)
         if wanted > (most := 1 - least.least / least.channels) + ROUNDING:
+            groups = f", a multiple of {least.unit} here for its groups" if least.unit != pruner.divisible_by else ""
             raise UserError(
                 f"{key}.{name} = {wanted}: at most {rounded_down(most)} can go: the same share goes in every layer, and"
                 f" {least.name} keeps {least.least} of its {least.channels} channels, since every layer keeps"
-                f" {what_every_layer_keeps(pruner)}"
+                f" {what_every_layer_keeps(pruner)}{groups}"
             )
         cut(wanted)
         return wanted
@@ -216,6 +219,20 @@ def _prunable(dense: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_size:
     if not layers:
         raise _unfit(spec, key, "it finds no layer whose channels could go")
     return layers
+
+
+def _require_regularizable(dense: nn.Module, spec: NetworkSpec, pruner: Depgraph, input_size: int, key: str) -> None:
+    """Try one step of the library's group lasso, which fails on some grouped convolutions."""
+    tried = copy.deepcopy(dense)
+    for parameter in tried.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        GroupLasso(tried, pruner, input_size, 0, 1).before_step(0)
+    except Exception as error:
+        raise UserError(
+            f"{key} (method depgraph): {spec.library} {spec.architecture}: Torch-Pruning's group lasso fails on this"
+            " network: set importance: magnitude"
+        ) from error
 
 
 def _unfit(spec: NetworkSpec, key: str, reason: str) -> UserError:

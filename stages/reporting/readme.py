@@ -348,8 +348,10 @@ def even_widths_block(reports: Path) -> str:
         "| network | `divisible_by` | MACs | latency, `exact` norms | latency, `plain` norms |",
         "|---|---:|---:|---:|---:|",
     ]
+    seeds = set()
     for result in found["results"]:
         cut = [row for row in result["rows"] if row["divisible_by"] is not None]
+        seeds |= {row["seed"] for row in cut}
         for unit in dict.fromkeys(row["divisible_by"] for row in cut):
             rows = [row for row in cut if row["divisible_by"] == unit]
             macs, _ = mean_and_deviation([row["macs_share"] for row in rows])
@@ -359,7 +361,7 @@ def even_widths_block(reports: Path) -> str:
             )
             cells = [f"`{result['profile']}`, `{result['model']}`", str(unit), percent_text(macs), *latencies]
             lines.append(f"| {' | '.join(cells)} |")
-    choices = _plural(len({row["seed"] for row in cut}), "random choice")
+    choices = _plural(len(seeds), "random choice")
     busy = ", others were using the CPU" if any(result["busy"] for result in found["results"]) else ""
     machine = found["machine"]
     lines += [

@@ -31,7 +31,7 @@ def percent_text(fraction: float, decimals: int = 1) -> str:
 
 def points_text(fraction: float, decimals: int = 1) -> str:
     """A difference of two accuracies in percentage points, with its sign (a true minus)."""
-    return f"{100 * fraction:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{100 * fraction:+z.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def allowance_text(fraction: float) -> str:

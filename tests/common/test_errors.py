@@ -49,7 +49,7 @@ def test_errors_of_the_program_keep_their_traceback():
 def test_an_interruption_is_one_line_and_exit_code_130(capsys):
     code, line = ended(KeyboardInterrupt(), capsys)
     assert code == 130
-    assert line == "interrupted: nothing half-done is kept; the same command goes on from there\n"
+    assert line == "interrupted: nothing half-done is kept: run the same command again\n"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # fewer and more than the buffer holds

@@ -125,6 +125,29 @@ def test_a_penalty_above_its_limit_is_refusal(raw, tmp_path):
     assert "prune.oto50: penalty 300.0 is above penalty_limit 200.0: lower the one or raise" in refusal(raw, tmp_path)
 
 
+@pytest.mark.parametrize("key", ["minimum_width", "divisible_by"])
+def test_a_width_beyond_any_layer_is_refused(raw, tmp_path, key):
+    raw["prune"]["oto50"][key] = 10**20
+    assert f"prune.oto50.{key} = {10**20}: must be less than or equal to 65536" in refusal(raw, tmp_path)
+
+
+@pytest.mark.parametrize("late", [{"epochs": 1}, {"end_fraction": 1.0}])
+@pytest.mark.parametrize(
+    ("pruner", "cause"),
+    [
+        ({"method": "oto", "layer_norm": "plain"}, "layer_norm: plain"),
+        ({"method": "depgraph", "importance": "group_lasso"}, "method: depgraph"),
+    ],
+)
+def test_an_inexact_cut_without_an_epoch_to_recover_is_refused(raw, tmp_path, late, pruner, cause):
+    raw["prune"]["oto50"] = STRUCTURED | {"end_fraction": 0.5} | pruner | late
+    expected = f"prune.oto50: {cause} changes the output when channels are cut, and end_fraction"
+    assert expected in refusal(raw, tmp_path)
+    for exact in ({"method": "oto"}, {"method": "depgraph", "importance": "magnitude"}):
+        raw["prune"]["oto50"] = STRUCTURED | exact | {"epochs": 1}
+        assert "changes the output" not in refusal(raw, tmp_path)  # only that its control is missing
+
+
 STRUCTURED = {"epochs": 2, "learning_rate_factor": 0.5, "macs_reduction": 0.5}
 L1 = {"method": "l1_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sparsity": 0.8}
 

@@ -152,6 +152,16 @@ def test_the_group_lasso_acts_between_its_first_and_last_step(convnext):
         assert lasso.met_after(step) == (step >= last - 1)
 
 
+def test_a_network_on_which_the_group_lasso_fails_is_refused_before_any_training():
+    spec = NetworkSpec("timm", "regnetx_002", {}, 4)
+    network = build_network(spec)
+    assert find_ratio(network, spec, depgraph(macs_reduction=0.3), 64, KEY) > 0
+    with pytest.raises(UserError, match=r"^prune\.toy \(method depgraph\): timm regnetx_002: .*set importance: magn"):
+        find_ratio(network, spec, depgraph(macs_reduction=0.3, importance="group_lasso"), 64, KEY)
+    with pytest.raises(UserError, match=r"a multiple of 16 where it is cut, a multiple of \d+ here for its groups$"):
+        find_ratio(network, spec, depgraph(group_sparsity=0.9, divisible_by=16), 64, KEY)
+
+
 def test_a_group_lasso_without_a_step_is_refused_with_the_key():
     pruner = depgraph(group_sparsity=0.5, importance="group_lasso", start_fraction=0.3, end_fraction=0.31)
     with pytest.raises(UserError, match=r"^prune\.toy\.end_fraction = 0\.31: no step of 10 lies between"):

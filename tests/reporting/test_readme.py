@@ -70,7 +70,8 @@ def write_even_widths(reports: Path) -> None:
         for seed, time in enumerate(of_seeds)
     ]
     result = {"profile": "profiles/x", "model": "net", "busy": False, "rows": rows}
-    found = {"machine": {"cpu": "A Processor", "onnxruntime": "1.32.0"}, "results": [result]}
+    once = result | {"model": "other", "rows": [row for row in rows if row["seed"] in (None, 0)]}
+    found = {"machine": {"cpu": "A Processor", "onnxruntime": "1.32.0"}, "results": [result, once]}
     (reports / "benchmarks/even_widths.json").write_text(json.dumps(found))
 
 
