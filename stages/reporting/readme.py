@@ -326,10 +326,17 @@ def _training_speed(found: dict) -> str:
     if settings.get("device") == "cuda":
         where = f"{found.get('device', 'a CUDA GPU')} beside {machine['cpu']} ({_plural(machine['cores'], 'core')})"
     network = f"`{settings['architecture']}` at 64 pixels, " if settings.get("architecture") else ""
+    early = []
+    if "plain over recipe" in ratios:
+        early.append(
+            f"- Over the whole recipe, whose first {100 * found['early_fraction']:.0f} % of the steps see"
+            f" {found['early_input_size']} pixels: {ratio('plain over recipe')} times that loop at full size."
+        )
     return "\n".join(
         [
             f"- One epoch's steps: {speed}, {ratio('plain over loop')} times the loop that people write first ({plain}:"
             " float32, torchvision's transforms, a DataLoader of two workers that decode JPEG, AdamW).",
+            *early,
             f"- Of the speed of the bare forward, backward and step on one fixed batch: {ratio('bare over loop')}.",
             f"- HESSO costs {ratio('hesso over silent', True)}; averaging and logging together"
             f" {ratio('averaged and logged over silent', True)}; the same measured twice differs by"

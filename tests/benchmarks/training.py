@@ -5,9 +5,10 @@ order, one segment of steps at a time:
 
 - `plain`: float32, torchvision's transforms in a DataLoader of two workers that decode JPEG, AdamW, the default
   allocator, the loss read at every step.
-- `loop`: one epoch of `stages/training`; `bare` is forward, backward and step with the same settings on a fixed batch;
-  `silent` the loop without averaging and logging, `averaged and logged` with both; `hesso` prunes on top of `silent`.
-  `silent again` tells the noise.
+- `loop`: steps of `stages/training` at full size; `early` those at the recipe's `early_input_size`, if it has one, and
+  `recipe` the mean over both in the recipe's proportion.
+- `bare` is forward, backward and step with the same settings on a fixed batch; `silent` the loop without averaging and
+  logging, `averaged and logged` with both; `hesso` prunes on top of `silent`. `silent again` tells the noise.
 
 Run, from a profile's folder with its images: python ../../tests/benchmarks/training.py --out FILE
 """
@@ -52,10 +53,12 @@ from stages.training.loop import _Run, steps_in, steps_per_epoch
 
 PLAIN = ("plain",)
 OURS = ("loop", "bare", "silent", "silent again", "averaged and logged", "hesso")
+EARLY = "early"  # of ours, where the recipe has smaller images
 WARM_STEPS = 8  # before each timed segment of `plain`: what its workers had prepared while they waited
 JPEG_IMAGES, JPEG_QUALITY = 10_000, 75
 RATIOS = {  # of times in the same round: what over what
     "plain over loop": ("plain", "loop"),
+    "plain over recipe": ("plain", "recipe"),
     "bare over loop": ("bare", "loop"),
     "hesso over silent": ("hesso", "silent"),
     "averaged and logged over silent": ("averaged and logged", "silent"),
@@ -166,6 +169,7 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
 
         return timed
 
+    early, recipe = recipe, recipe.model_copy(update={"early_input_size": None})
     silent, averaged = (recipe.model_copy(update={"average_decay": decay}) for decay in (0.0, 0.999))
     pruned = copy.deepcopy(network)
     fold_layer_scale(pruned)
@@ -179,7 +183,8 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
     pruning = run_of(silent, pruned, hesso)
     x, targets = next(pruning.batches_of(0))
     pruning.step(hesso.schedule.start, x, targets)  # the first period's channels are chosen here
-    return {
+    smaller = {EARLY: segment(run_of(early, copy.deepcopy(network)), True)} if early.early_input_size else {}
+    return smaller | {
         "loop": segment(run_of(recipe, copy.deepcopy(network)), True),
         "bare": bare(run_of(silent, copy.deepcopy(network))),
         "silent": segment(quiet, False),
@@ -200,7 +205,9 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     model = next(iter(params.models.values()))
     if arguments.architecture:
         model = Model(library="timm", architecture=arguments.architecture, input_size=64)
-    recipe = params.finetune.model_copy(update={"batch_size": arguments.batch, "early_input_size": None})
+    recipe = params.finetune.model_copy(update={"batch_size": arguments.batch})
+    if arguments.architecture:
+        recipe = recipe.model_copy(update={"early_input_size": None})
     base = params.base.model_copy(update={"threads": arguments.threads, "device": arguments.device})
     torch.manual_seed(0)
     network = build_network(spec_of(model, len(read_info(paths.IMAGES).classes)))
@@ -216,7 +223,10 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
         segment()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     precision = "bfloat16" if names != PLAIN and use_bfloat16(recipe.precision, device) else "float32"
-    print(json.dumps({"device": name, "threads": torch.get_num_threads(), "precision": precision}), flush=True)
+    host = {"device": name, "threads": torch.get_num_threads(), "precision": precision}
+    if EARLY in segments:
+        host |= recipe.model_dump(include={"early_input_size", "early_fraction"})
+    print(json.dumps(host), flush=True)
     for line in sys.stdin:
         print(segments[line.strip()](), flush=True)
 
@@ -260,7 +270,8 @@ def main() -> None:
         return
     machine = describe_machine()
     (theirs, _), (own, host) = (start(names, sys.argv[1:]) for names in (PLAIN, OURS))
-    workers = dict.fromkeys(PLAIN, theirs) | dict.fromkeys(OURS, own)
+    early = host.get("early_fraction")
+    workers = dict.fromkeys(PLAIN, theirs) | dict.fromkeys(OURS if early is None else (*OURS, EARLY), own)
     generator, times = random.Random(arguments.seed), {name: [] for name in workers}
     for _ in range(arguments.rounds):
         for name in generator.sample(list(workers), len(workers)):
@@ -269,8 +280,11 @@ def main() -> None:
     for worker in workers.values():
         worker.stdin.close()
     images = arguments.steps * arguments.batch
-    speeds = {name: images / float(np.median(seconds)) for name, seconds in times.items()}
-    ratios = {name: np.array(times[top]) / np.array(times[below]) for name, (top, below) in RATIOS.items()}
+    seconds = {name: np.array(of_rounds) for name, of_rounds in times.items()}
+    if early is not None:
+        seconds["recipe"] = early * seconds[EARLY] + (1 - early) * seconds["loop"]
+    speeds = {name: images / float(np.median(of_rounds)) for name, of_rounds in seconds.items()}
+    ratios = {name: seconds[top] / seconds[below] for name, (top, below) in RATIOS.items() if below in seconds}
     rows = {name: ratio_row(of_rounds, arguments.seed) for name, of_rounds in ratios.items()}
     settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "serve")}
     result = {"machine": machine, **host, "settings": settings}

@@ -101,7 +101,17 @@ def test_what_training_costs_is_told_with_its_intervals(top):
     assert "1,234 images/s, 1.04 [0.98, 1.10] times the loop that people write first (400 images/s" in text
     assert "HESSO costs +4.0 % [\N{MINUS SIGN}2.0, +10.0]" in text
     assert "12 rounds" in text
+    assert "Over the whole recipe" not in text
     assert "on A Processor (avx2; 2 threads), torch 2.15.0, float32." in text
+
+
+def test_what_smaller_images_bring_is_told_where_the_recipe_has_them(top):
+    path = top / "profiles/tiny-one/reports/benchmarks/training.json"
+    found = json.loads(path.read_text()) | {"early_input_size": 48, "early_fraction": 0.6}
+    found["ratios"]["plain over recipe"] = {"ratio": 2.0, "ratio_ci_low": 1.9, "ratio_ci_high": 2.1}
+    path.write_text(json.dumps(found))
+    text = filled(block("training"), top)
+    assert "whose first 60 % of the steps see 48 pixels: 2.00 [1.90, 2.10] times that loop at full size.\n" in text
 
 
 def test_what_training_costs_is_told_of_each_machine(top):
