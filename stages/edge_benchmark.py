@@ -32,10 +32,10 @@ from stages.edge.remote import time_there
 from stages.edge.repeat import repeat_of
 from stages.edge.soak import SoakPlan
 
-SOAK_IMAGES = 64  # of the validation part, again and again
+SOAK_IMAGES = 64  # from all over the validation part, again and again
 
 
-def protocol_of(section: EdgeBenchmark) -> Protocol:
+def protocol_of(section: EdgeBenchmark, confidence: float) -> Protocol:
     return Protocol(
         threads=section.threads,
         warmup_runs=section.warmup_runs,
@@ -44,6 +44,7 @@ def protocol_of(section: EdgeBenchmark) -> Protocol:
         seed=section.seed,
         batch=section.batch,
         minimum_runs=section.minimum_runs,
+        confidence=confidence,
     )
 
 
@@ -69,13 +70,13 @@ def soak_of(section: EdgeBenchmark, candidates: list[Candidate]) -> tuple[Candid
         return None
     plan = SoakPlan(60 * soak.minutes, soak.images_per_second, soak.window_seconds)
     chosen = next(candidate for candidate in candidates if candidate.variant == soak.variant)
-    return chosen, np.array(open_part(paths.IMAGES, "validation").images[:SOAK_IMAGES]), plan
+    return chosen, open_part(paths.IMAGES, "validation").spread(SOAK_IMAGES), plan
 
 
 def run_timing(params: Params) -> Timing:
     """On this machine or on the device that `edge_benchmark.target` names."""
     section, candidates = params.edge_benchmark, candidates_of(params)
-    soaked, protocol = soak_of(section, candidates), protocol_of(section)
+    soaked, protocol = soak_of(section, candidates), protocol_of(section, params.report.confidence)
     if section.target != "local":
         return time_there(section.target, candidates, section, protocol, soaked, say)
     if section.affinity is not None:
@@ -108,6 +109,8 @@ def main() -> None:
             chosen = sample(len(open_part(paths.IMAGES, "test")), printed.images, printed.seed)
         except ValueError as error:
             raise UserError(f"edge_benchmark.printed.{error}") from None
+        with tempfile.TemporaryDirectory() as folder:  # before the timing and the soak, which may take hours
+            filmed = printed_row(printed.variant, chosen, printed.seed, params.report.confidence, Path(folder))
     before = last_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
@@ -119,9 +122,7 @@ def main() -> None:
             result["soak"] = section.soak.model_dump() | asdict(drift)
             write_csv(unfinished / "soak.csv", timing.soak)
         if printed is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                row = printed_row(printed.variant, chosen, printed.seed, params.report.confidence, Path(folder))
-            write_json(unfinished / "printed.json", row)
+            write_json(unfinished / "printed.json", filmed)
         write_json(unfinished / "edge.json", result)
         write_csv(unfinished / "windows.csv", timing.windows)
     tell(result)

@@ -157,6 +157,18 @@ def test_the_soak_and_the_printed_samples_are_judged_beside_the_timings(measured
     assert printed["onnx_sha256"] == next(row for row in edge["rows"] if row["variant"] == INT8)["onnx_sha256"]
 
 
+def test_printed_images_are_filmed_before_anything_is_timed(project, monkeypatch):
+    change_params(project, printed={"variant": INT8, "images": 5})
+
+    def full(*_):
+        raise UserError("no space left")
+
+    monkeypatch.setattr(edge_benchmark, "printed_row", full)
+    monkeypatch.setattr(edge_benchmark, "run_timing", lambda params: pytest.fail("timed"))
+    with pytest.raises(UserError, match="no space left"):
+        edge_benchmark.main()
+
+
 def test_more_printed_images_than_there_are_are_refused_before_anything_is_timed(project, monkeypatch):
     change_params(project, printed={"variant": INT8, "images": 51})
     monkeypatch.setattr(edge_benchmark, "time_here", lambda *_: pytest.fail("timed"))
@@ -173,7 +185,8 @@ def test_a_core_that_is_not_there_is_refused_before_anything_is_timed(project, m
 
 def test_the_protocol_comes_from_the_params():
     section = EdgeBenchmark(threads=2, warmup_runs=7, windows=3, window_seconds=0.5, seed=4, batch=2, minimum_runs=9)
-    protocol = edge_benchmark.protocol_of(section)
+    protocol = edge_benchmark.protocol_of(section, 0.9)
+    assert protocol.confidence == 0.9
     assert (protocol.threads, protocol.warmup_runs, protocol.windows, protocol.minimum_runs) == (2, 7, 3, 9)
     assert (protocol.window_seconds, protocol.seed, protocol.batch) == (0.5, 4, 2)
 

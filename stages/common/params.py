@@ -231,6 +231,11 @@ class Structured(Training):
         targets = self.model_dump(include={"group_sparsity", "params_reduction", "macs_reduction"})
         return {name: value for name, value in targets.items() if value is not None}
 
+    @property
+    def inexact(self) -> str | None:
+        """The setting by which a cut changes the network's output, which then has to recover; None: it does not."""
+        return "layer_norm: plain" if self.layer_norm == "plain" else None
+
 
 class Scheduled(Section):
     """When pruning happens, as shares of the training's steps."""
@@ -278,8 +283,8 @@ class Oto(Structured, Scheduled):
 
     @model_validator(mode="after")
     def an_inexact_cut_can_be_recovered(self) -> "Oto":
-        if self.layer_norm == "plain" and any(self.target.values()):
-            self._refuse_no_recovery(self.epochs, "layer_norm: plain")
+        if self.inexact and any(self.target.values()):
+            self._refuse_no_recovery(self.epochs, self.inexact)
         return self
 
     @model_validator(mode="after")
@@ -321,13 +326,18 @@ class Depgraph(Structured, Scheduled):
     """Of `group_lasso`: the regularisation's strength."""
     layer_norm: Literal["exact", "exact_matmul", "plain"] = "plain"
 
+    @property
+    def inexact(self) -> str:
+        """Whatever the LayerNorms: the channels that it takes are not zero."""
+        return "method: depgraph"
+
     @model_validator(mode="after")
     def keys_are_those_of_its_importance(self) -> "Depgraph":
         self._refuse_idle("method: depgraph", "allow_partial")
         if self.importance == "magnitude":
             self._refuse_idle("importance: magnitude", "penalty", "start_fraction", "end_fraction")
         else:
-            self._refuse_no_recovery(self.epochs, "method: depgraph")
+            self._refuse_no_recovery(self.epochs, self.inexact)
         return self
 
 
@@ -609,7 +619,7 @@ class EdgeBenchmark(Section):
 
 
 class Report(Section):
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     headline_max_drop: Annotated[float, Field(ge=0, le=1)] = 0.01
     """The headline variant is the smallest whose validation top-1 is at most this much under the baseline's."""
 
@@ -641,7 +651,12 @@ class Params(Section):
         """The sizes in pixels at which it is trained, by the keys that say so."""
         early, section = self.finetune.early_input_size, self.models[model]
         sizes = {"input_size": section.input_size}
-        return sizes | ({"finetune.early_input_size": early} if early and section.weights == "none" else {})
+        return sizes | ({"finetune.early_input_size": early} if early and self.begins_fresh(model) else {})
+
+    def begins_fresh(self, model: str) -> bool:
+        """Whether it is trained from fresh weights: by finetune, or by a `small_dense` pruner."""
+        pruners = [self.prune.get(pruning.pruner) for pruning in self.prunings.values() if pruning.model == model]
+        return self.models[model].weights == "none" or any(isinstance(pruner, SmallDense) for pruner in pruners)
 
     def model_of(self, variant: str) -> str:
         return self.prunings[self.variants[variant].pruning].model
@@ -765,7 +780,7 @@ def _broken_references(params: Params) -> list[str]:
         )
     early = params.finetune.early_input_size
     for key, model in params.models.items():
-        if early and model.weights == "none" and early >= model.input_size:
+        if early and params.begins_fresh(key) and early >= model.input_size:
             problems.append(
                 f"finetune.early_input_size = {early}: must be less than models.{key}.input_size = {model.input_size}:"
                 " smaller images save time"

@@ -31,6 +31,10 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def spread(self, count: int) -> np.ndarray:
+        """uint8 `[min(count, N), H, W, 3]`: images from all over the part, the same each time."""
+        return np.array(self.images[np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)])
+
 
 @dataclass(frozen=True)
 class Info:

@@ -1,9 +1,7 @@
 """ExecuTorch's own file of an artifact, by its XNNPACK backend: float, or dynamic int8 for int8_dynamic variants."""
 
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 
 from stages.artifacts.artifact import DESCRIPTION, load_classifier
 from stages.common.errors import UserError
+from stages.export.quiet import quiet
 
 FILE = "model.pte"
 
@@ -80,15 +79,12 @@ def _dynamic_int8(network, pixels):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Neither Python's remarks nor those that the C++ side writes to the process's error stream."""
-    disabled, stderr, nowhere = logging.root.manager.disable, os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    logging.disable(logging.WARNING)
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
-        logging.disable(disabled)

@@ -3,8 +3,6 @@
 The same network always gives the same bytes: names, dates, versions and source lines of the machine are left out.
 """
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import nn
 from stages.common.errors import UserError
 from stages.common.params import Export
 from stages.export.packed_weights import with_dynamic_layers, with_integer_layers
+from stages.export.quiet import quiet
 from stages.networks.dynamic_int8 import dynamic_layers
 from stages.networks.integer_weights import integer_layers
 from stages.networks.packed import dequantized
@@ -53,7 +52,7 @@ def export_onnx(classifier: Classifier, image_size: int, path: Path, export: Exp
         raise UserError(
             f"{path}: {size / 2**30:.1f} GiB of weights do not fit into one ONNX file: choose a smaller model"
         )
-    with _quiet():
+    with quiet():
         model = _float_model(classifier, image_size, export)
         model, stored = with_dynamic_layers(model, dynamic_layers(classifier))
         stored |= with_integer_layers(model, integer_layers(classifier))
@@ -155,16 +154,3 @@ def _unfolded_batch_norm() -> Iterator[None]:
         yield
     finally:
         nn.functional.batch_norm = original
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither the exporter's nor the quantizer's remarks: what matters is checked."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,6 @@ class NetworkSpec:
     pixel_stem: dict[str, int] = field(default_factory=dict)
     """The convolution that takes stored pixels as they are, and by which factor it scales them up; empty where the
     images are scaled and normalised before."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def spec_of(model: Model, classes: int) -> NetworkSpec:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+TOGETHER = 64
+"""Images that are in memory as floats at once."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -30,12 +33,15 @@ def sample(n: int, count: int, seed: int) -> np.ndarray:
 
 def cells(images: np.ndarray, seed: int) -> Iterator[Cell]:
     """Every corruption at every severity of uint8 RGB images `[N, S, S, 3]`; the same seed gives the same pixels."""
-    pixels = np.asarray(images, np.float32) / 255
     for number, (name, (corrupt, strengths)) in enumerate(CORRUPTIONS.items()):
         for severity, strength in enumerate(strengths, 1):
             generator = np.random.default_rng([seed, number, severity])
-            corrupted = corrupt(pixels, strength, generator)
-            yield Cell(name, severity, np.rint(np.clip(corrupted, 0, 1) * 255).astype(np.uint8))
+            found = np.empty_like(images)
+            for start in range(0, len(images), TOGETHER):
+                some = slice(start, start + TOGETHER)
+                corrupted = corrupt(np.asarray(images[some], np.float32) / 255, strength, generator)
+                found[some] = np.rint(np.clip(corrupted, 0, 1) * 255).astype(np.uint8)
+            yield Cell(name, severity, found)
 
 
 def _noise(pixels: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:

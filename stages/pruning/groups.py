@@ -50,10 +50,6 @@ class ChannelGroup:
     """Weights that are cut along with the channel they read; their values do not matter once it is zero."""
     buffers: tuple[Slice, ...]
     """Running statistics, cut along but never zeroed."""
-    parameters_per_channel: int
-    """Parameters that go with one channel while all other groups are whole."""
-    macs_per_channel: int
-    """MACs that go with one channel while all other groups are whole."""
 
     def slices(self) -> tuple[Slice, ...]:
         return self.makes + self.reads + self.buffers

@@ -199,11 +199,11 @@ def _choose(session: Session, network: nn.Module, groups: list[ChannelGroup], sc
 
 def _require_recovery(session: Session, phase: int) -> None:
     """Raise a `UserError` where the cut changes the output and no epoch would be left to mend it."""
-    inexact = session.pruner.layer_norm == "plain" or isinstance(session.pruner, Depgraph)
-    if inexact and phase >= session.recipe.epochs:
+    if session.pruner.inexact and phase >= session.recipe.epochs:
         raise UserError(
             f"{session.param}.end_fraction = {session.pruner.end_fraction}: pruning takes all {session.recipe.epochs}"
-            " epochs, but this cut changes the output and needs at least one to recover: lower it or raise epochs"
+            f" epochs, but {session.pruner.inexact} changes the output when channels are cut, which needs at least one"
+            " to recover: lower it or raise epochs"
         )
 
 
@@ -255,7 +255,7 @@ def _difference(session: Session, one: nn.Module, other: nn.Module) -> float:
     """Largest change of a logit, relative to their scale, on validation images and on random inputs."""
     preprocess = session.parent.preprocess()
     size = preprocess.input_size
-    images = preprocess(torch.from_numpy(session.validation_part.images[:COMPARED_IMAGES].copy()))
+    images = preprocess(torch.from_numpy(session.validation_part.spread(COMPARED_IMAGES)))
     random = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     return max(relative_difference(one, other, x) for x in (images, random))
 

@@ -26,7 +26,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec
-from stages.networks.positions import output_positions
 from stages.pruning.groups import PARTIAL_REMEDY, ChannelGroup, Slice, check_exact, inexact_groups
 
 NOT_ITS_OWN = ("graph", "operation", "transform")
@@ -105,7 +104,7 @@ def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup],
                 f"{type(network).__name__}: only_train_once cannot tell which of its channels belong together"
                 f" ({_obstacle(model, error)}): only l1_unstructured and random_unstructured can prune it"
             ) from error
-    return _typed_groups(model, graph, output_positions(model, input_size))
+    return _typed_groups(model, graph)
 
 
 def _obstacle(model: nn.Module, error: Exception) -> str:
@@ -227,12 +226,12 @@ class _Union:
     problem: str | None
 
 
-def _typed_groups(model: nn.Module, graph: Any, positions: dict[str, int]) -> tuple[list[ChannelGroup], dict[str, str]]:
+def _typed_groups(model: nn.Module, graph: Any) -> tuple[list[ChannelGroup], dict[str, str]]:
     order = {name: position for position, name in enumerate(model.state_dict())}
     groups, refused = [], {}
     for union in _unions(model, graph, order):
         try:
-            groups.append(_typed_group(union, model, positions))
+            groups.append(_typed_group(union, model))
         except UserError as error:
             layers = _layers(union, model)
             refused[layers[0] if layers else _owner(union.makes[0])] = str(error)
@@ -318,7 +317,7 @@ def _concatenated(graph: Any, cuttable: Set[str]) -> list[str]:
     return [group_id for group_id in found if group_id in cuttable]
 
 
-def _typed_group(union: _Union, model: nn.Module, positions: dict[str, int]) -> ChannelGroup:
+def _typed_group(union: _Union, model: nn.Module) -> ChannelGroup:
     if union.problem:
         raise UserError(f"{union.problem}: not pruned")
     parameters = dict(model.named_parameters())
@@ -332,9 +331,7 @@ def _typed_group(union: _Union, model: nn.Module, positions: dict[str, int]) -> 
     reads = tuple(Slice(name, 1, _repeat(name, tensors[name], 1, channels)) for name in union.reads)
     makes = tuple(part for part in made if part.name in parameters)
     buffers = tuple(part for part in made if part.name not in parameters)
-    sizes = [(part.name, parameters[part.name].numel() // channels) for part in (*makes, *reads)]
-    cost = sum(size for _, size in sizes), sum(size * positions.get(name, 0) for name, size in sizes)
-    return ChannelGroup(layers[0], channels, makes, reads, buffers, *cost)
+    return ChannelGroup(layers[0], channels, makes, reads, buffers)
 
 
 def _layers(union: _Union, model: nn.Module) -> list[str]:

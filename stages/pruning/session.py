@@ -17,6 +17,7 @@ from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
+from stages.training.host import prepare_host
 from stages.training.loop import Trained, recipe_for, steps_in, steps_per_epoch, train
 from stages.training.optimizers import schedule
 
@@ -145,8 +146,8 @@ class Session:
         )
 
     def validation_top1(self, network: nn.Module) -> float:
-        """On the CPU, in float32."""
-        classifier = Classifier(self.parent.preprocess(), network)
-        return top1(
-            predict_logits(classifier, self.validation_part.images, EVALUATION_BATCH), self.validation_part.labels
-        )
+        """In float32; the network, on the CPU, is left as it is."""
+        device = prepare_host(self.params.base)
+        classifier = copy.deepcopy(Classifier(self.parent.preprocess(), network)).to(device)
+        logits = predict_logits(classifier, self.validation_part.images, EVALUATION_BATCH, device)
+        return top1(logits, self.validation_part.labels)

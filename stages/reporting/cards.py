@@ -115,7 +115,7 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
         f"| parameters | {count_text(row['params'])}, of which not zero {count_text(row['params_nonzero'])} |",
         *([f"| layers left in float | {len(kept)}: {', '.join(kept)} |"] if kept else []),
         f"| multiply-accumulates | {count_text(row['macs'])} for one image |",
-        f"| latency, batch 1 | median {ms_text(row['latency_ms_p50'])}, p95 {ms_text(row['latency_ms_p95'])},"
+        f"| latency, batch {run.batch} | median {ms_text(row['latency_ms_p50'])}, p95 {ms_text(row['latency_ms_p95'])},"
         f" {ratio_text(row['latency_ratio'])} as fast as the dense network in"
         f" {baseline_words(run)} |",
         f"| memory, start-up | {bytes_text(row['peak_rss_bytes'])} peak resident, {ms_text(row['load_ms'])} to load |",

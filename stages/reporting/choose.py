@@ -134,11 +134,10 @@ def _figures(run: Run, variant: str, limits: dict[str, float]) -> list[tuple[str
     for option, excess in over.items():
         bounds[option] += f", missed by {_amount(option, excess)}"
     top1, dense = (percent_text(share, 2) for share in (validation_top1(run, variant), best_dense_top1(run)))
-    batch = run.edge["protocol"].get("batch", 1)
     return [
         ("validation top-1", f"{top1} (best dense {dense}){bounds.get(DROP, '')}"),
         ("latency", f"{_amount(LATENCY, found[LATENCY])}{bounds.get(LATENCY, '')}"),
-        ("timed on", f"{machine_text(run)}: median in ONNX Runtime, batch {batch}"),
+        ("timed on", f"{machine_text(run)}: median in ONNX Runtime, batch {run.batch}"),
         ("model.onnx", f"{_amount(SIZE, found[SIZE])}{bounds.get(SIZE, '')}"),
     ]
 

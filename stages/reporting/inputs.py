@@ -111,6 +111,11 @@ class Run:
     def run_id(self) -> str:
         return str(self.edge["run_id"])
 
+    @property
+    def batch(self) -> int:
+        """Images in each timed call."""
+        return self.edge["protocol"].get("batch", 1)
+
 
 def read_run(params: Params) -> Run:
     """Read the files of the listed variants, relative to the folder of `params.yaml`.

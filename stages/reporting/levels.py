@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from stages.common.params import Importance, NoneContinued, NonePruner, Pruner, Structured
 from stages.reporting.inputs import Run
@@ -11,8 +12,10 @@ from stages.reporting.statistics import PairedDifference, holm, mean_and_deviati
 COSTS = ("size_bytes", "macs", "latency_ms_p50")
 EQUAL_MACS = 0.05
 """Two networks are compared at equal MACs where theirs differ by at most this share."""
-KIND = ("optimizer", "importance", "layer_norm", "scope", "pattern", "schedule")
-"""Settings that make another method of a pruner, where they are given."""
+SPEAKING = ("importance", "layer_norm", "optimizer", "pattern", "schedule", "scope")
+"""Settings whose values name a method without their key."""
+OF_A_LEVEL = ("group_sparsity", "params_reduction", "macs_reduction", "sparsity")
+OF_THE_BUDGET = ("epochs", "learning_rate_factor", "distillation", "distillation_temperature")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Level:
     pruner: str
     quantizer: str
     kind: str
-    """What the levels of one method share: `depgraph group_lasso`, `oto by 8` where channels go in units of 8."""
+    """What the levels of one method share: `depgraph group_lasso`, or `oto` (see `kinds_of`)."""
     shares: dict[str, float]
     """Of each of `COSTS`, the share of the same model's dense float network in ONNX Runtime, mean over seeds."""
     sparsity: float | None
@@ -74,23 +77,46 @@ class Cut:
     `random_structured`, from the whole one for `depgraph`."""
 
 
-def kind_of(pruner: Pruner) -> str:
-    """A pruner's method with the settings that make it another method, without its level and budget."""
-    words = [pruner.method]
-    for value in (getattr(pruner, name) for name in KIND if name in pruner.model_fields_set):
-        if isinstance(value, Importance):
-            words.append("+".join(score for score, weight in value.model_dump().items() if weight))
-        elif value != "none":
-            words.append(value)
-    if (unit := getattr(pruner, "divisible_by", 1)) > 1:
-        words.append(f"by {unit}")
-    return " ".join(words)
+def kinds_of(pruners: dict[str, Pruner]) -> dict[str, str]:
+    """For each pruner by key its method, with the settings in which it stands apart from the method's others.
+
+    Settings that all of them share go without saying, and so do defaults, level and budget: pruners of one kind are
+    levels of the same line.
+    """
+    kinds = {key: pruner.method for key, pruner in pruners.items()}
+    settings = {key: _settings_of(pruner) for key, pruner in pruners.items()}
+    for speaking in (True, False):  # first importance and the like, then the settings of those that are alike in it
+        told = {}
+        for key, own in settings.items():
+            peers = [settings[other] for other in kinds if kinds[other] == kinds[key]]
+            names = sorted(name for name in own if (name in SPEAKING) == speaking)
+            apart = [name for name in names if any(peer.get(name) != own[name] for peer in peers)]
+            told[key] = " ".join([kinds[key], *(_words(name, own[name]) for name in apart)])
+        kinds = told
+    return kinds
+
+
+def _settings_of(pruner: Pruner) -> dict[str, Any]:
+    """Those that are not the default's."""
+    defaults = {name: field.default for name, field in type(pruner).model_fields.items()}
+    others = [name for name in defaults if name not in ("method", *OF_A_LEVEL, *OF_THE_BUDGET)]
+    return {name: getattr(pruner, name) for name in others if getattr(pruner, name) != defaults[name]}
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, Importance):
+        weights = {score: weight for score, weight in value.model_dump().items() if weight}
+        equal = len(set(weights.values())) == 1
+        return "+".join(score if equal else f"{weight:g} {score}" for score, weight in weights.items())
+    if name in SPEAKING:
+        return str(value)
+    return f"by {value}" if name == "divisible_by" else f"{name} {value:g}"
 
 
 def levels_of(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[Level]:
     """Every group whose pruner removes something, in the order of the params."""
     by_name = {row["variant"]: row for row in rows}
-    found = []
+    found, kinds = [], kinds_of(run.params.prune)
     for group in groups.values():
         row = by_name[group.variants[0]]
         pruner = run.params.prune[row["pruner"]]
@@ -104,12 +130,13 @@ def levels_of(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[Leve
         }
         family = model_family(run.params, row["model"])
         zeros = getattr(pruner, "sparsity", None)
-        found.append(Level(group, family, row["pruner"], row["quantizer"], kind_of(pruner), shares, zeros))
+        found.append(Level(group, family, row["pruner"], row["quantizer"], kinds[row["pruner"]], shares, zeros))
     return found
 
 
 def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
-    """Each float `oto` level against every other structured one of the same network within `EQUAL_MACS`."""
+    """Each float `oto` level against every other structured one of the same network, of the same seeds, with the same
+    budget and within `EQUAL_MACS`."""
     structured = [
         level
         for level in levels
@@ -122,13 +149,14 @@ def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
             continue
         for theirs in structured:
             same = theirs.family == ours.family and theirs.kind != ours.kind
+            same = same and run.params.prune[theirs.pruner].budget == run.params.prune[ours.pruner].budget
             ratio = theirs.shares["macs"] / ours.shares["macs"]
             seen = f"{theirs.group.name} {ours.group.name}" in pairs  # both are `oto`
             if not same or seen or abs(ratio - 1) > EQUAL_MACS:
                 continue
-            if len(theirs.group.variants) != len(ours.group.variants):
+            seeds = _of_the_same_seeds(run, ours.group, theirs.group)
+            if not len(seeds) == len(ours.group.variants) == len(theirs.group.variants):
                 continue
-            seeds = list(zip(ours.group.variants, theirs.group.variants, strict=True))
             found = ours, theirs, compare(run, seeds), _deviation(run, seeds)
             pairs[f"{ours.group.name} {theirs.group.name}"] = found
     corrected = holm({name: difference.p_value for name, (_, _, difference, _) in pairs.items()})
@@ -143,6 +171,14 @@ def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
         )
         for name, (ours, theirs, difference, deviation) in pairs.items()
     ]
+
+
+def _of_the_same_seeds(run: Run, one: Group, other: Group) -> list[tuple[str, str]]:
+    """Their variants of each seed that both have, in the first one's order."""
+    of_one, of_other = (
+        {run.variants[variant].profile["seed"]: variant for variant in group.variants} for group in (one, other)
+    )
+    return [(variant, of_other[seed]) for seed, variant in of_one.items() if seed in of_other]
 
 
 def _deviation(run: Run, pairs: list[tuple[str, str]]) -> float | None:
@@ -161,8 +197,8 @@ def between_libraries(run: Run, rows: list[dict], groups: dict[str, Group]) -> l
             peer = groups.get(f"{other}-{rest}")
             if model_family(params, params.model_of(group.variants[0])) != one or peer is None:
                 continue
-            pairs = list(zip(group.variants, peer.variants, strict=False))
-            found[group.name] = (group, peer, compare(run, pairs), _deviation(run, pairs))
+            if pairs := _of_the_same_seeds(run, group, peer):
+                found[group.name] = (group, peer, compare(run, pairs), _deviation(run, pairs))
     corrected = holm({name: difference.p_value for name, (_, _, difference, _) in found.items()})
     return [
         Libraries(group.name, peer.name, difference, deviation, corrected[name])

@@ -7,7 +7,7 @@ import numpy as np
 
 from stages.reporting.bits import UNTRAINED, Allocation, contests_of, duels_of, float_layers, unpaired_of
 from stages.reporting.cards import describe, machine_text
-from stages.reporting.claims import read_claims
+from stages.reporting.claims import FAILS, HOLDS, NOT_TESTED, ONLY_AS_COUNTED, read_claims
 from stages.reporting.edge import marks_of, printed_lines, runtimes_of, soak_lines
 from stages.reporting.inputs import Run
 from stages.reporting.levels import EqualMacs, Libraries, at_equal_macs, between_libraries, cuts_of, levels_of
@@ -32,12 +32,7 @@ from stages.reporting.text import (
 
 CONFUSION_TABLE = 20
 """Up to so many classes the confusion matrix is a table; beyond that the picture alone."""
-VERDICT_CLASS = {
-    "holds": "yes",
-    "holds only as counted there": "partly",
-    "does not hold": "no",
-    "not tested": "open",
-}
+VERDICT_CLASS = {HOLDS: "yes", ONLY_AS_COUNTED: "partly", FAILS: "no", NOT_TESTED: "open"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,8 @@ def render_page(
         headline=_headline(run, by_name, groups, choices),
         alternatives=_alternatives(run, by_name, choices),
         marks=marks_of(run, run.variants),
-        columns=COLUMNS,
+        columns=[(key, heading, told.format(batch=run.batch)) for key, heading, told in COLUMNS],
+        batch=run.batch,
         variants=[(row, _cells(run, row, groups[row["group"]]), row["variant"] == choices.headline) for row in rows],
         several_threads=(run.edge.get("protocol") or {}).get("threads", 1) > 1,
         groups=_seed_rows(run, rows, groups),
@@ -224,11 +220,11 @@ COLUMNS = (
     ("size_bytes", "Size", "model.onnx; below it, under gzip"),
     ("params", "Parameters", "the truth; below it, what parameters() shows"),
     ("macs", "MACs", "the truth for one image; below it, what thop shows"),
-    ("latency_ms_p50", "Latency", "median at batch 1; below it, the 95th percentile"),
+    ("latency_ms_p50", "Latency", "median at batch {batch}; below it, the 95th percentile"),
     ("latency_ratio", "Speed-up", "over the dense network, timed as said below; below it, its interval over rounds"),
     ("peak_rss_bytes", "Memory", "peak resident; below it, the time to load"),
 )
-"""Key, heading and explanation of each column of the variant table."""
+"""Key, heading and explanation (with a place for the batch) of each column of the variant table."""
 
 
 def _cells(run: Run, row: dict, group: Group) -> list[Cell]:

@@ -94,10 +94,10 @@ def draw_all(run: Run, rows: list[dict], groups: dict[str, Group], choices: Choi
 
 COSTS = {
     "size_bytes": ("size of model.onnx", "bytes", bytes_text),
-    "latency_ms_p50": ("median latency, batch 1", "ms", ms_text),
+    "latency_ms_p50": ("median latency, batch {batch}", "ms", ms_text),
     "macs": ("multiply-accumulates for one image", "MACs", count_text),
 }
-"""What a Pareto plot may have on its x axis: words, unit, and how a value is written."""
+"""What a Pareto plot may have on its x axis: words (with a place for the batch), unit, and how a value is written."""
 LEVEL_COSTS = {"size": "size_bytes", "macs": "macs", "latency": "latency_ms_p50"}
 
 
@@ -109,6 +109,7 @@ def pareto(run: Run, rows: list[dict], choices: Choices, cost: str, name: str) -
     is for those that a reader chooses from.
     """
     words, unit, write = COSTS[cost]
+    words = words.format(batch=run.batch)
     points = points_of(rows, cost)
     kept = [point.top1 for point in points if point.on_front or choices.headline in point.variants]
     bars = [(point.top1, point.low, point.high) for point in points]
@@ -234,7 +235,7 @@ def levels(run: Run, rows: list[dict], found: list[Level], cost: str, name: str)
         lines.setdefault((method, level.quantizer), []).append(level)
     if all(len(line) == 1 for line in lines.values()):
         return None
-    words, _, _ = COSTS[cost]
+    words = COSTS[cost][0].format(batch=run.batch)
     figure, axes = _figure(3.7)
     methods, quantizers = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     dense: dict[str, list[float]] = {}

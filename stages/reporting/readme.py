@@ -408,8 +408,8 @@ def _machine(run: dict) -> str:
     machine, protocol = run["machine"], run["protocol"]
     busy = ", others were using the CPU" if run["busy"] else ""
     return (
-        f"Timed on {machine['cpu']} ({_plural(protocol['threads'], 'thread')}, batch 1, interleaved in one run{busy}),"
-        f" ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}."
+        f"Timed on {machine['cpu']} ({_plural(protocol['threads'], 'thread')}, batch {protocol.get('batch', 1)},"
+        f" interleaved in one run{busy}), ONNX Runtime {machine['onnxruntime']}, torch {machine['torch']}."
     )
 
 

@@ -69,15 +69,17 @@ def sign_flip_p(differences: np.ndarray) -> float:
     from scipy.special import gammaln
 
     def heads(count: int) -> np.ndarray:
-        """Probability of each number of heads in so many fair throws."""
-        k = np.arange(count + 1)
+        """Probability of each number of heads in so many fair throws, up to twelve deviations from half of them."""
+        tail = max(0, count // 2 - math.ceil(6 * math.sqrt(count)))  # beyond it less than 1e-31 is left
+        k = np.arange(tail, count - tail + 1)
         return np.exp(gammaln(count + 1) - gammaln(k + 1) - gammaln(count - k + 1) - count * math.log(2))
 
-    # the total of one magnitude is magnitude * (2 * heads - images): spaced by 2 * magnitude
+    # the total of one magnitude is magnitude * (2 * heads - images): spaced by 2 * magnitude, and as far up as down
     distribution = np.ones(1)
     for magnitude, count in zip(magnitudes.tolist(), images.tolist(), strict=True):
-        spaced = np.zeros(2 * magnitude * count + 1)
-        spaced[:: 2 * magnitude] = heads(count)
+        chances = heads(count)
+        spaced = np.zeros(2 * magnitude * (len(chances) - 1) + 1)
+        spaced[:: 2 * magnitude] = chances
         distribution = np.convolve(distribution, spaced)
     reach = (len(distribution) - 1) // 2
     totals = np.arange(-reach, reach + 1)

@@ -13,6 +13,8 @@ from stages.training.cuda_graphs import CAPTURE
 
 AHEAD = 2
 """Batches that are read before they are asked for."""
+COPIED = 4096
+"""Images that are in the computer's own memory at once on their way to a device's."""
 SHARE = 0.5
 """Of the free memory: so much the images may take, to be held there."""
 
@@ -33,7 +35,7 @@ class Images:
         self.fit = size < SHARE * free
         self._held = None
         if self.fit and cuda:
-            self._held = tuple(torch.from_numpy(np.array(array)).to(device) for array in (part.images, part.labels))
+            self._held = tuple(_on_device(array, device) for array in (part.images, part.labels))
 
     def batches(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each index int64 `[B]`, images uint8 `[B, H, W, 3]` and labels int64 `[B]` in its order."""
@@ -74,3 +76,11 @@ class Images:
 
     def _moved(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+
+
+def _on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A memory-mapped `[N, ...]` in the device's memory, without being in the computer's as a whole."""
+    held = torch.empty(array.shape, dtype=torch.from_numpy(np.array(array[:1])).dtype, device=device)
+    for start in range(0, len(array), COPIED):
+        held[start : start + COPIED] = torch.from_numpy(np.array(array[start : start + COPIED]))
+    return held

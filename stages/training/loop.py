@@ -147,7 +147,7 @@ def train(
                 loss = run.train_epoch(epoch, progress)
                 seconds = time.perf_counter() - started
                 candidate = run.candidate()
-                logits = run.predict(candidate, validation_part)
+                logits = run.predict(candidate, validation_part, run.bfloat16)
                 validation_loss = _cross_entropy(logits, validation_part.labels)
                 curve.append(
                     {
@@ -181,8 +181,9 @@ def train(
                 f"{title}: no epoch ended with the pruning target met: give it more epochs or an earlier end_fraction"
             )
         load_tensors(network, chosen["weights"])
-        network.cpu().to(memory_format=torch.contiguous_format).eval()
-        logits = predict_logits(Classifier(run.preprocess.cpu(), network), validation_part.images, EVALUATION_BATCH)
+        network.to(memory_format=torch.contiguous_format).eval()
+        logits = run.predict(network, validation_part, autocast=False)
+        network.cpu()
     return Trained(network, curve, top1(logits, validation_part.labels), chosen["epoch"])
 
 
@@ -227,7 +228,8 @@ class _Run:
         self.images = Images(part, device)
         if recipe.early_input_size:
             _classes(network, recipe.early_input_size, title, "finetune.early_input_size")
-        self.augment = Augmentation(recipe, len(part), _classes(network, preprocess.input_size, title), seed)
+        self.classes = _classes(network, preprocess.input_size, title)
+        self.augment = Augmentation(recipe, len(part), self.classes, seed)
         self.call = processes.with_mean_gradients(network, device)
         if recipe.compile:
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # it gives constants
@@ -330,15 +332,16 @@ class _Run:
         self.constraint.project(average)
         return average
 
-    def predict(self, network: nn.Module, part: Part) -> np.ndarray:
-        """Logits `[N, classes]` at the training's precision; every process computes some of them and gets all."""
+    def predict(self, network: nn.Module, part: Part, autocast: bool) -> np.ndarray:
+        """Logits `[N, classes]`, in bfloat16 or in float32; every process computes some of them and gets all."""
         classifier = Classifier(self.preprocess, network)
         bounds = [len(part) * rank // processes.count() for rank in range(processes.count() + 1)]
         mine = slice(bounds[processes.rank()], bounds[processes.rank() + 1])
         batch_size = EVALUATION_BATCH * (4 if self.device.type == "cuda" else 1)  # there launches take the time
-        found = predict_logits(classifier, part.images[mine], batch_size, self.device, autocast=self.bfloat16)
-        logits = torch.zeros(len(part), found.shape[1], device=self.device)
-        logits[mine] = torch.from_numpy(found).to(self.device)
+        logits = torch.zeros(len(part), self.classes, device=self.device)
+        if mine.start < mine.stop:
+            found = predict_logits(classifier, part.images[mine], batch_size, self.device, autocast)
+            logits[mine] = torch.from_numpy(found).to(self.device)
         return processes.summed(logits).cpu().numpy()
 
     def state_dict(self, finished: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from stages.training.muon import Muon
 class Optimizers:
     """AdamW, SGD, or Muon for the hidden matrices with AdamW for all else.
 
-    Parameters of one dimension (biases, norms) get no weight decay.
+    What has one number for each channel (biases, norms, layer scales in whichever shape) gets no weight decay.
     """
 
     def __init__(self, network: nn.Module, recipe: Finetune) -> None:
@@ -22,8 +22,8 @@ class Optimizers:
         taken = {id(p) for p in matrices}
         rest = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
         groups = [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in rest if p.squeeze().dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in rest if p.squeeze().dim() <= 1], "weight_decay": 0.0},
         ]
         if recipe.optimizer == "sgd":
             main = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)

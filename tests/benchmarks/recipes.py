@@ -1,10 +1,14 @@
-"""Try a change of a profile's recipe: train its first model with it and append what came out to `reports/recipes.csv`.
+"""Try a change of a profile's recipe: train a model with it and append what came out to `reports/recipes.csv`.
 
 Run, from a profile's folder with its images, one process for each core that is free:
 
     python ../../tests/benchmarks/recipes.py finetune.epochs=20 finetune.random_erasing=0.25 --seeds 0 1
+    python ../../tests/benchmarks/recipes.py --pruning convnext-oto50 'prune.*.learning_rate_factor=0.2'
 
-Without changes it trains the recipe as it stands. Figures are those of validation images: recipes are chosen by them.
+The first trains the profile's first model, or that of `--model`. The second prunes the dense network that
+`dvc repro -s finetune@<model>` made in the profile; `*` stands for all pruners that have this key, as one budget is
+asked of them and their control. Without changes the recipe is tried as it stands. Figures are those of validation
+images: recipes are chosen by them.
 """
 
 import argparse
@@ -20,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is a
 
 from ruamel.yaml import YAML, YAMLError
 
+from stages.artifacts.artifact import read_description
 from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
+from stages.common.files import read_csv
 from stages.common.params import load_params
 from stages.common.without_dvc import TERMINATED, commit
 from stages.datasets.store import read_info
@@ -30,70 +36,98 @@ from stages.edge.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 LOG = Path("reports/recipes.csv")
-SECTIONS = ("base", "models", "finetune")
-"""What a training reads; the images are those that the profile has."""
+TRAINING, PRUNING = ("base", "models", "finetune"), ("base", "finetune", "prune")
+"""The sections that a training reads, and a pruning; the images are those that the profile has."""
 COLUMNS = (
     *("change", "epochs", "seed", "validation_images", "validation_top1", "seconds", "images_per_second", "threads"),
     *("cpu", "commit"),
 )
 
 
-def changed(raw: dict, changes: list[str], seed: int) -> dict:
-    """The params with `key.of.a.setting=value` set; the value is YAML.
+def changed(raw: dict, changes: list[str], seed: int, sections_read: tuple[str, ...]) -> dict:
+    """The params with `key.of.a.setting=value` set, or `key.*.setting=value` wherever it is; the value is YAML.
 
     Raises:
-        UserError: for a change of another form, of a seed or of what no training reads, or to what is no value.
+        UserError: for a change of another form, of a seed or of what is not read, or to what is no value.
     """
     if seeds := [change for change in changes if change.partition("=")[0].endswith(".seed")]:
         raise UserError(f"{seeds[0]}: seeds are given by --seeds")
-    if idle := [change for change in changes if change.partition("=")[0].partition(".")[0] not in SECTIONS]:
-        raise UserError(f"{idle[0]}: a training does not depend on it: only on {', '.join(SECTIONS)}")
+    if idle := [change for change in changes if change.partition("=")[0].partition(".")[0] not in sections_read]:
+        raise UserError(f"{idle[0]}: what is tried does not depend on it: only on {', '.join(sections_read)}")
     for change in [*changes, f"base.seed={seed}", f"root={ROOT}"]:
         key, equals, value = change.partition("=")
         *sections, name = key.split(".")
         if not equals:
             raise UserError(f"{change}: is no change: write key=value, as in finetune.epochs=20")
-        place = raw
+        places = [raw]
         for section in sections:
-            place = place.setdefault(section, {}) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise UserError(f"{change}: {'.'.join(sections)} is no section of {paths.PARAMS}")
+            places = [inner for place in places for inner in _within(place, section, name)]
+        if not places or not all(isinstance(place, dict) for place in places):
+            raise UserError(f"{change}: {paths.PARAMS} has no section {'.'.join(sections)}, or none with this key")
         try:
-            place[name] = YAML(typ="safe").load(value)
+            for place in places:
+                place[name] = YAML(typ="safe").load(value)
         except YAMLError:
             raise UserError(f"{change}: {value} is no YAML value") from None
     return raw
 
 
-def train(changes: list[str], seed: int) -> dict[str, object]:
-    """One training in a folder of its own, which goes when it is done."""
-    load_params()  # tells what is wrong without the changes
-    raw = changed(YAML(typ="safe").load(paths.PARAMS), changes, seed)
+def _within(place: object, section: str, name: str) -> list[object]:
+    """What `section` of a place is; `*` is each that has the key `name`."""
+    if not isinstance(place, dict):
+        return [None]
+    if section == "*":
+        return [inner for inner in place.values() if isinstance(inner, dict) and name in inner]
+    return [place.setdefault(section, {})]
+
+
+def tried(changes: list[str], seed: int, model: str | None, pruning: str | None) -> dict[str, object]:
+    """One training, or one pruning of the profile's dense network, in a folder of its own, which goes when it is done.
+
+    Raises:
+        UserError: for an unknown model or pruning, or one whose dense network is not there; if the stage ends with an
+            error.
+    """
+    own = load_params()  # tells what is wrong without the changes
+    for option, key, known in [("--model", model, own.models), ("--pruning", pruning, own.prunings)]:
+        if key is not None and key not in known:
+            raise UserError(f"{option} {key}: {paths.PARAMS} has no such key: it has {', '.join(known)}")
+    which = ["--pruning", pruning] if pruning else ["--model", model] if model else []
+    model = own.prunings[pruning].model if pruning else model or next(iter(own.models))
+    if pruning:
+        read_description(paths.dense(model))
+    raw = changed(YAML(typ="safe").load(paths.PARAMS), changes, seed, PRUNING if pruning else TRAINING)
+    raw["models"][model].pop("seed", None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         YAML().dump(raw, folder / paths.PARAMS)
-        (folder / "data").mkdir()
-        (folder / paths.IMAGES).symlink_to(paths.IMAGES.resolve())
+        for given in [paths.IMAGES, *([paths.dense(model)] if pruning else [])]:
+            (folder / given).parent.mkdir(parents=True)
+            (folder / given).symlink_to(given.resolve())
         try:
             params = load_params(folder / paths.PARAMS)
         except UserError as error:
             told = str(error).replace(str(folder / paths.PARAMS), f"{paths.PARAMS} with these changes")
             raise UserError(told) from None
-        key = next(iter(params.models))
-        command = [sys.executable, "-m", "stages.finetune", key]
+        if pruning:
+            stage, key, artifact, curve = "prune", pruning, paths.pruned(pruning), paths.pruned_curve(pruning)
+        else:
+            stage, key, artifact, curve = "finetune", model, paths.dense(model), paths.dense_curve(model)
+        command = [sys.executable, "-m", f"stages.{stage}", key]
         if subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode:
             raise UserError(f"{' '.join(changes) or 'the recipe'}: did not train, for the reason above")
-        with (folder / paths.dense_curve(key)).open() as file:
-            curve = list(csv.DictReader(file))
-    seconds = sum(float(row["seconds"]) for row in curve)
+        top1 = read_description(folder / artifact).metrics["validation_top1"]
+        rows = read_csv(folder / curve)
+    if not rows:
+        raise UserError(f"--pruning {pruning}: trains nothing: there is no recipe to try")
     return {
-        "change": " ".join(changes) or "none",
-        "epochs": params.finetune.epochs,
+        "change": " ".join([*which, *changes]) or "none",
+        "epochs": len(rows),
         "seed": seed,
         "validation_images": read_info(paths.IMAGES).counts["validation"],
-        "validation_top1": max(float(row["validation_top1"]) for row in curve),
-        "seconds": round(seconds),
-        "images_per_second": round(sum(float(row["images_per_second"]) for row in curve) / len(curve)),
+        "validation_top1": top1,
+        "seconds": round(sum(float(row["seconds"]) for row in rows)),
+        "images_per_second": round(sum(float(row["images_per_second"]) for row in rows) / len(rows)),
         "threads": threads_for(params.base.threads),
         "cpu": describe_machine(())["cpu"],
         "commit": commit(paths.PARAMS),
@@ -128,6 +162,9 @@ def append(log: Path, row: dict[str, object]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("changes", nargs="*", metavar="key=value")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", metavar="KEY", help="of models, to train instead of the first")
+    what.add_argument("--pruning", metavar="KEY", help="of prunings: prune the dense network instead of training one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--log", type=Path, default=LOG)
     arguments = parser.parse_args()
@@ -135,7 +172,7 @@ def main() -> None:
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     written(arguments.log)  # refuses another file before hours of training
     for seed in arguments.seeds:
-        append(arguments.log, train(arguments.changes, seed))
+        append(arguments.log, tried(arguments.changes, seed, arguments.model, arguments.pruning))
 
 
 if __name__ == "__main__":

@@ -296,6 +296,11 @@ def test_an_early_input_size_that_is_not_smaller_is_refused(raw, tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
     assert load_params(path).finetune.early_input_size == size
+    budget = {"epochs": 2, "learning_rate_factor": 0.5}
+    raw["prune"]["small"] = {"method": "small_dense", "group_sparsity": 0.5} | budget  # fresh weights all the same
+    raw["prune"]["as_long"] = {"method": "none_continued"} | budget
+    raw["prunings"] |= {f"convnext-{key}": {"model": "convnext", "pruner": key} for key in ("small", "as_long")}
+    assert told in refusal(raw, tmp_path)
 
 
 def test_a_model_without_its_baseline_is_refusal(raw, tmp_path):

@@ -94,3 +94,17 @@ def test_without_opencv_it_says_what_to_install(project, monkeypatch):
     monkeypatch.setattr(printed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="uv sync --extra camera"):
         run(monkeypatch)
+
+
+def test_every_image_is_seen_in_a_light_and_at_an_angle_of_its_own(project, monkeypatch):
+    from stages.edge import printing
+
+    seen = []
+
+    def watched(image, strengths, generator):
+        seen.append(generator.random(4).tolist())
+        return np.full((strengths.frame_px, strengths.frame_px, 3), 128, np.uint8)
+
+    monkeypatch.setattr(printing, "photograph", watched)
+    run(monkeypatch, "--images", "6")
+    assert len({tuple(drawn) for drawn in seen}) == len(seen) == 6

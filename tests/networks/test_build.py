@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import asdict
 
 import pytest
 import timm
@@ -43,7 +44,7 @@ def test_the_spec_of_a_model_is_its_entry_in_the_params():
 
 def test_a_spec_survives_json():
     spec = NetworkSpec("timm", "convnext_atto", ARGUMENTS, 4, widths={"head.fc": {"in_features": 3, "out_features": 4}})
-    assert NetworkSpec(**spec.as_json()) == spec
+    assert NetworkSpec(**asdict(spec)) == spec
 
 
 @pytest.mark.parametrize(

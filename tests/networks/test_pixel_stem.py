@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_a_network_is_built_with_its_pixel_stem_and_loads_its_tensors():
     spec = NetworkSpec("timm", "convnext_atto", ARGUMENTS, 10)
     scaled = classifier(build_network(spec))
     twin = on_pixels(scaled, 16, *pixel_stem(scaled, 16))
-    built = build_network(NetworkSpec(**spec.as_json() | {"pixel_stem": {"stem.0": 2}}))
+    built = build_network(NetworkSpec(**asdict(spec) | {"pixel_stem": {"stem.0": 2}}))
     built.load_state_dict(twin.network.state_dict())
     with torch.no_grad():
         assert torch.equal(Classifier(twin.preprocess, built).eval()(pixels(16)), twin(pixels(16)))

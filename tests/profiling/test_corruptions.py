@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from stages.profiling import corruptions
 from stages.profiling.corruptions import CORRUPTIONS, cells, sample
 
 IMAGES = np.random.default_rng(0).integers(20, 200, (6, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
@@ -69,3 +70,20 @@ def test_the_sample_is_seeded_in_order_and_never_larger_than_the_images():
     assert np.array_equal(drawn, sample(10_000, 1000, 0))
     assert not np.array_equal(drawn, sample(10_000, 1000, 1))
     assert drawn.dtype == np.int64
+
+
+def test_images_are_corrupted_a_few_at_a_time_and_come_out_the_same(monkeypatch):
+    together = by_name(IMAGES)
+    monkeypatch.setattr(corruptions, "TOGETHER", 4)
+    assert all(np.array_equal(images, together[key]) for key, images in by_name(IMAGES).items())
+
+
+def test_strengths_are_those_of_cifar_10_c_at_levels_1_3_and_5():
+    """`make_cifar_c.py` of arXiv 1903.12261; a blur's deviations are in pixels of 32."""
+    assert {name: strengths for name, (_, strengths) in CORRUPTIONS.items()} == {
+        "noise": (0.04, 0.08, 0.10),
+        "blur": (0.4, 0.7, 1.0),
+        "brightness": (0.05, 0.15, 0.30),
+        "contrast": (0.75, 0.40, 0.15),
+        "JPEG": (80, 58, 40),
+    }

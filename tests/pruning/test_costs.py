@@ -65,22 +65,6 @@ def test_many_candidates_are_counted_at_once():
     assert costs.macs(kept).tolist() == macs
 
 
-@pytest.mark.parametrize("name", ["convnext, linear", "resnet"])
-def test_cost_of_one_channel_is_what_its_removal_saves(name):
-    network, _ = built(name)
-    groups = channel_groups(network, 32)
-    costs = costs_of(network, groups, 32)
-    whole = torch.tensor([group.channels for group in groups])
-    one_less = whole - torch.eye(len(groups), dtype=torch.int64)
-    twice = [{part.name for part in group.makes} & {part.name for part in group.reads} for group in groups]
-    alone = torch.tensor([not names for names in twice])  # elsewhere the corner of a square weight counts twice
-    assert alone.sum() > len(groups) // 2
-    saved_params, saved_macs = costs.params_dense - costs.params(one_less), costs.macs_dense - costs.macs(one_less)
-    per_channel = torch.tensor([[g.parameters_per_channel, g.macs_per_channel] for g in groups], dtype=torch.float64)
-    assert torch.equal(torch.stack([saved_params, saved_macs], 1)[alone], per_channel[alone])
-    assert (per_channel[:, 1] > 0).all()
-
-
 def test_measuring_leaves_the_network_as_it_is():
     network = toy().train()
     network[1].eval()

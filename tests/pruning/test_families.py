@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
+from stages.pruning.costs import costs_of
 from stages.pruning.groups import check_exact, cut_channels, relative_difference, zero_channels
 from stages.pruning.only_train_once_adapter import channel_groups, exact_groups
 
@@ -67,7 +68,7 @@ def assert_cut_is_exact(network: nn.Module, spec: NetworkSpec, size: int) -> tup
 def test_subnet_equals_the_zeroed_network_on_real_images(library, architecture, arguments):
     network, spec = folded(library, architecture, arguments)
     subnet, smaller = assert_cut_is_exact(network, spec, 32)
-    again = build_network(NetworkSpec(**json.loads(json.dumps(smaller.as_json())))).eval()
+    again = build_network(NetworkSpec(**json.loads(json.dumps(asdict(smaller))))).eval()
     again.load_state_dict(subnet.state_dict())
     assert torch.equal(again(digits(32)), subnet(digits(32)))
 
@@ -120,7 +121,11 @@ def test_the_unit_of_a_grouped_convolution_is_one_of_its_groups():
     cut = subnet.get_submodule("trunk_output.block1.block1-0.f.b.0")
     assert (cut.groups, cut.in_channels, cut.out_channels, cut.weight.shape) == (1, 16, 16, (16, 16, 3, 3))
     saved = sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in subnet.parameters())
-    assert saved == unit.parameters_per_channel
+    widths = torch.tensor([group.channels for group in groups.values()])
+    one_less = widths - torch.tensor([int(group is unit) for group in groups.values()])
+    assert saved == sum(p.numel() for p in network.parameters()) - costs_of(network, list(groups.values()), 32).params(
+        one_less
+    )
 
 
 def test_grouped_convolutions_in_a_row_share_the_divisor_of_their_groups(monkeypatch):

@@ -13,6 +13,7 @@ from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import CountingLayerNorm
 from stages.pruning import only_train_once_adapter
+from stages.pruning.costs import costs_of
 from stages.pruning.groups import check_exact, cut_channels, relative_difference
 from stages.pruning.only_train_once_adapter import channel_groups
 
@@ -55,13 +56,16 @@ def test_the_logits_are_in_no_group(convnext):
 def test_cost_is_what_cutting_one_channel_saves(family):
     network, spec = folded(*FAMILIES[family])
     groups = channel_groups(network, 32)
+    costs, widths = costs_of(network, groups, 32), torch.tensor([group.channels for group in groups])
     none = {group.name: torch.zeros(group.channels, dtype=torch.bool) for group in groups}
-    before = sum(p.numel() for p in network.parameters())
-    for group in groups[:4]:
+    for index, group in enumerate(groups[:4]):
         one = none | {group.name: torch.arange(group.channels) == 1}
         subnet, _ = cut_channels(network, spec, groups, one)
-        saved = before - sum(p.numel() for p in subnet.parameters())
-        assert saved == group.parameters_per_channel
+        kept = widths.clone()
+        kept[index] -= 1
+        smaller = costs_of(subnet, [], 32)
+        assert (costs.params(kept), costs.macs(kept)) == (smaller.params_dense, smaller.macs_dense)
+        assert smaller.params_dense == sum(p.numel() for p in subnet.parameters())
 
 
 def test_channels_behind_a_flatten_are_runs_of_features():

@@ -5,9 +5,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from toy_groups import CHANNELS, GROUPS, oto, toy_costs
 
 from stages.common.errors import UserError
+from stages.common.params import Oto
+from stages.pruning.costs import costs_of
+from stages.pruning.groups import ChannelGroup, Slice
 from stages.pruning.targets import choose_channels
 
 WIDTHS = [group.channels for group in GROUPS]
@@ -155,3 +159,14 @@ def test_scores_that_are_not_finite_are_refused():
     scores[3] = torch.nan
     with pytest.raises(UserError, match=r"prune\.toy: the importance of some channels is NaN or infinite"):
         choose(scores, oto(group_sparsity=0.5))
+
+
+def test_a_twentieth_of_a_wide_layer_stays():
+    wide = [ChannelGroup("0", 200, (Slice("0.weight", 0),), (Slice("1.weight", 1),), ())]
+    network = nn.Sequential(nn.Conv2d(3, 200, 1), nn.Conv2d(200, 2, 1))
+    costs = costs_of(network, wide, 4)
+    most = Oto(method="oto", epochs=1, learning_rate_factor=1, group_sparsity=0.95)
+    assert int(choose_channels(torch.rand(200), wide, costs, most, key="prune.toy").sum()) == 190
+    more = most.model_copy(update={"group_sparsity": 0.96})
+    with pytest.raises(UserError, match="5 % of its channels"):
+        choose_channels(torch.rand(200), wide, costs, more, key="prune.toy")

@@ -18,8 +18,6 @@ GROUPS = [
         tuple(Slice(n, 0) for n in ("0.weight", "0.bias", "1.weight", "1.bias")),
         (Slice("3.weight", 1),),
         (),
-        0,
-        0,
     ),
     ChannelGroup(
         "3",
@@ -27,10 +25,8 @@ GROUPS = [
         (Slice("3.weight", 0), Slice("3.bias", 0), Slice("5.weight", 0, 16), Slice("5.bias", 0, 16)),
         (Slice("6.weight", 1, 16),),
         (),
-        0,
-        0,
     ),
-    ChannelGroup("6", 12, (Slice("6.weight", 0), Slice("6.bias", 0)), (Slice("8.weight", 1),), (), 0, 0),
+    ChannelGroup("6", 12, (Slice("6.weight", 0), Slice("6.bias", 0)), (Slice("8.weight", 1),), ()),
 ]
 CHANNELS = 28
 STEPS = 20

@@ -4,7 +4,7 @@ import torch
 
 from stages.artifacts.packing import limits
 from stages.quantization import rounding
-from stages.quantization.rounding import BLOCK, DAMPING, Rounded, inverse_factor, round_nearest
+from stages.quantization.rounding import BLOCK, Rounded, inverse_factor, round_nearest
 
 ALL_BITS = range(2, 9)
 
@@ -79,7 +79,7 @@ def column_by_column(weight: torch.Tensor, bits: int, hessian: torch.Tensor) -> 
     """
     low, high = limits(bits)
     scale, rows, hessian = round_nearest(weight, bits).scale.double(), weight.double().clone(), hessian.double()
-    inverse = torch.linalg.inv(hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian)))
+    inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian)))
     integers = torch.zeros_like(rows)
     for column in range(len(hessian)):
         integers[:, column] = (rows[:, column] / scale).round().clamp(low, high) * (weight[:, column] != 0)

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_run import EDGE, change_arrays, change_profile, params_of, write_run
 
@@ -10,13 +11,13 @@ from stages.reporting.claims import (
     HOLDS,
     NOT_TESTED,
     ONLY_AS_COUNTED,
-    VERDICTS,
     assess,
     read_claims,
     verdict_at_least,
     verdict_at_most,
 )
 from stages.reporting.inputs import Run, read_run
+from stages.reporting.page import VERDICT_CLASS
 from stages.reporting.rows import assemble_groups, assemble_rows
 
 KEYS = ["id", "claim", "published", "ours_as_counted_there", "ours_honest", "verdict", "how", "run_id", "variants"]
@@ -133,7 +134,7 @@ def test_unstructured_pruning_is_judged_by_time(tmp_path, monkeypatch):
 def test_every_entry_has_the_keys_and_verdicts_of_the_design(run: Run):
     entries = verdicts(run).values()
     assert [list(entry) for entry in entries] == [KEYS] * len(entries)
-    assert {entry["verdict"] for entry in entries} <= set(VERDICTS)
+    assert {entry["verdict"] for entry in entries} <= set(VERDICT_CLASS)
     assert {entry["run_id"] for entry in entries} == {run.run_id}
     assert all(variant in run.variants for entry in entries for variant in entry["variants"])
 
@@ -186,17 +187,20 @@ def test_claims_without_their_variants_are_not_tested(tmp_path, monkeypatch):
     assert all(entry["ours_honest"] is None for entry in found.values())
 
 
-@pytest.mark.parametrize(("high", "verdict"), [(0.92, FAILS), (0.925, HOLDS)])
-def test_printed_images_answer_by_their_interval_and_twenty_are_told_to_be_few(tmp_path, monkeypatch, high, verdict):
+@pytest.mark.parametrize(
+    ("top1", "high", "verdict"), [(0.842, 0.92, FAILS), (0.842, 0.925, NOT_TESTED), (0.925, 0.94, HOLDS)]
+)
+def test_printed_images_answer_by_their_interval_and_few_are_told_to_be_few(tmp_path, monkeypatch, top1, high, verdict):
     write_run(tmp_path, params_of() | {"edge_benchmark": EDGE})
     path = tmp_path / "reports/edge/printed.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"top1_printed_ci_high": high}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top1_printed": top1, "top1_printed_ci_high": high}))
     monkeypatch.chdir(tmp_path)
     found = verdicts(read_run(load_params()))["edge_top1"]
-    assert (found["verdict"], found["ours_honest"], found["variants"]) == (verdict, 0.842, ["atto-oto50-int8"])
+    assert (found["verdict"], found["ours_honest"], found["variants"]) == (verdict, top1, ["atto-oto50-int8"])
     assert "no count of 20 gives 92.5 %" in found["how"]
     assert "from 69.9 % to 97.2 % possible" in found["how"]
     assert "1,000 test images" in found["how"]
+    assert ("Too few images to tell" in found["how"]) == (verdict == NOT_TESTED)
 
 
 def test_what_needs_a_camera_or_weights_is_not_tested(run: Run):
@@ -221,8 +225,10 @@ def test_pretrained_networks_are_compared_with_their_twins_from_scratch(tmp_path
 def test_seeds_are_averaged(seeds_run: Run):
     found = verdicts(seeds_run)["combination_top1_gain"]
     assert "3 seeds" in found["how"]
-    assert "not training again" not in found["how"]
     tops = {v: m.correct.mean() for v, m in seeds_run.variants.items()}
     seeds = ("atto", "atto-s1", "atto-s2")
+    gains = [tops[f"{s}-oto50-int8"] - tops[f"{s}-none-fp32"] for s in seeds]
+    assert "not training again: over 3 seeds the gain over dense has a standard deviation of" in found["how"]
+    assert f"{100 * np.std(gains, ddof=1):.2f} points" in found["how"]
     expected = sum(tops[f"{s}-oto50-int8"] - tops[f"{s}-none-fp32"] for s in seeds) / 3
     assert found["ours_as_counted_there"] == pytest.approx(expected, abs=1e-6)

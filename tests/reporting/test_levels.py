@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from stages.common.errors import UserError
 from stages.common.params import Depgraph, Importance, Oto, Unstructured, load_params
 from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
-from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, kind_of, levels_of
+from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, kinds_of, levels_of
 from stages.reporting.page import render_page
 from stages.reporting.plots import draw_all
 from stages.reporting.rows import assemble_groups, assemble_rows, choose
@@ -80,19 +81,39 @@ def test_a_level_tells_the_share_of_its_own_dense_network(parts: tuple):
 
 
 def test_a_method_is_told_by_the_settings_that_make_it_another():
-    assert kind_of(Oto(method="oto", group_sparsity=0.5, **BUDGET)) == "oto"
-    assert kind_of(Oto(method="oto", optimizer="dhspg", layer_norm="plain", group_sparsity=0.5, **BUDGET)) == (
-        "oto dhspg plain"
-    )
     taylor = dict.fromkeys(Importance.model_fields, 0.0) | {"taylor_first_order": 1.0}
-    assert kind_of(Oto(method="oto", importance=taylor, group_sparsity=0.5, **BUDGET)) == "oto taylor_first_order"
-    assert kind_of(Oto(method="oto", group_sparsity=0.5, divisible_by=8, **BUDGET)) == "oto by 8"
-    assert kind_of(Depgraph(method="depgraph", importance="group_lasso", macs_reduction=0.5, **BUDGET)) == (
-        "depgraph group_lasso"
-    )
-    assert kind_of(Unstructured(method="l1_unstructured", sparsity=0.5, schedule="gradual", **BUDGET)) == (
-        "l1_unstructured gradual"
-    )
+    oto = {"method": "oto", **BUDGET}
+    pruners = {
+        "oto50": Oto(group_sparsity=0.5, **oto),
+        "oto70": Oto(group_sparsity=0.7, optimizer="hesso", **oto),  # the default, said aloud
+        "plain": Oto(optimizer="dhspg", layer_norm="plain", group_sparsity=0.5, **oto),
+        "plain_hard": Oto(optimizer="dhspg", layer_norm="plain", group_sparsity=0.5, penalty=100, **oto),
+        "taylor": Oto(importance=taylor, group_sparsity=0.5, **oto),
+        "eights": Oto(group_sparsity=0.5, divisible_by=8, **oto),
+        "magnitude": Depgraph(method="depgraph", macs_reduction=0.5, minimum_width=4, **BUDGET),
+        "lasso": Depgraph(method="depgraph", importance="group_lasso", macs_reduction=0.5, minimum_width=4, **BUDGET),
+        "gradual": Unstructured(method="l1_unstructured", sparsity=0.5, schedule="gradual", **BUDGET),
+    }
+    assert kinds_of(pruners) == {
+        "oto50": "oto",
+        "oto70": "oto",
+        "plain": "oto plain dhspg",
+        "plain_hard": "oto plain dhspg penalty 100",
+        "taylor": "oto taylor_first_order",
+        "eights": "oto by 8",
+        "magnitude": "depgraph",
+        "lasso": "depgraph group_lasso",
+        "gradual": "l1_unstructured",
+    }
+
+
+def test_pruners_of_other_budgets_are_not_compared_at_equal_macs(run: Run, parts: tuple):
+    level = next(level for level in parts[2] if level.pruner == "magnitude")
+    longer = run.params.prune["magnitude"].model_copy(update={"epochs": 40})
+    changed = run.params.model_copy(update={"prune": run.params.prune | {"magnitude": longer}})
+    found = at_equal_macs(replace(run, params=changed), parts[2])
+    assert found
+    assert level.group.name not in {name for one in found for name in (one.ours, one.theirs)}
 
 
 def test_networks_are_compared_where_their_macs_are_equal_and_each_pair_once(run: Run, parts: tuple):

@@ -1,3 +1,4 @@
+import json
 import re
 from html.parser import HTMLParser
 
@@ -5,6 +6,7 @@ import pytest
 from synthetic_run import params_of, write_run
 
 from stages.common.params import load_params
+from stages.reporting.cards import card
 from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.page import render_page
@@ -111,6 +113,22 @@ def test_the_speed_up_has_its_interval_and_threads_that_sleep_are_named(tmp_path
     assert "do not spin" in alone
     assert "the run has no compressed variant" in alone
     assert "no smaller variant stayed" not in alone
+
+
+def test_the_batch_that_was_timed_is_told(tmp_path, monkeypatch, page: str):
+    assert "Latency at batch 1 on" in page
+    write_run(tmp_path, params_of())
+    path = tmp_path / "reports/edge/edge.json"
+    edge = json.loads(path.read_text())
+    path.write_text(json.dumps(edge | {"protocol": edge["protocol"] | {"batch": 3}}))
+    monkeypatch.chdir(tmp_path)
+    run = read_run(load_params())
+    groups = assemble_groups(run)
+    found = render(run)
+    assert "batch 1" not in found
+    for words in ("Latency at batch 3 on", "median at batch 3;", "median latency, batch 3"):
+        assert words in found
+    assert "| latency, batch 3 |" in card(run, assemble_rows(run, groups)[0], groups)
 
 
 def test_a_training_that_sees_small_images_first_explains_its_curve(tmp_path, monkeypatch, page: str):

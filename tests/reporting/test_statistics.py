@@ -3,7 +3,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from stages.reporting.statistics import (
     calibration_error,
@@ -44,6 +44,18 @@ def test_sign_flip_over_seeds_is_the_share_of_all_sign_patterns(differences: lis
     ]
     expected = np.mean([abs(total) >= abs(sum(differences)) for total in totals])
     assert sign_flip_p(np.array(differences)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shift", [0, 300, 3000])
+def test_sign_flip_of_very_many_images_is_that_of_a_normal_total(shift: int):
+    """Only the tails of each magnitude's distribution are left out, and no more than anyone could see of them."""
+    magnitudes = np.repeat([1, 2, 3], [400_000, 200_000, 100_000])
+    signs = np.where(np.arange(len(magnitudes)) % 2, 1, -1)
+    differences = magnitudes * signs
+    differences[: 2 * shift : 2] *= -1
+    total, variance = abs(int(differences.sum())), float((magnitudes**2).sum())
+    expected = 2 * norm.sf((total - 0.5) / variance**0.5) if total else 1.0
+    assert sign_flip_p(differences) == pytest.approx(expected, rel=0.02, abs=1e-12)
 
 
 def test_sign_flip_treats_copies_of_one_seed_as_one():
@@ -109,6 +121,8 @@ def test_calibration_error_by_hand():
     correct = np.array([True, True, True, False, False, False])
     assert calibration_error(confidence, correct, bins=10) == pytest.approx((4 * 0.2 + 2 * 0.55) / 6)
     assert calibration_error(np.ones(3), np.ones(3, bool)) == 0
+    confidence = np.array([0.95, 1.0])  # certainty belongs to the last bin
+    assert calibration_error(confidence, np.array([True, False]), bins=10) == pytest.approx(0.95 / 2)
     honest = np.random.default_rng(0).random(200_000)
     assert calibration_error(honest, np.random.default_rng(1).random(200_000) < honest) < 0.005
 

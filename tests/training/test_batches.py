@@ -79,3 +79,10 @@ def test_an_error_while_reading_ahead_reaches_the_training(part, monkeypatch):
 
     with pytest.raises(OSError, match="Input/output error"):
         list(Images(Part(Broken(), part.labels), CPU).batches(indices()))
+
+
+def test_images_are_brought_to_a_device_piece_by_piece(part, monkeypatch):
+    monkeypatch.setattr(batches, "COPIED", 7)
+    held = batches._on_device(part.images, CPU)
+    assert held.dtype == torch.uint8
+    assert torch.equal(held, torch.from_numpy(np.array(part.images)))

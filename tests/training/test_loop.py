@@ -13,9 +13,9 @@ from stages.common.errors import UserError
 from stages.common.params import Base, NoneContinued
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
-from stages.training import checkpoint, host, loop
+from stages.training import checkpoint, host, loop, processes
 from stages.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
-from stages.training.loop import recipe_for, steps_in, train
+from stages.training.loop import _Run, recipe_for, steps_in, train
 
 BASE = Base(device="cpu", threads=1)
 
@@ -562,3 +562,17 @@ def test_the_last_epoch_of_a_phase_must_end_on_the_constraint(network, parts, pr
 def test_epochs_outside_the_recipe_are_refused(network, parts, preprocess, recipe, epochs):
     with pytest.raises(ValueError, match="do not lie within the recipe's 3"):
         run(network, parts, preprocess, recipe, epochs=epochs)
+
+
+def test_a_process_without_validation_images_leaves_them_to_the_others(network, parts, preprocess, recipe, monkeypatch):
+    few = Part(parts[1].images[:1], parts[1].labels[:1])
+    settings = (network, parts[0], preprocess, recipe, torch.device("cpu"), 0, "toy", None, None, "learning_rate")
+    run = _Run(*settings)
+    alone = run.predict(network, few, autocast=False)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        shares.append(run.predict(network, few, autocast=False))
+    assert not shares[0].any()
+    np.testing.assert_array_equal(shares[0] + shares[1], alone)

@@ -6,6 +6,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.common.params import Finetune
+from stages.networks.build import NetworkSpec, build_network
 from stages.training import muon
 from stages.training.muon import Muon, _by_factors, _step_by_step, orthogonalised
 from stages.training.optimizers import Optimizers, hidden_matrices, schedule
@@ -140,3 +141,17 @@ def test_the_schedule_rises_to_one_and_falls_to_zero(kind):
     assert 0 <= factors[-1] < 0.02
     middle = factors[54]
     assert middle == pytest.approx(0.5, abs=0.02)
+
+
+def test_only_what_has_more_than_a_number_for_each_channel_decays():
+    """A layer scale is one, of whichever shape: `[C]` in timm's ConvNeXt, `[C, 1, 1]` in torchvision's."""
+    decayed = []
+    for library, architecture in [("timm", "convnext_tiny"), ("torchvision", "convnext_tiny")]:
+        network = build_network(NetworkSpec(library, architecture, {}, 10))
+        [main] = Optimizers(network, recipe_with(weight_decay=0.05))._all
+        groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in main.param_groups}
+        for name, parameter in network.named_parameters():
+            scale = name.endswith(("bias", "gamma", "layer_scale")) or "norm" in name
+            assert id(parameter) in groups[0.0 if scale or parameter.squeeze().dim() == 1 else 0.05], name
+        decayed.append(sum(p.numel() for p in network.parameters() if id(p) in groups[0.05]))
+    assert decayed[0] == decayed[1]
