@@ -135,7 +135,7 @@ def _static(model: onnx.ModelProto, one: Found, layer: nn.Module) -> "Around":
         after = _on_grid(model, one.node, "output", node.output[0], product, Grid.of(layer, "output"))
     if len(node.input) > 2:  # on the accumulator's own grid, or it would not be fused
         bias_scale = scale * layer.input_scale.item()
-        bias = np.clip(np.round(layer.bias.detach().cpu().double().numpy() / bias_scale), -(2**31), 2**31 - 1)
+        bias = np.round(layer.bias.detach().cpu().double().numpy() / bias_scale)
         node.input[2] = f"{one.node}.bias_float"
         integers = numpy_helper.from_array(bias.astype(np.int32))
         before.append(_dequantized(model, one.node, "bias", integers, bias_scale, node.input[2], axis=0))

@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import torch
 from torch import nn
 
 from stages.artifacts.artifact import LayerStorage
@@ -11,11 +12,14 @@ from stages.networks.integer_weights import KINDS, Grid, with_integers
 from stages.networks.pixel_stem import on_pixels, pixel_stem
 from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.preprocess import Classifier
+from stages.networks.tensors import along_outputs
 from stages.quantization.calibration import activation_ranges
 from stages.quantization.layers import refuse_shared_weights, without_integer_form
-from stages.quantization.rounding import round_nearest
+from stages.quantization.rounding import Rounded, round_nearest
 
 ACTIVATION_BITS = 8
+LARGEST_BIAS = 2**30
+"""Steps: half of what an int32 holds, as the products are added to it."""
 PIXELS = Grid(scale=1.0, zero_point=0)
 """Of stored pixels, which are integers from 0 to 255."""
 
@@ -61,10 +65,23 @@ def int8_static(
         grids = {side: Grid.over(*ends) for side, ends in ends_by_side.items()}
         if name in stem:
             grids["input"] = PIXELS
-        rounded = round_nearest(layer.weight, bits)
+        rounded = _with_room_for_the_bias(layer, round_nearest(layer.weight, bits), grids["input"].scale)
         replace_module(network, name, with_integers(layer, rounded.integers, rounded.scale, bits, grids))
     storage = dict.fromkeys(ranges, LayerStorage(bits, ACTIVATION_BITS, "symmetric_per_channel", "static"))
     return Classifier(classifier.preprocess, network).eval(), storage, kept, stem
+
+
+@torch.no_grad()
+def _with_room_for_the_bias(layer: nn.Module, rounded: Rounded, input_scale: float) -> Rounded:
+    """With coarser steps for channels of next to no weights: their bias, an int32 of steps of weight times input as the
+    runtime adds them up, would not fit otherwise."""
+    if layer.bias is None:
+        return rounded
+    least = layer.bias.abs().float() / (input_scale * LARGEST_BIAS)
+    scale = torch.maximum(rounded.scale, least)
+    coarser = (rounded.values() / along_outputs(scale, rounded.integers)).round().to(torch.int8)
+    tight = along_outputs(scale > rounded.scale, rounded.integers)
+    return Rounded(torch.where(tight, coarser, rounded.integers), scale, rounded.bits)
 
 
 def _on_pixels(classifier: Classifier, image_size: int) -> tuple[Classifier, dict[str, int]]:

@@ -99,6 +99,19 @@ def test_static_layers_run_on_integers_and_agree_with_pytorch(
         assert ran["Reshape"] == 2 * 4 + 1  # into and out of each MLP, whose GELU stays on rows; before the head
 
 
+def test_the_bias_of_a_channel_of_next_to_no_weights_is_kept(classify, images, tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)).eval()
+    with torch.no_grad():
+        network[0].weight[:2], network[0].bias[:2] = 1e-12, torch.tensor([0.5, 4.0])
+        network[3].weight[0], network[3].bias[0] = 1e-13, 0.7
+    quantized, *_ = int8_static(classify(network), Int8Static(method="int8_static", weight_bits=7), images)
+    export_onnx(quantized, 24, tmp_path / "model.onnx", Export())
+    logits = session_logits(open_session(tmp_path / "model.onnx", 1), images, 20)
+    expected = predict_logits(classify(network), images, 20)
+    assert np.abs(logits - expected).max() < 0.05 * expected.std()
+
+
 def test_static_layers_whose_places_are_not_known_beforehand_stay_products(classify, images, tmp_path):
     class Places(nn.Module):
         """Joins batch and rows to an axis behind a fixed one, so that no Reshape could bring it back."""
