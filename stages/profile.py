@@ -117,6 +117,7 @@ def profile(
         "data_name": info.name,
         "data_source": info.source,
         "data_licence": info.licence,
+        "data_unreadable": len(info.unreadable),
         "data_sha256": info.sha256,
         "classes": info.classes,
     }

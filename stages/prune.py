@@ -67,6 +67,9 @@ def prune_one(params: Params, key: str) -> None:
         f"{key}: {before:,} to {after:,} parameters, validation top-1 {100 * pruned.metrics['validation_top1']:.2f} %"
         f" (dense {100 * parent.metrics['validation_top1']:.2f} %)"
     )
+    if pruned.metrics.get("group_sparsity") == 0 and any(session.pruner.target.values()):
+        [(name, target)] = session.pruner.target.items()
+        print(f"{key}: nothing was removed: {session.param}.{name} = {target} is less than one unit of channels")
 
 
 def main() -> None:

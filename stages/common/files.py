@@ -34,7 +34,8 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        elsewhere = error.filename is not None and not Path(str(error.filename)).is_relative_to(path.parent)
+        named = [Path(str(name)) for name in (error.filename, error.filename2) if name is not None]  # a copy's are two
+        elsewhere = named and not any(name.is_relative_to(path.parent) for name in named)
         if elsewhere or (readable := disk_error(error, path)) is None:
             raise
         raise readable from None

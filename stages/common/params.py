@@ -19,6 +19,8 @@ from stages.common.errors import UserError, run_stage
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(ge=0.1, le=100)]
+Decay = Annotated[float, Field(ge=0, le=10)]
 Count = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=65536)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
@@ -77,6 +79,8 @@ class Data(Section):
     def location_is_given(self) -> "Data":
         if self.source in ("parquet", "folder") and not self.location:
             raise ValueError(f"source: {self.source} needs a location (a folder, a file or a URL)")
+        if self.source == "digits" and self.location is not None:
+            self._refuse_idle("source: digits", "location")
         return self
 
 
@@ -98,8 +102,8 @@ class Finetune(Section):
     learning_rate: Positive
     """AdamW's or SGD's; with `muon`, of all that Muon does not take."""
     muon_learning_rate: Positive = 0.02
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    muon_weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    weight_decay: Decay = 0.05
+    muon_weight_decay: Decay = 0.02
     muon_iterations: Annotated[int, Field(ge=1, le=10)] = 5
     """Newton-Schulz iterations in each of Muon's steps: fewer take less time and orthogonalise more coarsely."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -155,7 +159,7 @@ class Training(Section):
     """Times `finetune`'s learning rates, at the peak of the schedule."""
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the loss that asks for the dense parent's softened outputs (arXiv 1503.02531); 0 trains on labels."""
-    distillation_temperature: Positive = 2.0
+    distillation_temperature: Temperature = 2.0
 
     @model_validator(mode="after")
     def temperature_softens_something(self) -> "Training":
@@ -174,13 +178,14 @@ class NoneContinued(Training):
 
 
 class Importance(Section):
-    """Weights of HESSO's importance scores (arXiv 2409.09085); each score is normalised before it is weighted."""
+    """Weights of HESSO's importance scores (arXiv 2409.09085); each score is normalised before it is weighted. One that
+    is not named has none."""
 
-    magnitude: Annotated[float, Field(ge=0)] = 0.2
-    average_magnitude: Annotated[float, Field(ge=0)] = 0.2
-    cosine_similarity: Annotated[float, Field(ge=0)] = 0.2
-    taylor_first_order: Annotated[float, Field(ge=0)] = 0.2
-    taylor_second_order: Annotated[float, Field(ge=0)] = 0.2
+    magnitude: Annotated[float, Field(ge=0)] = 0.0
+    average_magnitude: Annotated[float, Field(ge=0)] = 0.0
+    cosine_similarity: Annotated[float, Field(ge=0)] = 0.0
+    taylor_first_order: Annotated[float, Field(ge=0)] = 0.0
+    taylor_second_order: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -196,6 +201,9 @@ class Importance(Section):
         if not any(self.model_dump().values()):
             raise ValueError("at least one weight must be above 0")
         return self
+
+
+ALL_SCORES = Importance(**dict.fromkeys(Importance.model_fields, 0.2))
 
 
 class Structured(Training):
@@ -265,7 +273,7 @@ class Oto(Structured, Scheduled):
     optimizer: Literal["hesso", "dhspg"] = "hesso"
     pruning_periods: Count = 5
     """HESSO's; DHSPG picks its redundant channels once, when the warm-up ends."""
-    importance: Importance = Importance()
+    importance: Importance = ALL_SCORES
     penalty: Positive = 50.0
     """DHSPG's lambda: the least weight of the norms of redundant channels. A step takes penalty x learning rate from a
     norm, so that penalty x learning rate x steps of the phase has to reach the channels' norms or nothing is projected:
@@ -410,7 +418,7 @@ class Bits(Calibrated):
     """Times `finetune`'s learning rates."""
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of recovery's loss that asks for the float parent's softened outputs (arXiv 1503.02531)."""
-    distillation_temperature: Positive = 2.0
+    distillation_temperature: Temperature = 2.0
 
     @property
     def budget(self) -> tuple[int, float, float, float]:
@@ -485,9 +493,18 @@ class LearnedBits(AllocatedBits):
     """Allocations that are tried between two steps of the controller."""
     learning_rate: Annotated[float, Field(ge=0)] = 0.02
     """The controller's; 0 leaves the policy as it begins: the control that tells what learning adds."""
-    hidden_units: Count = 32
+    hidden_units: Annotated[int, Field(ge=1, le=4096)] = 32
     entropy_weight: Annotated[float, Field(ge=0)] = 0.02
     """Of the entropy bonus, which falls to 0 over the search."""
+
+    @model_validator(mode="after")
+    def the_controller_can_step(self) -> "LearnedBits":
+        if self.evaluations < 2 * self.samples:
+            raise ValueError(
+                f"evaluations = {self.evaluations} leaves the controller nothing to try after its first step, which"
+                f" takes samples = {self.samples}: set it to {2 * self.samples} or more, or lower samples"
+            )
+        return self
 
 
 Pruner = Annotated[
@@ -683,7 +700,9 @@ def load_params(path: Path = paths.PARAMS) -> Params:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {_of_yaml(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply: no setting is") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections (a mapping), not {type(raw).__name__}")
     try:
@@ -693,6 +712,14 @@ def load_params(path: Path = paths.PARAMS) -> Params:
         problems = [_readable(detail, raw) for detail in error.errors()]
     _refuse(path, problems)
     return params
+
+
+def _of_yaml(error: YAMLError) -> str:
+    """The parser's reason and its line, without its advice."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return str(error).splitlines()[0]
+    return f"line {mark.line + 1}: {problem.splitlines()[0]}"
 
 
 def check_models(params: Params, path: Path = paths.PARAMS) -> None:
@@ -825,7 +852,9 @@ def _readable(detail: dict, raw: Any) -> str:
         case "missing":
             return f"{key}: is required and missing"
         case "extra_forbidden":
-            return f"{key} = {value!r}: unknown key{_known_keys(where, raw)}"
+            return f"{key} = {_shown(value)}: unknown key{_known_keys(where, raw)}"
+        case "string_type" if "[key]" in detail["loc"]:
+            return f"{key}: the name {detail['input']!r} is no text: put it in quotes"
         case "string_pattern_mismatch":  # of names alone
             return (
                 f"{key}{'' if '[key]' in detail['loc'] else f' = {value!r}'}: names hold letters, digits, _ and - only,"
@@ -843,10 +872,16 @@ def _readable(detail: dict, raw: Any) -> str:
         case "too_short":
             return f"{key}: needs entries, at least {detail['ctx']['min_length']}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    shown = "" if isinstance(value, dict) else f" = {_shown(value)}"
     return (
         f"{key}{shown}: must be {message}" if detail["msg"].startswith("Input should") else f"{key}{shown}: {message}"
     )
+
+
+def _shown(value: Any) -> str:
+    """As it stands in the file, if that is short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known_keys(where: list[str], raw: Any) -> str:

@@ -87,7 +87,8 @@ def open_part(folder: Path, part: PartName) -> Part:
         except FileNotFoundError:
             raise UserError(f"{path} is missing: run `dvc repro download`") from None
         except ValueError as error:
-            raise UserError(f"{path} is broken ({error}): delete {folder} and run `dvc repro download`") from None
+            reason = str(error).partition(" If you trust")[0]  # which nobody should
+            raise UserError(f"{path} is broken ({reason}): delete {folder} and run `dvc repro download`") from None
     images, labels = arrays
     expected = (info.counts[part], info.image_size, info.image_size, 3)
     if images.shape != expected or labels.shape != expected[:1]:

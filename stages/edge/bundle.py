@@ -14,6 +14,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 from stages.artifacts.artifact import ONNX, Description, check_onnx, read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
@@ -170,7 +172,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    variant = listed_variant(load_params(), arguments.variant)
+    params = load_params()
+    variant = listed_variant(params, arguments.variant)
     source, folder = paths.compressed(variant), arguments.out / variant
     refuse_other_folder(folder)
     description = read_description(source)
@@ -181,10 +184,13 @@ def main() -> None:
     content = bundle_json(description, threshold, n_validation, arguments.accuracy)
     write_bundle(folder, source, description, content, card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    right = binomtest(round(threshold.accuracy * threshold.answered), threshold.answered)
+    low, high = right.proportion_ci(params.report.confidence, method="wilson")
     print(
         f"{folder}: {size / 1e6:.2f} MB; answers from confidence {threshold.confidence:.4f} on:"
         f" {100 * threshold.coverage:.1f} % of {n_validation:,} validation images, {100 * threshold.accuracy:.2f} % of"
-        f" them right (asked: {100 * arguments.accuracy:g} %)"
+        f" them right [{100 * low:.1f}, {100 * high:.1f}] (asked:"
+        f" {100 * arguments.accuracy:g} %)"
     )
     print(remark)
 

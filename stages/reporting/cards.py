@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 classes = {classes}
 session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")  # upright
+image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")  # upright; of 16 bits: see predict.py
 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)  # white under what is transparent
 pixels = np.asarray(image.convert("RGB").resize(({size}, {size}), Image.Resampling.BILINEAR))[None]  # uint8 NHWC
 logits = session.run(None, {{"pixels": pixels}})[0][0]
@@ -126,10 +126,12 @@ def _numbers(run: Run, row: dict, groups: dict[str, Group]) -> str:
 
 def _data(run: Run, row: dict) -> str:
     profile = run.variants[row["variant"]].profile
+    left_out = profile.get("data_unreadable", 0)
     return (
         f"{profile['data_name']} (source: {profile['data_source']}), {profile['image_size']} px, sha256"
         f" `{profile['data_sha256']}`. Epochs and variants were chosen on a validation part of the training data; the"
         f" {row['n_test']:,} test images had no part in training or choice."
+        + (f" {left_out:,} images that could not be read were left out." if left_out else "")
     )
 
 
@@ -187,8 +189,9 @@ def _settings(run: Run, variant: str) -> tuple[str, str]:
 
 
 def describe(name: str, section) -> str:
-    """A params entry in one phrase: its name and the settings that are single values."""
-    values = section.model_dump()
+    """A params entry in one phrase: its name and the settings, of single values, that it was given: `model.json` has
+    all of them."""
+    values = section.model_dump(exclude_unset=True)
     settings = [f"{key} {value}" for key, value in values.items() if key != "method" and not isinstance(value, dict)]
     method = [] if values["method"] == name else [values["method"]]
     inside = ", ".join(method + settings)

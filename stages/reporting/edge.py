@@ -3,7 +3,10 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+
 from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
+from stages.reporting.statistics import wilson_interval
 from stages.reporting.text import ms_text, percent_text, ratio_text, share_text
 
 LEAST_AGREEMENT = 0.995  # share of test images on which model.onnx must give PyTorch's class, where it is float
@@ -71,7 +74,29 @@ def marks_of(run: Run, variants: Collection[str]) -> list[str]:
             )
     if unfaithful := exports_of(run, variants):
         marks.append(f"model.onnx does not do what the PyTorch artifact does: {', '.join(unfaithful)}.")
-    return marks
+    return marks + too_few_images(run, variants)
+
+
+def too_few_images(run: Run, variants: Collection[str]) -> list[str]:
+    """Where the data or the dense network are too little for what the report would say of them."""
+    found, params = [], run.params
+    largest = float(np.bincount(run.labels).max() / len(run.labels))
+    for dense in dict.fromkeys(params.baseline_of(variant) for variant in variants):
+        row = run.variants[dense].profile
+        low, _ = wilson_interval(round(row["top1"] * len(run.labels)), len(run.labels), params.report.confidence)
+        if low <= largest:
+            found.append(
+                f"{dense} is not surely better than always giving the most frequent class (top-1"
+                f" {percent_text(row['top1'])}, its interval from {percent_text(low)}; the class has"
+                f" {percent_text(largest)} of the test images): what compression costs cannot be told from it."
+            )
+    n = min((run.variants[variant].profile["n_validation"] for variant in variants), default=0)
+    if n and 1 / n > params.report.headline_max_drop:
+        found.append(
+            f"With {n} validation images one of them is {percent_text(1 / n)}, more than report.headline_max_drop"
+            f" ({percent_text(params.report.headline_max_drop)}): which variant is within it is chance."
+        )
+    return found
 
 
 def exports_of(run: Run, variants: Collection[str]) -> list[str]:
@@ -106,8 +131,12 @@ def soak_lines(run: Run) -> list[tuple[str, str]]:
         ("variant", f"{soak['variant']}, {rate}"),
         ("length", f"{soak['soak_seconds'] / 60:.1f} minutes, {soak['soak_runs']:,} inferences"),
         ("latency", f"median {ms_text(soak['latency_ms_p50'])}, 99th percentile {ms_text(soak['latency_ms_p99'])}"),
-        ("slope", f"{interval('slope_percent_per_hour', '% an hour')}"),
         ("change over the soak", interval("change_percent", "%")),
+        *(
+            [("slope", f"{interval('slope_percent_per_hour', '% an hour')}")]
+            if soak["verdict"] != "cannot tell"
+            else []
+        ),
         ("growth of memory", "not known" if growth is None else f"{growth / 1e6:+.1f} MB"),
         ("answers that changed", f"{soak['wrong']} of {soak['soak_runs']:,}"),
     ]

@@ -285,6 +285,9 @@ def _bar_of(level: Level) -> tuple[float, float, float]:
     return top1, top1 - deviation, top1 + deviation
 
 
+NUMBERED_LAYERS = 40
+
+
 def bits(run: Run, contest: Contest) -> Picture:
     """The bits of each layer as every search of a contest chose them, for its first seed."""
     shown, labels = contest.allocations, _search_labels(contest)
@@ -292,12 +295,14 @@ def bits(run: Run, contest: Contest) -> Picture:
     names = list(chosen[0])
     figure, axes = _figure(1.4 + 0.32 * len(shown))
     values = [[of_layer[name] for name in names] for of_layer in chosen]
-    axes.imshow(values, cmap="cividis", vmin=2, vmax=8, aspect="auto")
+    cells = axes.imshow(values, cmap="cividis", vmin=2, vmax=8, aspect="auto")
     axes.grid(visible=False)
     axes.set_yticks(range(len(shown)), [wrapped(label, LABEL_LETTERS) for label in labels])
     axes.set_xlabel("layer, in the network's order")
     _whole_numbers(axes)
-    if len(names) <= 40:
+    if len(names) > NUMBERED_LAYERS:  # no room for a number in each cell
+        figure.colorbar(cells, ax=axes, ticks=range(2, 9), label="bits")
+    else:
         for row, column in product(range(len(shown)), range(len(names))):
             value = values[row][column]
             color = "white" if value < 6 else "black"

@@ -86,7 +86,7 @@ def share_of(batch: int, rank: int, processes: int) -> torch.Tensor:
     if processes > 1 and batch % (2 * processes):
         raise UserError(
             f"finetune.batch_size: {batch} images are not to be shared out evenly over {processes} processes: make it a"
-            f" multiple of {2 * processes} (mixing pairs the images)"
+            f" multiple of {2 * processes} (images are shared out by pairs, as mixing needs them)"
         )
     position = torch.arange(batch)
     return position[torch.minimum(position, batch - 1 - position) % processes == rank]

@@ -5,6 +5,7 @@ result; files are the first one's.
 """
 
 import contextlib
+import io
 import logging
 import os
 import shlex
@@ -51,8 +52,10 @@ def launch(base: Base) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # a failure is told below, in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(base.threads or 1))  # torchrun's own default, without its warning
     stage = sys.modules["__main__"].__spec__.name
+    told = io.StringIO()
     try:
-        arguments = parse_args([*options, "-m", stage, *sys.argv[1:]])
+        with contextlib.redirect_stderr(told):
+            arguments = parse_args([*options, "-m", stage, *sys.argv[1:]])
         if arguments.training_script != stage:
             raise ValueError(f"{arguments.training_script} is no option of it; the stage is added by itself")
         run(arguments)
@@ -64,8 +67,11 @@ def launch(base: Base) -> None:
             sys.exit(failure.exitcode)  # it has printed a traceback
         where = f"process {rank} of {base.launcher!r}: " if failure.exitcode < 0 else ""
         raise UserError(f"{where}{failure.message}") from None
+    except SystemExit:  # argparse's, which has printed the usage
+        reason = told.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        raise UserError(f"base.launcher = {base.launcher!r}: torchrun refuses it: {reason}") from None
     except (ValueError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it does not say why"
+        reason = str(error).splitlines()[0] if str(error) else "look at its numbers of processes and nodes"
         raise UserError(f"base.launcher = {base.launcher!r}: torchrun refuses it: {reason}") from None
     except SignalException as ended:
         sys.exit(INTERRUPTED if ended.sigval == signal.SIGINT else 128 + ended.sigval)

@@ -130,3 +130,11 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
         pass
     assert not gone.exists()
     assert living.exists()
+
+
+def test_a_copy_for_which_there_is_no_room_names_where_it_was_to_go(tmp_path):
+    told = f"cannot write {tmp_path / 'new'}: No space left"
+    with pytest.raises(UserError, match=told) as raised, atomic_folder(tmp_path / "new") as unfinished:
+        files = "models/source.onnx", str(unfinished / "copy.onnx")  # as shutil.copyfile names them
+        raise OSError(errno.ENOSPC, "No space left on device", files[0], None, files[1])
+    assert "source" not in str(raised.value)

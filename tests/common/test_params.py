@@ -10,7 +10,7 @@ from dvc.utils.serialize import modify_yaml
 from miniature import PARAMS, committed, committed_params
 
 from stages.common.errors import UserError
-from stages.common.params import check_for_dvc, check_models, load_params, plan
+from stages.common.params import Importance, LearnedBits, Oto, check_for_dvc, check_models, load_params, plan
 
 TOP = Path(__file__).parents[2]
 
@@ -327,8 +327,50 @@ def test_numbers_that_dvc_writes_without_a_point_are_numbers(raw, tmp_path):
 def test_a_key_given_twice_is_refused(tmp_path):
     text = PARAMS.replace("  seed: 0\n", "  seed: 0\n  seed: 1\n", 1)
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match="duplicate key"):
+    line = text[: text.index("seed: 1")].count("\n") + 1
+    with pytest.raises(UserError, match=f"line {line}: found duplicate key .seed.[^\n]*$"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_names_that_yaml_reads_as_something_else_are_told(raw, tmp_path):
+    for name in (None, 1, 1000.0):
+        told = refusal(raw | {"prune": raw["prune"] | {name: {"method": "none"}}}, tmp_path)
+        assert f"prune: the name {name!r} is no text: put it in quotes" in told.replace(f"prune.{name}:", "prune:")
+
+
+def test_a_long_value_is_shortened(raw, tmp_path):
+    told = refusal(raw | {"variantz": raw["variants"]}, tmp_path)
+    assert "variantz = {" in told
+    assert max(len(line) for line in told.splitlines()) < 200
+
+
+def test_a_file_nested_beyond_reason_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text("[" * 3000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_scores_that_are_not_named_have_no_weight():
+    assert Oto(method="oto", group_sparsity=0.5, epochs=1, learning_rate_factor=1.0).importance == Importance(
+        **dict.fromkeys(Importance.model_fields, 0.2)
+    )
+    assert Importance(taylor_first_order=1.0).model_dump() == dict.fromkeys(Importance.model_fields, 0.0) | {
+        "taylor_first_order": 1.0
+    }
+    with pytest.raises(ValueError, match="at least one weight must be above 0"):
+        Importance(magnitude=0)
+
+
+def test_a_controller_that_cannot_take_a_step_is_refused():
+    settings = {"method": "learned_bits", "average_bits": 4.0, "samples": 10}
+    assert LearnedBits(**settings, evaluations=20).samples == 10
+    with pytest.raises(ValueError, match="set it to 20 or more, or lower samples"):
+        LearnedBits(**settings, evaluations=19)
+
+
+def test_digits_have_no_location(raw, tmp_path):
+    raw["data"] |= {"source": "digits", "location": "somewhere"}
+    assert "data.location = 'somewhere': does nothing with source: digits" in refusal(raw, tmp_path)
 
 
 @pytest.mark.parametrize(

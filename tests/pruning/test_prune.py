@@ -308,6 +308,16 @@ def test_a_target_that_cannot_be_met_names_the_nearest_that_can(workspace, monke
             run(monkeypatch, f"toy-{pruner}")
 
 
+def test_a_target_under_one_unit_of_channels_is_told_to_remove_nothing(workspace, monkeypatch, capsys):
+    raw = copy.deepcopy(PARAMS)
+    del raw["prune"]["cut_at_random"]["macs_reduction"]
+    raw["prune"]["cut_at_random"] |= {"group_sparsity": 0.001}
+    paths.PARAMS.write_text(yaml.safe_dump(raw))
+    run(monkeypatch, "toy-cut_at_random")
+    told = "nothing was removed: prune.cut_at_random.group_sparsity = 0.001 is less than one unit of channels"
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pruner", ["oto", "magnitude", "lasso"])
 def test_a_target_of_zero_removes_nothing_and_is_the_control(workspace, monkeypatch, pruner):
     raw = copy.deepcopy(PARAMS)

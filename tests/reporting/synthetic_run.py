@@ -114,6 +114,7 @@ def write_run(
             "n_test": n,
             "top1": float((predicted == labels).mean()),
             "agreement": 0.999 if int8 else 1.0,
+            "n_validation": 200,
             "params": parameters,
             "params_nonzero": int(parameters * (0.2 if "unstructured" in method else 1)),
             "params_visible": int(parameters * (0.06 if int8 else 1)),

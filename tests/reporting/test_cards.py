@@ -10,8 +10,9 @@ import yaml
 from onnx import TensorProto, helper
 from PIL import Image
 
+from stages.common.params import UniformBits
 from stages.datasets.decode import decode
-from stages.reporting.cards import card
+from stages.reporting.cards import card, describe
 from stages.reporting.inputs import Run
 from stages.reporting.rows import assemble_groups, assemble_rows
 
@@ -108,3 +109,8 @@ def test_the_loading_code_runs_on_a_real_model(run: Run, tmp_path: Path, monkeyp
         assert printed == ["cat"]
         expected, _ = decode(Path("picture.jpg"), 16)
         assert np.array_equal(names["pixels"][0], expected)
+
+
+def test_only_settings_that_were_given_are_told():
+    quantizer = UniformBits(method="uniform_bits", bits=4)
+    assert describe("uniform_4", quantizer) == "uniform_4 (uniform_bits, bits 4)"

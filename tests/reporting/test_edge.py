@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from synthetic_run import EDGE, change_profile, params_of, write_run
 
 from stages.common.errors import UserError
 from stages.common.params import load_params
-from stages.reporting.edge import exports_of, marks_of, printed_lines, runtimes_of, soak_lines
+from stages.reporting.edge import exports_of, marks_of, printed_lines, runtimes_of, soak_lines, too_few_images
 from stages.reporting.inputs import read_run
 from stages.reporting.page import render_page
 from stages.reporting.plots import draw_all, soak
@@ -129,3 +131,14 @@ def test_a_soak_or_printed_samples_of_another_run_are_refused_by_name(folder):
     change_edge(folder, soak=None)
     with pytest.raises(UserError, match=rf"{VARIANT}: .*edge.json holds no soak of it"):
         read_run(load_params())
+
+
+def test_a_dense_network_at_chance_and_very_few_validation_images_are_told(run):
+    dense = "atto-none-fp32"
+    assert too_few_images(run, run.variants) == []
+    most = float(np.bincount(run.labels).max() / len(run.labels))
+    measured = run.variants[dense]
+    poor = replace(measured, profile=measured.profile | {"top1": most + 0.01, "n_validation": 24})
+    chance, few = too_few_images(replace(run, variants=run.variants | {dense: poor}), [dense])
+    assert chance.startswith(f"{dense} is not surely better than always giving the most frequent class")
+    assert few.startswith("With 24 validation images one of them is 4.2 %, more than report.headline_max_drop (1.0 %)")

@@ -226,6 +226,8 @@ def test_an_error_of_one_process_is_told_in_one_line(project: Path):
     [
         ("--nproc-per-node 0", "torchrun refuses it"),
         ("--nproc-per-node abc", "torchrun refuses it"),
+        ("--nope 2", "torchrun refuses it: unrecognized arguments: --nope"),
+        ("--nproc-per-node", "torchrun refuses it: argument --nproc"),
         ("--nproc-per-node 2 other.py", "other.py is no option of it"),
     ],
 )
