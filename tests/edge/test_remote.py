@@ -357,7 +357,7 @@ def test_the_soaks_images_go_with_the_plan(project):
     candidates = edge_benchmark.candidates_of(edge_benchmark.load_params())
     section = edge_benchmark.load_params().edge_benchmark
     images = np.arange(2 * 24 * 24 * 3, dtype=np.uint8).reshape(2, 24, 24, 3)
-    protocol = edge_benchmark.protocol_of(section)
+    protocol = edge_benchmark.protocol_of(section, 0.95)
     plan, content = remote.plan_of(
         "/home/pi", candidates, section, protocol, (candidates[1], images, SoakPlan(60, 0, 5))
     )

@@ -10,7 +10,7 @@ from torch import nn
 from toy_groups import GROUPS, OPTIMIZERS, STEPS, backward, norms, optimizer_of, oto, rows_of, run, toy, toy_costs
 
 from stages.common.errors import UserError
-from stages.common.params import Importance, Oto
+from stages.common.params import ALL_SCORES, Importance, Oto
 from stages.pruning.hesso import Hesso, pruning_schedule, saliency
 
 COSINE = Importance(**{name: float(name == "cosine_similarity") for name in Importance.model_fields})
@@ -79,7 +79,7 @@ def hesso_for(network: nn.Module, settings: Oto) -> Hesso:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("sparsity", [0.5, 0.85])
-@pytest.mark.parametrize("importance", [Importance(), COSINE])
+@pytest.mark.parametrize("importance", [ALL_SCORES, COSINE])
 def test_trajectory_is_that_of_the_paper_followed_group_by_group(optimizer, sparsity, importance):
     # float64: Adam blows the rounding noise of gradients that are 0 up to whole steps
     network, settings = toy().double(), oto(group_sparsity=sparsity, importance=importance)

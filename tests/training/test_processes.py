@@ -203,7 +203,7 @@ def test_what_is_wrong_in_all_processes_is_told_in_one_line(project: Path):
     assert process.returncode == 2
     assert errors == (
         "error: finetune.batch_size: 2 images are not to be shared out evenly over 2 processes: make it a multiple of"
-        " 4 (mixing pairs the images)\n"
+        " 4 (images are shared out by pairs, as mixing needs them)\n"
     )
 
 
