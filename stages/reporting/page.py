@@ -8,7 +8,7 @@ import numpy as np
 from stages.reporting.bits import UNTRAINED, Allocation, contests_of, duels_of, float_layers, unpaired_of
 from stages.reporting.cards import describe, machine_text
 from stages.reporting.claims import FAILS, HOLDS, NOT_TESTED, ONLY_AS_COUNTED, read_claims
-from stages.reporting.edge import marks_of, printed_lines, runtimes_of, soak_lines
+from stages.reporting.edge import marks_of, printed_lines, runtimes_of, soak_lines, too_few_images
 from stages.reporting.inputs import Run
 from stages.reporting.levels import EqualMacs, Libraries, at_equal_macs, between_libraries, cuts_of, levels_of
 from stages.reporting.plots import Picture, confusion_counts, worst_classes
@@ -75,6 +75,7 @@ def render_page(
         headline=_headline(run, by_name, groups, choices),
         alternatives=_alternatives(run, by_name, choices),
         marks=marks_of(run, run.variants),
+        too_few=too_few_images(run, run.variants),
         columns=[(key, heading, told.format(batch=run.batch)) for key, heading, told in COLUMNS],
         batch=run.batch,
         variants=[(row, _cells(run, row, groups[row["group"]]), row["variant"] == choices.headline) for row in rows],

@@ -8,7 +8,7 @@ from synthetic_run import EDGE, change_profile, params_of, write_run
 from stages.common.errors import UserError
 from stages.common.params import load_params
 from stages.reporting.edge import exports_of, marks_of, printed_lines, runtimes_of, soak_lines, too_few_images
-from stages.reporting.inputs import read_run
+from stages.reporting.inputs import Run, read_run
 from stages.reporting.page import render_page
 from stages.reporting.plots import draw_all, soak
 from stages.reporting.rows import assemble_groups, assemble_rows, choose, describe_run
@@ -90,12 +90,15 @@ def test_a_file_that_is_not_faithful_to_its_artifact_is_named(folder):
     )
 
 
-def test_soak_and_printed_samples_stand_on_the_page_with_their_figures(folder):
-    run = read_run(load_params())
+def render(run: Run) -> str:
     groups = assemble_groups(run)
     rows, choices = assemble_rows(run, groups), choose(run)
-    pictures = draw_all(run, rows, groups, choices)
-    page = render_page(run, rows, groups, choices, [], pictures)
+    return render_page(run, rows, groups, choices, [], draw_all(run, rows, groups, choices))
+
+
+def test_soak_and_printed_samples_stand_on_the_page_with_their_figures(folder):
+    run = read_run(load_params())
+    page = render(run)
     for words in (
         "stable",
         "0 of 10,800",
@@ -105,7 +108,7 @@ def test_soak_and_printed_samples_stand_on_the_page_with_their_figures(folder):
     ):
         assert words in page
     assert "Soak of atto-oto50-int8: stable" in page
-    assert "1.50 ms to 1.50 ms" in pictures["soak"].alt
+    assert "1.50 ms to 1.50 ms" in soak(run).alt
     assert describe_run(run)["printed"]["top1_printed"] == 0.842
 
 
@@ -139,6 +142,10 @@ def test_a_dense_network_at_chance_and_very_few_validation_images_are_told(run):
     most = float(np.bincount(run.labels).max() / len(run.labels))
     measured = run.variants[dense]
     poor = replace(measured, profile=measured.profile | {"top1": most + 0.01, "n_validation": 24})
-    chance, few = too_few_images(replace(run, variants=run.variants | {dense: poor}), [dense])
+    too_poor = replace(run, variants=run.variants | {dense: poor})
+    chance, few = too_few_images(too_poor, [dense])
+    assert "Ship this one: " in render(run)
+    assert "Ship this one: " not in render(too_poor)
+    assert "Nothing to ship yet, for the reasons below. This would be the smallest" in render(too_poor)
     assert chance.startswith(f"{dense} is not surely better than always giving the most frequent class")
     assert few.startswith("With 24 validation images one of them is 4.2 %, more than report.headline_max_drop (1.0 %)")
