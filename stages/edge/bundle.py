@@ -14,7 +14,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from scipy.stats import binomtest
+import numpy as np
 
 from stages.artifacts.artifact import ONNX, Description, check_onnx, read_description
 from stages.common import paths
@@ -23,7 +23,7 @@ from stages.common.files import atomic_folder, clear_disk_errors, write_json, wr
 from stages.common.params import Params, load_params
 from stages.datasets.store import open_part, read_info
 from stages.edge.device.edgewise_model import BUNDLE, confidences
-from stages.edge.selective import Threshold, best_threshold, lowest_threshold, thresholds
+from stages.edge.selective import Threshold, best_threshold, lowest_threshold, proportion, thresholds
 from stages.export.session import open_session, session_logits
 
 STAGES = Path(__file__).parents[1]
@@ -184,12 +184,12 @@ def main() -> None:
     content = bundle_json(description, threshold, n_validation, arguments.accuracy)
     write_bundle(folder, source, description, content, card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    right = binomtest(round(threshold.accuracy * threshold.answered), threshold.answered)
-    low, high = right.proportion_ci(params.report.confidence, method="wilson")
+    are_right = np.arange(threshold.answered) < round(threshold.accuracy * threshold.answered)
+    right = proportion("right", are_right, params.report.confidence)
     print(
         f"{folder}: {size / 1e6:.2f} MB; answers from confidence {threshold.confidence:.4f} on:"
         f" {100 * threshold.coverage:.1f} % of {n_validation:,} validation images, {100 * threshold.accuracy:.2f} % of"
-        f" them right [{100 * low:.1f}, {100 * high:.1f}] (asked:"
+        f" them right [{100 * right['right_ci_low']:.1f}, {100 * right['right_ci_high']:.1f}] (asked:"
         f" {100 * arguments.accuracy:g} %)"
     )
     print(remark)

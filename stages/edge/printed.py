@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest
 
 from stages.artifacts.artifact import ONNX, check_onnx, read_description
 from stages.common import paths
@@ -25,6 +24,7 @@ from stages.common.params import load_params
 from stages.datasets.decode import decode
 from stages.datasets.store import Part, open_part, read_info
 from stages.edge.bundle import CAMERA, PRINTED, listed_variant
+from stages.edge.selective import proportion
 from stages.export.session import open_session, session_logits
 
 VIDEO, RESULT = "printed.mp4", "printed.json"
@@ -42,13 +42,6 @@ def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
     if not 1 <= images <= n_test:
         raise ValueError(f"images = {images}: 1 to {n_test:,}, the images of the test part")
     return np.sort(np.random.default_rng(seed).choice(n_test, images, replace=False))
-
-
-def proportion(name: str, right: np.ndarray, confidence: float) -> dict[str, float]:
-    """Share of True with Wilson's score interval."""
-    result = binomtest(int(right.sum()), len(right))
-    low, high = result.proportion_ci(confidence, method="wilson")
-    return {name: float(right.mean()), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
 
 
 def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confidence: float, video: Path) -> dict:

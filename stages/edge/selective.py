@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,10 @@ def lowest_threshold(curve: list[Threshold], accuracy: float) -> Threshold | Non
 def best_threshold(curve: list[Threshold]) -> Threshold:
     """The one with the largest accuracy, and of several the one that answers most."""
     return max(curve, key=lambda threshold: (threshold.accuracy, threshold.coverage))
+
+
+def proportion(name: str, right: np.ndarray, confidence: float) -> dict[str, float]:
+    """Share of True with Wilson's score interval."""
+    result = binomtest(int(right.sum()), len(right))
+    low, high = result.proportion_ci(confidence, method="wilson")
+    return {name: float(right.mean()), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}

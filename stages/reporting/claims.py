@@ -10,7 +10,7 @@ import yaml
 from stages.common.params import Params, SmallDense
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, control_of, is_control, model_family
-from stages.reporting.statistics import PairedDifference, holm, paired_difference, wilson_interval
+from stages.reporting.statistics import PairedDifference, holm, mean_and_deviation, paired_difference, wilson_interval
 from stages.reporting.text import p_text, percent_text
 
 HOLDS = "holds"
@@ -213,7 +213,8 @@ def _accuracy_gain(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[s
         how += ": this is one seed."
     else:
         gains = [rows[v]["top1"] - rows[params.baseline_of(v)]["top1"] for v in group.variants]
-        how += f": over {len(gains)} seeds the gain over dense has a standard deviation of {_points(gains)}."
+        deviation = 100 * mean_and_deviation(gains)[1]
+        how += f": over {len(gains)} seeds the gain over dense has a standard deviation of {deviation:.2f} points."
     controls = dict.fromkeys(control_of(params, variant) for variant in group.variants)
     return Finding(verdict, f"{how} {choice}", dense.delta, control.delta, (*group.variants, *controls))
 
@@ -360,10 +361,6 @@ def _over_seeds(group: Group) -> str:
 
 def _signed(fraction: float) -> str:
     return f"{100 * fraction:+.2f} points"
-
-
-def _points(values: list[float]) -> str:
-    return f"{100 * float(np.std(values, ddof=1)):.2f} points"
 
 
 def _of(difference: PairedDifference) -> str:

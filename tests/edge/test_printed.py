@@ -10,7 +10,8 @@ from stages.common import paths
 from stages.common.errors import UserError
 from stages.datasets.store import open_part
 from stages.edge import printed
-from stages.edge.printed import proportion, sample
+from stages.edge.printed import sample
+from stages.edge.selective import proportion
 from stages.export.session import open_session, session_logits
 
 
