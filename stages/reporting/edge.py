@@ -7,7 +7,7 @@ import numpy as np
 
 from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
 from stages.reporting.statistics import wilson_interval
-from stages.reporting.text import ms_text, percent_text, ratio_text, share_text
+from stages.reporting.text import ms_text, percent_text, ratio_text, share_text, signed_text
 
 LEAST_AGREEMENT = 0.995  # share of test images on which model.onnx must give PyTorch's class, where it is float
 LARGEST_DIFFERENCE = 0.002  # of top-1 between model.onnx and PyTorch, where layers compute on integers
@@ -123,7 +123,8 @@ def soak_lines(run: Run) -> list[tuple[str, str]]:
         return []
 
     def interval(key: str, unit: str) -> str:
-        return f"{soak[key]:+.2f} {unit} [{soak[f'{key}_low']:+.2f}, {soak[f'{key}_high']:+.2f}]"
+        value, low, high = (signed_text(soak[name], 2) for name in (key, f"{key}_low", f"{key}_high"))
+        return f"{value} {unit} [{low}, {high}]"
 
     rate = f"{soak['images_per_second']:g} images/s" if soak["images_per_second"] else "one inference after the other"
     growth = soak["rss_growth_bytes"]
@@ -137,7 +138,7 @@ def soak_lines(run: Run) -> list[tuple[str, str]]:
             if soak["verdict"] != "cannot tell"
             else []
         ),
-        ("growth of memory", "not known" if growth is None else f"{growth / 1e6:+.1f} MB"),
+        ("growth of memory", "not known" if growth is None else f"{signed_text(growth / 1e6, 1)} MB"),
         ("answers that changed", f"{soak['wrong']} of {soak['soak_runs']:,}"),
     ]
     if soak["images_per_second"]:

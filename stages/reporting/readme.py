@@ -25,6 +25,7 @@ from stages.reporting.text import (
     p_text,
     percent_text,
     points_text,
+    signed_text,
 )
 
 README = Path("README.md")
@@ -185,10 +186,10 @@ def _printed(printed: dict | None) -> list[str]:
 def _soak(soak: dict | None) -> list[str]:
     if not soak:
         return []
-    low, change, high = (soak[f"change_percent{end}"] for end in ("_low", "", "_high"))
+    low, change, high = (signed_text(soak[f"change_percent{end}"], 1) for end in ("_low", "", "_high"))
     return [
         f"A soak of `{soak['variant']}` over {soak['soak_seconds'] / 60:.1f} minutes: {soak['verdict']}, the latency's"
-        f" change {change:+.1f} % [{low:+.1f}, {high:+.1f}], {soak['wrong']} of {soak['soak_runs']:,} answers changed."
+        f" change {change} % [{low}, {high}], {soak['wrong']} of {soak['soak_runs']:,} answers changed."
     ]
 
 
@@ -317,7 +318,7 @@ def _training_speed(found: dict) -> str:
         row = ratios[name]
         values = [row["ratio"], row["ratio_ci_low"], row["ratio_ci_high"]]
         if cost:
-            middle, low, high = (f"{100 * (value - 1):+.1f}".replace("-", "\N{MINUS SIGN}") for value in values)
+            middle, low, high = (signed_text(100 * (value - 1), 1) for value in values)
             return f"{middle} % [{low}, {high}]"
         return "{:.2f} [{:.2f}, {:.2f}]".format(*values)
 

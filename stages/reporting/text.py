@@ -31,7 +31,12 @@ def percent_text(fraction: float, decimals: int = 1) -> str:
 
 def points_text(fraction: float, decimals: int = 1) -> str:
     """A difference of two accuracies in percentage points, with its sign (a true minus)."""
-    return f"{100 * fraction:+z.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+    return signed_text(100 * fraction, decimals)
+
+
+def signed_text(value: float, decimals: int) -> str:
+    """With its sign, a true minus, and no sign of a zero's other than plus."""
+    return f"{value:+z.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def allowance_text(fraction: float) -> str:

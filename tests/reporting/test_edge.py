@@ -102,6 +102,7 @@ def test_soak_and_printed_samples_stand_on_the_page_with_their_figures(folder):
     for words in (
         "stable",
         "0 of 10,800",
+        "+0.05 % [\N{MINUS SIGN}1.00, +1.10]",
         "84.20 % [81.80 %, 86.30 %]",
         "1,000, seed 0",
         "executorch is not installed",

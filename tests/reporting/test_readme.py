@@ -240,7 +240,7 @@ def test_the_findings_are_those_of_the_rows_and_of_the_run(tmp_path, monkeypatch
         f"corrupted test images (noise, blur, brightness, contrast, JPEG) `atto-oto50-int8` has"
         f" {100 * small['corrupted_top1']:.1f} %, dense {100 * dense['corrupted_top1']:.1f} %",
         "filmed in simulation `atto-oto50-int8` has 84.20 % [81.80 %, 86.30 %], on the same as they are 86.10 %",
-        "over 1.0 minutes: stable, the latency's change +0.1 % [-1.0, +1.1], 0 of 10,800 answers changed",
+        "over 1.0 minutes: stable, the latency's change +0.1 % [\N{MINUS SIGN}1.0, +1.1], 0 of 10,800 answers changed",
     ):
         assert words in text
     assert "Marked" not in text
