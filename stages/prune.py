@@ -1,7 +1,7 @@
 """Make a dense classifier smaller by pruning, or train it on without pruning (the control).
 
 In: `data/images` (train and validation parts; never test), the dense artifact `models/dense/<model>/`, the params
-sections `base`, `finetune`, `prunings.<key>` and `prune.<pruner>`. Out: the artifact `models/pruned/<key>/` and the
+sections `base`, `finetune`, `pruned.<key>` and `pruners.<pruner>`. Out: the artifact `models/pruned/<key>/` and the
 training curve `reports/curves/pruned/<key>.csv` (only its header where nothing is trained). Killed at any moment, the
 next run goes on from the last checkpoint.
 
@@ -41,7 +41,7 @@ def _count(network: nn.Module) -> int:
 
 
 def prune_one(params: Params, key: str) -> None:
-    folder = paths.dense(params.prunings[key].model)
+    folder = paths.dense(params.pruned[key].model)
     dense, parent = load_artifact(folder)
     refuse_unfit(folder, parent, read_info(paths.IMAGES))
     train_part, validation_part = open_part(paths.IMAGES, "train"), open_part(paths.IMAGES, "validation")
@@ -74,8 +74,8 @@ def prune_one(params: Params, key: str) -> None:
 
 def main() -> None:
     params = load_params()
-    key = key_argument("prunings", params.prunings)
-    if isinstance(params.prune[params.prunings[key].pruner], Training):
+    key = key_argument("pruned", params.pruned)
+    if isinstance(params.pruners[params.pruned[key].pruner], Training):
         launch(params.base)
     with joined(prepare_host(params.base)):
         prune_one(params, key)

@@ -131,7 +131,7 @@ def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path,
 def quantize_one(params: Params, variant: str) -> None:
     threads = threads_for(params.base.threads)
     torch.set_num_threads(threads)
-    parent_folder = paths.pruned(params.variants[variant].pruning)
+    parent_folder = paths.pruned(params.variants[variant].pruned)
     quantized, description = compress(params, variant, parent_folder, paths.compressed(variant), paths.IMAGES, threads)
     if description is None:
         return
@@ -147,7 +147,7 @@ def quantize_one(params: Params, variant: str) -> None:
 def main() -> None:
     params = load_params()
     variant = key_argument("variants", params.variants)
-    quantizer = params.quantize[params.variants[variant].quantizer]
+    quantizer = params.quantizers[params.variants[variant].quantizer]
     if not (isinstance(quantizer, Bits) and quantizer.epochs):
         quantize_one(params, variant)
         return

@@ -30,21 +30,21 @@ models:
     arguments: {depths: [1, 1, 2, 1], dims: [16, 32, 64, 96], kernel_sizes: 3, conv_mlp: false, ls_init_value: null}
     input_size: 32
     weights: none
-prune:
+pruners:
   none: {method: none}
-  none_continued: {method: none_continued, epochs: 2, learning_rate_factor: 0.5}
+  continued: {method: continued, epochs: 2, learning_rate_factor: 0.5}
   oto50: {method: oto, epochs: 2, learning_rate_factor: 0.5, group_sparsity: 0.5, pruning_periods: 2}
   l1: {method: l1_unstructured, epochs: 2, learning_rate_factor: 0.5, sparsity: 0.8}
-prunings:
+pruned:
   convnext-none: {model: convnext, pruner: none}
-  convnext-none_continued: {model: convnext, pruner: none_continued}
+  convnext-continued: {model: convnext, pruner: continued}
   convnext-oto50: {model: convnext, pruner: oto50}
-quantize:
+quantizers:
   fp32: {method: fp32}
   int8_dynamic: {method: int8_dynamic}
 variants:
-  convnext-none-fp32: {pruning: convnext-none, quantizer: fp32}
-  convnext-oto50-int8_dynamic: {pruning: convnext-oto50, quantizer: int8_dynamic}
+  convnext-none-fp32: {pruned: convnext-none, quantizer: fp32}
+  convnext-oto50-int8_dynamic: {pruned: convnext-oto50, quantizer: int8_dynamic}
 export: {opset: 21, batch: dynamic}
 profile:
   batch_size: 256

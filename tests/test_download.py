@@ -29,10 +29,10 @@ def write_params(data: dict, architecture: str = "convnext_atto") -> None:
         "data": data,
         "finetune": {"epochs": 1, "batch_size": 8, "optimizer": "adamw", "learning_rate": 0.001},
         "models": {"atto": model},
-        "prune": {"none": {"method": "none"}},
-        "prunings": {"atto-none": {"model": "atto", "pruner": "none"}},
-        "quantize": {"fp32": {"method": "fp32"}},
-        "variants": {"atto-none-fp32": {"pruning": "atto-none", "quantizer": "fp32"}},
+        "pruners": {"none": {"method": "none"}},
+        "pruned": {"atto-none": {"model": "atto", "pruner": "none"}},
+        "quantizers": {"fp32": {"method": "fp32"}},
+        "variants": {"atto-none-fp32": {"pruned": "atto-none", "quantizer": "fp32"}},
     }
     paths.PARAMS.write_text(yaml.safe_dump(sections))
 

@@ -14,9 +14,9 @@ STAGES = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
 # What a method of Params reads, so that calling it needs these sections in the stage's params.
 METHODS = {
     "seed_of": {"base", "models"},
-    "model_of": {"variants", "prunings"},
-    "pruner_of": {"variants", "prunings"},
-    "baseline_of": {"variants", "prunings"},
+    "model_of": {"variants", "pruned"},
+    "pruner_of": {"variants", "pruned"},
+    "baseline_of": {"variants", "pruned"},
     "pruning_benchmarks": {"root"},
 }
 

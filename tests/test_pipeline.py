@@ -91,7 +91,7 @@ def test_the_second_run_does_nothing(checkout, first_run):
 def test_a_queued_change_of_one_pruner_runs_its_own_code_and_its_branch_alone(checkout, first_run):
     call("git", "add", "-A", cwd=checkout)
     call(*GIT, "commit", "-qm", "first run", cwd=checkout)
-    call("dvc", "exp", "run", "--queue", "--name", "sparser", "-S", "prune.oto50.group_sparsity=0.7", cwd=checkout)
+    call("dvc", "exp", "run", "--queue", "--name", "sparser", "-S", "pruners.oto50.group_sparsity=0.7", cwd=checkout)
     script = checkout / "stages/prune.py"
     code = script.read_text()
     script.write_text("raise SystemExit('the code of the workspace, not of the experiment')\n")

@@ -36,7 +36,7 @@ def unquantized(tmp_path, monkeypatch):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["quantize", *arguments])
+    monkeypatch.setattr(sys, "argv", ["quantizers", *arguments])
     quantize.main()
 
 
@@ -45,7 +45,7 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
     folder = paths.compressed(INT8)
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.onnx", "model.safetensors"]
     description = read_description(folder)
-    assert (description.name, description.stage, description.model, description.seed) == (INT8, "quantize", "toy", 3)
+    assert (description.name, description.stage, description.model, description.seed) == (INT8, "quantizers", "toy", 3)
     sha256 = sha256_of(paths.pruned("toy-none") / "model.json")
     assert description.parent == {"name": "toy-none", "sha256": sha256, "metrics": {"validation_top1": 0.2}}
     assert description.parameters == {"method": "int8_dynamic", "per_channel": True}
@@ -57,8 +57,8 @@ def test_static_int8_that_takes_stored_pixels_is_described_so_and_comes_back(unq
     network, description = load_artifact(paths.pruned("toy-none"))
     save_artifact(paths.pruned("toy-none"), network, replace(description, input_size=48))  # twice the stored 24
     params, folder = load_params(), paths.compressed("toy-none-static")
-    params.quantize["static"] = Int8Static(method="int8_static", calibration_images=4, weight_bits=7)
-    params.variants["toy-none-static"] = Variant(pruning="toy-none", quantizer="static")
+    params.quantizers["static"] = Int8Static(method="int8_static", calibration_images=4, weight_bits=7)
+    params.variants["toy-none-static"] = Variant(pruned="toy-none", quantizer="static")
     quantize.compress(params, "toy-none-static", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
     classifier, found = load_classifier(folder)
     assert found.network.pixel_stem == {"stem.0": 2}

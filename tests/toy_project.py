@@ -27,12 +27,12 @@ PARAMS = {
     "data": {"name": "noise", "source": "digits", "image_size": SIZE, "validation_fraction": 0.2},
     "finetune": {"epochs": 1, "batch_size": 8, "optimizer": "adamw", "learning_rate": 0.001},
     "models": {"toy": {"library": "timm", "architecture": "convnext_atto", "input_size": 32, "seed": 3}},
-    "prune": {"none": {"method": "none"}},
-    "prunings": {"toy-none": {"model": "toy", "pruner": "none"}},
-    "quantize": {"fp32": {"method": "fp32"}, "int8": {"method": "int8_dynamic"}},
+    "pruners": {"none": {"method": "none"}},
+    "pruned": {"toy-none": {"model": "toy", "pruner": "none"}},
+    "quantizers": {"fp32": {"method": "fp32"}, "int8": {"method": "int8_dynamic"}},
     "variants": {
-        "toy-none-fp32": {"pruning": "toy-none", "quantizer": "fp32"},
-        "toy-none-int8": {"pruning": "toy-none", "quantizer": "int8"},
+        "toy-none-fp32": {"pruned": "toy-none", "quantizer": "fp32"},
+        "toy-none-int8": {"pruned": "toy-none", "quantizer": "int8"},
     },
     "edge_benchmark": {"warmup_runs": 2, "windows": 2, "window_seconds": 0.02},
 }
@@ -85,7 +85,7 @@ def _compressed() -> Path:
     with contextlib.chdir(folder):  # checkpoints go to the working folder, and other processes make this project too
         params = load_params(paths.PARAMS)
         for variant, entry in params.variants.items():
-            compress(params, variant, paths.pruned(entry.pruning), paths.compressed(variant), paths.IMAGES, 1)
+            compress(params, variant, paths.pruned(entry.pruned), paths.compressed(variant), paths.IMAGES, 1)
         shutil.rmtree(paths.SCRATCH)
     return folder
 

@@ -118,7 +118,7 @@ class Finetune(Section):
     random strength."""
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability for each image of a grey rectangle over 2 to 33 % of it (arXiv 1708.04896)."""
-    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Exponential moving average of the weights; 0 switches it off."""
     early_input_size: Annotated[int, Field(ge=8, le=1024)] | None = None
     """Side in pixels to which images are scaled in the first `early_fraction` of a training from scratch: smaller ones
@@ -173,8 +173,8 @@ class Training(Section):
         return _budget(self)
 
 
-class NoneContinued(Training):
-    method: Literal["none_continued"]
+class Continued(Training):
+    method: Literal["continued"]
 
 
 class Importance(Section):
@@ -357,13 +357,13 @@ class Unstructured(Training, Scheduled):
     """`2:4`: two of every four neighbouring inputs of an output are zero, as sparse tensor cores want it."""
     schedule: Literal["one_shot", "gradual"] = "one_shot"
     """`gradual`: cubic from 0 at `start_fraction` to `sparsity` at `end_fraction` (arXiv 1710.01878, equation 1)."""
-    prunings: Count = 10
+    pruning_periods: Count = 10
     """Of the gradual schedule: how often the zeros are chosen anew."""
 
     @model_validator(mode="after")
     def only_the_gradual_schedule_takes_time(self) -> "Unstructured":
         if self.schedule == "one_shot":
-            self._refuse_idle("schedule: one_shot", "prunings", "start_fraction", "end_fraction")
+            self._refuse_idle("schedule: one_shot", "pruning_periods", "start_fraction", "end_fraction")
         return self
 
     @model_validator(mode="after")
@@ -481,7 +481,7 @@ class AllocatedBits(Bits):
 
 class SearchedBits(AllocatedBits):
     method: Literal["searched_bits"]
-    search: Literal["random", "greedy", "integer_programme"]
+    search: Literal["random", "greedy", "ilp"]
     """`random` draws around the budget; the others work on measured sensitivities, step by step or exactly."""
 
 
@@ -508,7 +508,7 @@ class LearnedBits(AllocatedBits):
 
 
 Pruner = Annotated[
-    NonePruner | NoneContinued | Oto | RandomStructured | SmallDense | Depgraph | Unstructured,
+    NonePruner | Continued | Oto | RandomStructured | SmallDense | Depgraph | Unstructured,
     Field(discriminator="method"),
 ]
 Quantizer = Annotated[
@@ -648,7 +648,7 @@ class Params(Section):
     finetune: Finetune
     models: Annotated[dict[Name, Model], Field(min_length=1)]
     prune: dict[Name, Pruner]
-    prunings: dict[Name, Pruning]
+    pruned: dict[Name, Pruning]
     quantize: dict[Name, Quantizer]
     variants: dict[Name, Variant]
     export: Export = Export()
@@ -672,14 +672,14 @@ class Params(Section):
 
     def begins_fresh(self, model: str) -> bool:
         """Whether it is trained from fresh weights: by finetune, or by a `small_dense` pruner."""
-        pruners = [self.prune.get(pruning.pruner) for pruning in self.prunings.values() if pruning.model == model]
+        pruners = [self.pruners.get(pruning.pruner) for pruning in self.pruned.values() if pruning.model == model]
         return self.models[model].weights == "none" or any(isinstance(pruner, SmallDense) for pruner in pruners)
 
     def model_of(self, variant: str) -> str:
-        return self.prunings[self.variants[variant].pruning].model
+        return self.pruned[self.variants[variant].pruned].model
 
     def pruner_of(self, variant: str) -> str:
-        return self.prunings[self.variants[variant].pruning].pruner
+        return self.pruned[self.variants[variant].pruned].pruner
 
     def baseline_of(self, variant: str) -> str:
         """The dense float variant of the same model: what a variant is compared with."""
@@ -781,14 +781,14 @@ def _broken_references(params: Params) -> list[str]:
         if key != expected:
             problems.append(f"{section}.{key}: the key must be its joined parts, {expected!r}")
 
-    for key, pruning in params.prunings.items():
-        reference(f"prunings.{key}.model", pruning.model, "models", params.models)
-        reference(f"prunings.{key}.pruner", pruning.pruner, "prune", params.prune)
-        joined("prunings", key, f"{pruning.model}-{pruning.pruner}")
+    for key, pruning in params.pruned.items():
+        reference(f"pruned.{key}.model", pruning.model, "models", params.models)
+        reference(f"pruned.{key}.pruner", pruning.pruner, "pruners", params.pruners)
+        joined("pruned", key, f"{pruning.model}-{pruning.pruner}")
     for key, variant in params.variants.items():
-        reference(f"variants.{key}.pruning", variant.pruning, "prunings", params.prunings)
-        reference(f"variants.{key}.quantizer", variant.quantizer, "quantize", params.quantize)
-        joined("variants", key, f"{variant.pruning}-{variant.quantizer}")
+        reference(f"variants.{key}.pruned", variant.pruned, "pruned", params.pruned)
+        reference(f"variants.{key}.quantizer", variant.quantizer, "quantizers", params.quantizers)
+        joined("variants", key, f"{variant.pruned}-{variant.quantizer}")
     if problems:
         return problems
 
@@ -812,25 +812,25 @@ def _broken_references(params: Params) -> list[str]:
                 f"finetune.early_input_size = {early}: must be less than models.{key}.input_size = {model.input_size}:"
                 " smaller images save time"
             )
-    for key, method, section in [("none", "none", params.prune), ("fp32", "fp32", params.quantize)]:
+    for key, method, section in [("none", "none", params.pruners), ("fp32", "fp32", params.quantizers)]:
         if key in section and section[key].method != method:
             problems.append(
-                f"{'prune' if key == 'none' else 'quantize'}.{key}.method: {key!r} names the baseline: {method}"
+                f"{'pruners' if key == 'none' else 'quantizers'}.{key}.method: {key!r} names the baseline: {method}"
             )
     for model in params.models:
         if f"{model}-none-fp32" not in params.variants:
             problems.append(
-                f"models.{model}: its baseline is missing: list {model}-none under prunings and {model}-none-fp32 under"
+                f"models.{model}: its baseline is missing: list {model}-none under pruned and {model}-none-fp32 under"
                 " variants"
             )
-        pruners = [params.prune[p.pruner] for p in params.prunings.values() if p.model == model]
-        trained = {p.budget for p in pruners if isinstance(p, Training) and p.method != "none_continued"}
-        control = {p.budget for p in pruners if p.method == "none_continued"}
+        pruners = [params.pruners[p.pruner] for p in params.pruned.values() if p.model == model]
+        trained = {p.budget for p in pruners if isinstance(p, Training) and p.method != "continued"}
+        control = {p.budget for p in pruners if p.method == "continued"}
         for epochs, factor, distillation, temperature in sorted(trained - control):
             softly = f" with distillation {distillation} at temperature {temperature}" if distillation else ""
             problems.append(
                 f"models.{model}: a pruner trains for {epochs} more epochs at learning_rate_factor {factor}{softly}, so"
-                " a none_continued pruner with the same settings must be listed for it (the control: the same steps"
+                " a continued pruner with the same settings must be listed for it (the control: the same steps"
                 " without pruning)"
             )
     return problems
@@ -931,16 +931,16 @@ def plan(params: Params) -> str:
             f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px,"
             f" weights {model.weights}, seed {params.seed_of(name)}, {params.finetune.epochs} epochs"
         )
-    for key, pruning in params.prunings.items():
-        pruner = params.prune[pruning.pruner]
+    for key, pruning in params.pruned.items():
+        pruner = params.pruners[pruning.pruner]
         settings = ", ".join(f"{k} {v}" for k, v in pruner.model_dump(exclude={"method"}, exclude_unset=True).items())
         lines.append(f"pruning   {key}: {pruner.method}" + (f" ({settings})" if settings else ""))
     for key, variant in params.variants.items():
-        lines.append(f"variant   {key}: {params.quantize[variant.quantizer].method}")
-    used = {variant.pruning for variant in params.variants.values()}
+        lines.append(f"variant   {key}: {params.quantizers[variant.quantizer].method}")
+    used = {variant.pruned for variant in params.variants.values()}
     lines += [
-        f"remark    prunings.{key}: no variant uses it: it would be made, and neither measured nor reported"
-        for key in params.prunings
+        f"remark    pruned.{key}: no variant uses it: it would be made, and neither measured nor reported"
+        for key in params.pruned
         if key not in used
     ]
     location = params.data.location

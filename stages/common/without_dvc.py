@@ -51,7 +51,7 @@ def all_stages(params: Params) -> list[str]:
     """The pipeline's stages in an order in which they can run."""
     each = {
         "finetune": params.models,
-        "prune": params.prunings,
+        "prune": params.pruned,
         "quantize": params.variants,
         "profile": params.variants,
     }
@@ -80,9 +80,9 @@ def needs(stage: str, params: Params) -> set[str]:
         case "finetune":
             before = "download"
         case "prune":
-            before = f"finetune@{params.prunings[key].model}"
+            before = f"finetune@{params.pruned[key].model}"
         case "quantize":
-            before = f"prune@{params.variants[key].pruning}"
+            before = f"prune@{params.variants[key].pruned}"
         case "profile":
             before = f"quantize@{key}"
         case _:  # alone on the machine, when all else is done

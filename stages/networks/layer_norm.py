@@ -19,7 +19,7 @@ from stages.common.errors import UserError
 FORMS = ("exact", "exact_matmul", "plain")
 
 
-class CountingLayerNorm(nn.Module):
+class FixedDivisorLayerNorm(nn.Module):
     """LayerNorm over `width` channels that counts `original_width`: the missing ones are zeros.
 
     Args:
@@ -79,10 +79,10 @@ def is_channels_first(norm: nn.LayerNorm) -> bool:
     return isinstance(norm, TimmLayerNorm2d | TorchvisionLayerNorm2d)
 
 
-def counting(norm: nn.LayerNorm, width: int, as_matmul: bool = False) -> CountingLayerNorm:
+def counting(norm: nn.LayerNorm, width: int, as_matmul: bool = False) -> FixedDivisorLayerNorm:
     """The counting form of `norm` at `width` channels, with fresh weights."""
     original, channels_first = norm.normalized_shape[0], is_channels_first(norm)
-    return CountingLayerNorm(width, original, norm.eps, channels_first, as_matmul, norm.bias is not None)
+    return FixedDivisorLayerNorm(width, original, norm.eps, channels_first, as_matmul, norm.bias is not None)
 
 
 def narrowed(norm: nn.LayerNorm, width: int, form: str) -> nn.Module:

@@ -9,10 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
 from stages.networks.global_response_norm import counting_grn
-from stages.networks.layer_norm import CountingLayerNorm, narrowed
+from stages.networks.layer_norm import FixedDivisorLayerNorm, narrowed
 from stages.networks.pointwise import replace_module
 
-COUNTED = (nn.LayerNorm, CountingLayerNorm, GlobalResponseNorm)
+COUNTED = (nn.LayerNorm, FixedDivisorLayerNorm, GlobalResponseNorm)
 """Norms over channels: narrowed, they have to know their original width."""
 
 
@@ -111,7 +111,7 @@ def _size(module: nn.Module) -> dict[str, int] | None:
             return {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0], "groups": groups}
         case _BatchNorm():
             return {"num_features": len(weight if weight is not None else module.running_mean)}
-        case nn.LayerNorm() | CountingLayerNorm() | GlobalResponseNorm():
+        case nn.LayerNorm() | FixedDivisorLayerNorm() | GlobalResponseNorm():
             return None if weight is None else {"width": len(weight)}
     own = {name: len(p) for name, p in module.named_parameters(recurse=False) if p.dim()}
     return own or None

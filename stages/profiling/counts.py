@@ -21,7 +21,7 @@ from torchvision.models.convnext import CNBlock
 
 from stages.artifacts.artifact import FLOAT_BITS, LayerStorage
 from stages.common.errors import UserError
-from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.networks.packed import dequantized, packed_layers
 
 MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -32,7 +32,7 @@ ELEMENTWISE = (
     nn.GroupNorm,
     nn.PReLU,
     _BatchNorm,
-    CountingLayerNorm,
+    FixedDivisorLayerNorm,
     GlobalResponseNorm,
     LayerScale,
     LayerScale2d,
@@ -83,7 +83,7 @@ def count_layers(network: nn.Module, input_size: int, layers: dict[str, LayerSto
         raise UserError(f"{odd[0]}: packed in the network or listed under layers in model.json, but not both")
     twin = dequantized(network).cpu().eval()
     for module in twin.modules():
-        if isinstance(module, CountingLayerNorm):
+        if isinstance(module, FixedDivisorLayerNorm):
             module.as_matmul = False  # its products are a norm's sums, which the convention leaves out in every form
     _refuse_unknown(twin, network)
     macs, outside = _macs(twin, input_size)

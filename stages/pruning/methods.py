@@ -8,8 +8,8 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.common.params import (
+    Continued,
     Depgraph,
-    NoneContinued,
     NonePruner,
     Oto,
     RandomStructured,
@@ -51,7 +51,7 @@ def prune(session: Session) -> Pruned:
         case NonePruner():
             metrics = {"validation_top1": session.parent.metrics["validation_top1"]}
             return Pruned(session.dense, session.parent.network, metrics)
-        case NoneContinued():
+        case Continued():
             trained = session.train(session.folded)
             return Pruned(trained.network, session.folded_spec, _metrics(trained), trained.curve)
         case Unstructured():

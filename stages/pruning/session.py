@@ -48,16 +48,16 @@ class Session:
 
     @property
     def pruner_name(self) -> str:
-        return self.params.prunings[self.key].pruner
+        return self.params.pruned[self.key].pruner
 
     @property
     def pruner(self) -> Pruner:
-        return self.params.prune[self.pruner_name]
+        return self.params.pruners[self.pruner_name]
 
     @property
     def param(self) -> str:
         """The pruner's place in params.yaml, for messages."""
-        return f"prune.{self.pruner_name}"
+        return f"pruners.{self.pruner_name}"
 
     @property
     def seed(self) -> int:

@@ -123,19 +123,19 @@ def sparsities(pruner: Unstructured, steps: int, key: str) -> dict[int, float]:
 
     `one_shot` chooses before the first step. `gradual` is equation 1 of arXiv 1710.01878 with s_i = 0:
     s_t = s_f (1 - (1 - (t - t0) / (n dt))^3) at t = t0 + dt, ..., t0 + n dt, from `start_fraction` to at most
-    `end_fraction` of the steps, n being `prunings`. (At t0 itself nothing is zero.)
+    `end_fraction` of the steps, n being `pruning_periods`. (At t0 itself nothing is zero.)
 
     Raises:
         UserError: if there is not at least one step for each pruning.
     """
     if pruner.schedule == "one_shot":
         return {0: pruner.sparsity}
-    start, end, count = round(pruner.start_fraction * steps), round(pruner.end_fraction * steps), pruner.prunings
+    start, end, count = round(pruner.start_fraction * steps), round(pruner.end_fraction * steps), pruner.pruning_periods
     interval = (end - start) // count
     if interval < 1:
         raise UserError(
-            f"{key}.prunings = {count}: only {end - start} of {steps} steps lie between start_fraction"
-            f" {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each pruning needs one: lower prunings"
+            f"{key}.pruning_periods = {count}: only {end - start} of {steps} steps lie between start_fraction"
+            f" {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each pruning needs one: lower pruning_periods"
             f" or finetune.batch_size (steps in an epoch: {steps // pruner.epochs}), or raise epochs or end_fraction"
         )
     return {start + i * interval: pruner.sparsity * (1 - (1 - i / count) ** 3) for i in range(1, count + 1)}
@@ -154,7 +154,7 @@ class KeepZeros:
         key: of the pruner in the params, for messages.
 
     Raises:
-        UserError: if the prunings do not fit into the steps, or would leave no weight in some layer. Which layers a
+        UserError: if the pruning_periods do not fit into the steps, or would leave no weight in some layer. Which layers a
             gradual global choice by magnitude empties shows only while it trains; all else is refused here.
     """
 

@@ -39,7 +39,7 @@ from stages.quantization.searches import (
     Problem,
     Sensitivities,
     search_at_random,
-    search_by_integer_programme,
+    search_by_ilp,
     search_greedily,
 )
 from stages.quantization.static import int8_static
@@ -61,12 +61,12 @@ class Task:
 
     @property
     def quantizer(self) -> Quantizer:
-        return self.params.quantize[self.params.variants[self.variant].quantizer]
+        return self.params.quantizers[self.params.variants[self.variant].quantizer]
 
     @property
     def param(self) -> str:
         """The quantizer's place in params.yaml, for messages."""
-        return f"quantize.{self.params.variants[self.variant].quantizer}"
+        return f"quantizers.{self.params.variants[self.variant].quantizer}"
 
     @property
     def classifier(self) -> Classifier:
@@ -270,8 +270,8 @@ def _search(problem: Problem, quantizer: AllocatedBits) -> Sensitivities | None:
             return search_at_random(problem)
         case "greedy":
             return search_greedily(problem)
-        case "integer_programme":
-            return search_by_integer_programme(problem)
+        case "ilp":
+            return search_by_ilp(problem)
 
 
 def _told(layers: list[Layer], budget: Budget, sensitivities: Sensitivities) -> dict[str, dict[str, float]]:

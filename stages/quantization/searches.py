@@ -136,7 +136,7 @@ def search_greedily(problem: Problem) -> Sensitivities:
     return _search_on_sensitivities(problem, lambda rises: problem.budget.project(most, -rises))
 
 
-def search_by_integer_programme(problem: Problem) -> Sensitivities:
+def search_by_ilp(problem: Problem) -> Sensitivities:
     """The allocation with the least sum of rises within the budget, exactly (SciPy's `milp`)."""
     return _search_on_sensitivities(problem, lambda rises: solve(rises, problem.budget))
 

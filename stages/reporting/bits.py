@@ -136,7 +136,7 @@ def average_bits(run: Run, variant: str) -> float:
     search = run.variants[variant].description.get("search", {})
     if search:
         return search["used_bits"] / search["weights"]
-    return float(run.params.quantize[run.params.variants[variant].quantizer].bits)
+    return float(run.params.quantizers[run.params.variants[variant].quantizer].bits)
 
 
 def bits_by_layer(run: Run, variant: str) -> dict[str, int]:
@@ -157,7 +157,7 @@ def objectives_of(run: Run, allocation: Allocation) -> np.ndarray | None:
 
 
 def _quantizer(run: Run, group: Group) -> Quantizer:
-    return run.params.quantize[run.params.variants[group.variants[0]].quantizer]
+    return run.params.quantizers[run.params.variants[group.variants[0]].quantizer]
 
 
 def _allocation(run: Run, group: Group) -> Allocation:

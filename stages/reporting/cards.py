@@ -185,7 +185,7 @@ def _licences(run: Run, row: dict) -> str:
 def _settings(run: Run, variant: str) -> tuple[str, str]:
     """Pruner and quantizer, each as `oto50 (oto, epochs 4, group_sparsity 0.5)`."""
     pruner, quantizer = run.params.pruner_of(variant), run.params.variants[variant].quantizer
-    return describe(pruner, run.params.prune[pruner]), describe(quantizer, run.params.quantize[quantizer])
+    return describe(pruner, run.params.pruners[pruner]), describe(quantizer, run.params.quantizers[quantizer])
 
 
 def describe(name: str, section) -> str:

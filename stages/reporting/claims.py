@@ -106,8 +106,8 @@ def _matching(claim: Claim, run: Run, groups: dict[str, Group]) -> list[Group]:
     params = run.params
 
     def fits(variant: str) -> bool:
-        pruner = params.prune[params.pruner_of(variant)].method
-        quantizer = params.quantize[params.variants[variant].quantizer].method
+        pruner = params.pruners[params.pruner_of(variant)].method
+        quantizer = params.quantizers[params.variants[variant].quantizer].method
         return pruner in claim.pruners and quantizer in claim.quantizers
 
     return [group for group in groups.values() if fits(group.variants[0])]
@@ -204,7 +204,7 @@ def _accuracy_gain(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[s
     )
     how = (
         f"Top-1 less that of dense, {claim.counted_there}: {_of(dense)}, p = {p_text(corrected['dense'])}. Honestly"
-        f" less that of the control (none_continued, the same extra steps without pruning): {_of(control)},"
+        f" less that of the control (continued, the same extra steps without pruning): {_of(control)},"
         f" p = {p_text(corrected['control'])}. n = {dense.n} test images, paired, exact, Holm over the two. Either gain"
         f" counts only with p below {1 - params.report.confidence:.2g}, and may fall short by {claim.tolerance:g}."
     )
@@ -266,7 +266,9 @@ def _parts(both: Group, params: Params, groups: dict[str, Group]) -> tuple[Group
     """The groups with only its pruner and with only its quantizer, of the same models; None where one is missing."""
     first = both.variants[0]
     family, pruner = model_family(params, params.model_of(first)), params.pruner_of(first)
-    floats = [f"{family}-{pruner}-{name}" for name, quantizer in params.quantize.items() if quantizer.method == "fp32"]
+    floats = [
+        f"{family}-{pruner}-{name}" for name, quantizer in params.quantizers.items() if quantizer.method == "fp32"
+    ]
     pruned = next((name for name in floats if name in groups), None)
     quantized = f"{family}-none-{params.variants[first].quantizer}"
     if pruned is None or quantized not in groups or not _same_models(params, groups, both, pruned, quantized):
@@ -277,7 +279,7 @@ def _parts(both: Group, params: Params, groups: dict[str, Group]) -> tuple[Group
 def _pretraining(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str, Group]) -> Finding:
     """Does compression cost a pre-trained network less accuracy than the same network trained from scratch?
 
-    The controls (`none_continued`, float) are left out: nothing is compressed in them; and `small_dense`, which begins
+    The controls (`continued`, float) are left out: nothing is compressed in them; and `small_dense`, which begins
     with fresh weights in either. The p-value is approximate, as
     an image's contrast of four outcomes runs from -2 to 2 for each pair.
     """
@@ -287,7 +289,7 @@ def _pretraining(claim: Claim, run: Run, rows: dict[str, dict], groups: dict[str
         model = params.model_of(variant)
         if params.models[model].weights == "none" or variant == params.baseline_of(variant):
             continue
-        if is_control(params, variant) or isinstance(params.prune[params.pruner_of(variant)], SmallDense):
+        if is_control(params, variant) or isinstance(params.pruners[params.pruner_of(variant)], SmallDense):
             continue
         for scratch in params.models:
             other = f"{scratch}-{params.pruner_of(variant)}-{params.variants[variant].quantizer}"

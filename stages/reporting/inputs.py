@@ -355,7 +355,7 @@ def _read_description(path: Path, variant: str) -> dict:
 
 def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
     files = {model: paths.dense_curve(model) for model in params.models}
-    files |= {pruning: paths.pruned_curve(pruning) for pruning in params.prunings}
+    files |= {pruning: paths.pruned_curve(pruning) for pruning in params.pruned}
     recovered = [variant for variant in params.variants if _recovers(params, variant)]
     files |= {variant: paths.compressed_curve(variant) for variant in recovered}
     curves = {}
@@ -371,7 +371,7 @@ def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
 
 
 def _recovers(params: Params, variant: str) -> bool:
-    quantizer = params.quantize[params.variants[variant].quantizer]
+    quantizer = params.quantizers[params.variants[variant].quantizer]
     return isinstance(quantizer, Bits) and quantizer.epochs > 0
 
 

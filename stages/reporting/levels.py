@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from stages.common.params import Importance, NoneContinued, NonePruner, Pruner, Structured
+from stages.common.params import Continued, Importance, NonePruner, Pruner, Structured
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, compare, model_family
 from stages.reporting.statistics import PairedDifference, holm, mean_and_deviation
@@ -116,11 +116,11 @@ def _words(name: str, value: Any) -> str:
 def levels_of(run: Run, rows: list[dict], groups: dict[str, Group]) -> list[Level]:
     """Every group whose pruner removes something, in the order of the params."""
     by_name = {row["variant"]: row for row in rows}
-    found, kinds = [], kinds_of(run.params.prune)
+    found, kinds = [], kinds_of(run.params.pruners)
     for group in groups.values():
         row = by_name[group.variants[0]]
-        pruner = run.params.prune[row["pruner"]]
-        if isinstance(pruner, NonePruner | NoneContinued):
+        pruner = run.params.pruners[row["pruner"]]
+        if isinstance(pruner, NonePruner | Continued):
             continue
         shares = {
             cost: mean_and_deviation(
@@ -140,16 +140,16 @@ def at_equal_macs(run: Run, levels: list[Level]) -> list[EqualMacs]:
     structured = [
         level
         for level in levels
-        if isinstance(run.params.prune[level.pruner], Structured)
-        and run.params.quantize[level.quantizer].method == "fp32"
+        if isinstance(run.params.pruners[level.pruner], Structured)
+        and run.params.quantizers[level.quantizer].method == "fp32"
     ]
     pairs: dict[str, tuple[Level, Level, PairedDifference, float | None]] = {}
     for ours in structured:
-        if run.params.prune[ours.pruner].method != "oto":
+        if run.params.pruners[ours.pruner].method != "oto":
             continue
         for theirs in structured:
             same = theirs.family == ours.family and theirs.kind != ours.kind
-            same = same and run.params.prune[theirs.pruner].budget == run.params.prune[ours.pruner].budget
+            same = same and run.params.pruners[theirs.pruner].budget == run.params.pruners[ours.pruner].budget
             ratio = theirs.shares["macs"] / ours.shares["macs"]
             seen = f"{theirs.group.name} {ours.group.name}" in pairs  # both are `oto`
             if not same or seen or abs(ratio - 1) > EQUAL_MACS:
@@ -226,7 +226,7 @@ def cuts_of(run: Run, levels: list[Level]) -> list[Cut]:
     """What removal did to every float level whose channels were removed."""
     found = []
     for level in levels:
-        if run.params.quantize[level.quantizer].method != "fp32":
+        if run.params.quantizers[level.quantizer].method != "fp32":
             continue
         metrics = [run.variants[name].description["parent"].get("metrics", {}) for name in level.group.variants]
         if not all("validation_top1_cut" in one for one in metrics):

@@ -101,8 +101,8 @@ def render_page(
         per_class=_per_class(run, choices),
         layers=_layers(run, choices.headline),
         environment=_environment(run, profile),
-        settings=[("pruner", describe(name, section)) for name, section in run.params.prune.items()]
-        + [("quantizer", describe(name, section)) for name, section in run.params.quantize.items()],
+        settings=[("pruner", describe(name, section)) for name, section in run.params.pruners.items()]
+        + [("quantizer", describe(name, section)) for name, section in run.params.quantizers.items()],
         folder=f"profiles/{Path.cwd().name}" if Path.cwd().parent.name == "profiles" else ".",
         run_id=run.run_id,
     )
@@ -176,7 +176,7 @@ def _change(run: Run, group: Group, variant: str) -> str:
     epochs, ways = extra_training(run.params, variant)
     if epochs:
         lacking = (
-            f"a none_continued pruner of {epochs} epochs with the same learning_rate_factor and distillation"
+            f"a continued pruner of {epochs} epochs with the same learning_rate_factor and distillation"
             if len(ways) == 1
             else "there is none for pruning and recovery that train by different settings"
         )
@@ -308,7 +308,7 @@ def _levels(run: Run, rows: list[dict], groups: dict[str, Group]) -> dict[str, l
     found = levels_of(run, rows, groups)
 
     return {
-        "benchmarks": _benchmarks(run) if any(run.params.prune[one.pruner].method == "oto" for one in found) else [],
+        "benchmarks": _benchmarks(run) if any(run.params.pruners[one.pruner].method == "oto" for one in found) else [],
         "equal_macs": [
             (one.ours, one.theirs, f"{one.macs_ratio:.3f}", *_over_seeds(one), p_text(one.p_value))
             for one in at_equal_macs(run, found)

@@ -447,7 +447,7 @@ def _shown_curves(run: Run) -> dict[str, list[dict[str, float]]]:
         return run.curves
     params, first = run.params, next(iter(run.params.models))
     model_of = {name: name for name in params.models}
-    model_of |= {name: pruning.model for name, pruning in params.prunings.items()}
+    model_of |= {name: pruning.model for name, pruning in params.pruned.items()}
     model_of |= {name: params.model_of(name) for name in params.variants}
     return {name: curve for name, curve in run.curves.items() if model_of[name] == first}
 
@@ -609,8 +609,8 @@ def _looks(run: Run) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str
     Pruners may be more than the colours: with one quantizer the marker tells them apart too, with several the filling.
     """
     used = run.params.variants.values()
-    pruners = [p for p in run.params.prune if any(run.params.prunings[v.pruning].pruner == p for v in used)]
-    quantizers = [q for q in run.params.quantize if any(v.quantizer == q for v in used)]
+    pruners = [p for p in run.params.pruners if any(run.params.pruned[v.pruned].pruner == p for v in used)]
+    quantizers = [q for q in run.params.quantizers if any(v.quantizer == q for v in used)]
     colors = {pruner: {"color": COLORS[index % len(COLORS)]} for index, pruner in enumerate(pruners)}
     if len(quantizers) == 1:
         return {pruner: colors[pruner] | _shape(index) for index, pruner in enumerate(pruners)}, {quantizers[0]: {}}

@@ -145,7 +145,7 @@ def _narrower(params: Params, rows: list[dict], chosen: dict) -> list[str]:
         row
         for row in rows
         if row is not chosen
-        and params.prune[row["pruner"]].method == "small_dense"
+        and params.pruners[row["pruner"]].method == "small_dense"
         and all(row[key] == chosen[key] for key in ("model", "quantizer", "seed"))
     ]
     return [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.params import Bits, NoneContinued, Params, Training
+from stages.common.params import Bits, Continued, Params, Training
 from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
 from stages.reporting.statistics import (
     PairedDifference,
@@ -90,9 +90,9 @@ def group_of(params: Params, variant: str) -> str:
 
 
 def is_control(params: Params, variant: str) -> bool:
-    """Whether it is float and trained on without pruning (`none_continued`): more training and nothing else."""
-    pruner, variant_quantizer = params.prune[params.pruner_of(variant)], params.variants[variant].quantizer
-    return isinstance(pruner, NoneContinued) and params.quantize[variant_quantizer].method == "fp32"
+    """Whether it is float and trained on without pruning (`continued`): more training and nothing else."""
+    pruner, variant_quantizer = params.pruners[params.pruner_of(variant)], params.variants[variant].quantizer
+    return isinstance(pruner, Continued) and params.quantizers[variant_quantizer].method == "fp32"
 
 
 def extra_training(params: Params, variant: str) -> tuple[int, set[tuple[float, ...]]]:
@@ -101,7 +101,7 @@ def extra_training(params: Params, variant: str) -> tuple[int, set[tuple[float, 
     Returns:
         Their sum, and the settings of each part: learning rate factor, distillation, its temperature.
     """
-    parts = [params.prune[params.pruner_of(variant)], params.quantize[params.variants[variant].quantizer]]
+    parts = [params.pruners[params.pruner_of(variant)], params.quantizers[params.variants[variant].quantizer]]
     budgets = [part.budget for part in parts if isinstance(part, Training | Bits) and part.epochs]
     return sum(epochs for epochs, *_ in budgets), {budget[1:] for budget in budgets}
 
@@ -300,7 +300,7 @@ def small_dense(run: Run) -> str | None:
     listed = [
         variant
         for variant in run.params.variants
-        if run.params.prune[run.params.pruner_of(variant)].method == "small_dense"
+        if run.params.pruners[run.params.pruner_of(variant)].method == "small_dense"
     ]
     return max(listed, key=lambda variant: validation_top1(run, variant), default=None)
 

@@ -68,7 +68,7 @@ def _params(rows: list[dict]) -> Table:
 
 
 def _training(run: Run) -> Table:
-    """Long form: dense models and prunings by epoch."""
+    """Long form: dense and pruned models by epoch."""
     return Table(
         ("run", "stage", "epoch", "validation_top1", "training_loss"),
         [

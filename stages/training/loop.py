@@ -224,7 +224,7 @@ class _Run:
         self.preprocess = copy.deepcopy(preprocess).to(device)
         self.batches, self.steps = steps_per_epoch(recipe, len(part)), steps_in(recipe, len(part))
         self.optimizers = Optimizers(network, recipe)
-        self.average = WeightAverage(network, recipe.average_decay) if recipe.average_decay else None
+        self.average = WeightAverage(network, recipe.ema_decay) if recipe.ema_decay else None
         self.images = Images(part, device)
         if recipe.early_input_size:
             _classes(network, recipe.early_input_size, title, "finetune.early_input_size")

@@ -26,7 +26,7 @@ from stages.edge.protocol import Contender, Protocol, random_pixels
 from stages.edge.runtimes import ONNXRUNTIME
 from stages.export.onnx_file import export_onnx
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.layer_norm import FORMS, CountingLayerNorm, counting, is_channels_first
+from stages.networks.layer_norm import FORMS, FixedDivisorLayerNorm, counting, is_channels_first
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.quantization.static import int8_static
@@ -51,7 +51,7 @@ def network_with(arguments: dict, form: str) -> nn.Module:
     return network
 
 
-def _counting(norm: nn.LayerNorm, form: str) -> CountingLayerNorm:
+def _counting(norm: nn.LayerNorm, form: str) -> FixedDivisorLayerNorm:
     width = norm.normalized_shape[0]
     whole = nn.LayerNorm(2 * width, norm.eps)
     new = counting(whole, width, form == "exact_matmul")

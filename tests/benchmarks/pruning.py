@@ -97,7 +97,7 @@ def training_steps(device: torch.device, bfloat16: bool, rounds: int, seed: int)
 
     def hesso_after(periods: int) -> Hesso:
         """HESSO with so many periods behind it."""
-        constraint = Hesso(network, groups, costs, hesso, STEPS, "prune.benchmark")
+        constraint = Hesso(network, groups, costs, hesso, STEPS, "pruners.benchmark")
         for period in range(periods):
             first = constraint.schedule.start + period * constraint.schedule.length
             choices["hesso"] = took(lambda first=first: constraint.before_step(first), wait)
@@ -105,7 +105,7 @@ def training_steps(device: torch.device, bfloat16: bool, rounds: int, seed: int)
         return constraint
 
     def dhspg_chosen() -> Dhspg:
-        constraint = Dhspg(network, groups, costs, dhspg, STEPS, "prune.benchmark", lambda step: 1e-4)
+        constraint = Dhspg(network, groups, costs, dhspg, STEPS, "pruners.benchmark", lambda step: 1e-4)
         choices["dhspg"] = took(lambda: constraint.before_step(constraint.schedule.start), wait)
         return constraint
 

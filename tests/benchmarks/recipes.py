@@ -3,7 +3,7 @@
 Run, from a profile's folder with its images, one process for each core that is free:
 
     python ../../tests/benchmarks/recipes.py finetune.epochs=20 finetune.random_erasing=0.25 --seeds 0 1
-    python ../../tests/benchmarks/recipes.py --pruning convnext-oto50 'prune.*.learning_rate_factor=0.2'
+    python ../../tests/benchmarks/recipes.py --pruning convnext-oto50 'pruners.*.learning_rate_factor=0.2'
 
 The first trains the profile's first model, or that of `--model`. The second prunes the dense network that
 `dvc repro -s finetune@<model>` made in the profile; `*` stands for all pruners that have this key, as one budget is
@@ -36,7 +36,7 @@ from stages.edge.machine import describe_machine
 
 ROOT = Path(__file__).parents[2]
 LOG = Path("reports/recipes.csv")
-TRAINING, PRUNING = ("base", "models", "finetune"), ("base", "finetune", "prune")
+TRAINING, PRUNING = ("base", "models", "finetune"), ("base", "finetune", "pruners")
 """The sections that a training reads, and a pruning; the images are those that the profile has."""
 COLUMNS = (
     *("change", "epochs", "seed", "validation_images", "validation_top1", "seconds", "images_per_second", "threads"),
@@ -89,11 +89,11 @@ def tried(changes: list[str], seed: int, model: str | None, pruning: str | None)
             error.
     """
     own = load_params()  # tells what is wrong without the changes
-    for option, key, known in [("--model", model, own.models), ("--pruning", pruning, own.prunings)]:
+    for option, key, known in [("--model", model, own.models), ("--pruning", pruning, own.pruned)]:
         if key is not None and key not in known:
             raise UserError(f"{option} {key}: {paths.PARAMS} has no such key: it has {', '.join(known)}")
     which = ["--pruning", pruning] if pruning else ["--model", model] if model else []
-    model = own.prunings[pruning].model if pruning else model or next(iter(own.models))
+    model = own.pruned[pruning].model if pruning else model or next(iter(own.models))
     if pruning:
         read_description(paths.dense(model))
     raw = changed(YAML(typ="safe").load(paths.PARAMS), changes, seed, PRUNING if pruning else TRAINING)
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", metavar="key=value")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="KEY", help="of models, to train instead of the first")
-    what.add_argument("--pruning", metavar="KEY", help="of prunings: prune the dense network instead of training one")
+    what.add_argument("--pruning", metavar="KEY", help="of pruned: prune the dense network instead of training one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--log", type=Path, default=LOG)
     arguments = parser.parse_args()

@@ -32,7 +32,7 @@ def params() -> dict:
     training = {"epochs": 4, "learning_rate_factor": 0.5}
     pruners = {
         "none": {"method": "none"},
-        "continued": training | {"method": "none_continued"},
+        "continued": training | {"method": "continued"},
         **{f"l1_{s}": training | {"method": "l1_unstructured", "sparsity": s / 100} for s in range(50, 86, 2)},
     }
     variants = [(pruner, quantizer) for pruner in pruners for quantizer in ("fp32", "int8")]

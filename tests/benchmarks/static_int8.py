@@ -65,11 +65,11 @@ def compare(params: Params, variant: str, scratch: Path) -> dict[str, object]:
         UserError: if the variant is not static int8.
     """
     entry = params.variants[variant]
-    settings = params.quantize[entry.quantizer]
+    settings = params.quantizers[entry.quantizer]
     if not isinstance(settings, Int8Static):
         raise UserError(f"{variant}: its quantizer is {settings.method}: give one of int8_static")
-    folder, parent = paths.compressed(variant), paths.compressed(f"{entry.pruning}-fp32")
-    images, _ = calibration_images(open_part(paths.IMAGES, "train"), settings, f"quantize.{entry.quantizer}")
+    folder, parent = paths.compressed(variant), paths.compressed(f"{entry.pruned}-fp32")
+    images, _ = calibration_images(open_part(paths.IMAGES, "train"), settings, f"quantizers.{entry.quantizer}")
     quantize_by_nncf(parent / "model.onnx", images, scratch / f"{variant}.xml")
     runs = {
         "ours int8, ONNX Runtime": ONNXRUNTIME.open(folder, 1, 1),

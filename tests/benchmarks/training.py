@@ -170,7 +170,7 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
         return timed
 
     early, recipe = recipe, recipe.model_copy(update={"early_input_size": None})
-    silent, averaged = (recipe.model_copy(update={"average_decay": decay}) for decay in (0.0, 0.999))
+    silent, averaged = (recipe.model_copy(update={"ema_decay": decay}) for decay in (0.0, 0.999))
     pruned = copy.deepcopy(network)
     fold_layer_scale(pruned)
     groups = channel_groups(pruned, size)
@@ -178,7 +178,7 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
     total = steps_in(recipe, len(part))
     if steps >= (most := steps_per_epoch(recipe, len(part))):
         raise UserError(f"--steps {steps}: an epoch has {most} of {recipe.batch_size} images: lower it or --batch")
-    hesso = Hesso(pruned, groups, costs_of(pruned, groups, size), pruner, total, "prune.benchmark")
+    hesso = Hesso(pruned, groups, costs_of(pruned, groups, size), pruner, total, "pruners.benchmark")
     quiet = run_of(silent, copy.deepcopy(network))
     pruning = run_of(silent, pruned, hesso)
     x, targets = next(pruning.batches_of(0))

@@ -42,7 +42,7 @@ def test_every_params_file_in_the_repository_is_valid(name, tmp_path):
 def test_the_default_is_as_small_as_the_design_promises():
     default = yaml.safe_load(committed("params.yaml"))
     assert len(default["models"]) == 1
-    assert len(default["prunings"]) <= 4
+    assert len(default["pruned"]) <= 4
     assert len(default["variants"]) <= 8
 
 
@@ -66,22 +66,22 @@ def test_a_wrong_type_is_named_with_path_value_and_what_is_allowed(raw, tmp_path
 
 
 def test_a_value_out_of_range_inside_a_named_entry_is_named_by_its_path_in_the_file(raw, tmp_path):
-    raw["prune"]["oto50"]["group_sparsity"] = 1.5
-    assert "prune.oto50.group_sparsity = 1.5: must be less than 1" in refusal(raw, tmp_path)
+    raw["pruners"]["oto50"]["group_sparsity"] = 1.5
+    assert "pruners.oto50.group_sparsity = 1.5: must be less than 1" in refusal(raw, tmp_path)
 
 
 def test_an_unknown_key_inside_a_named_entry_is_named(raw, tmp_path):
-    raw["prune"]["l1"]["sparsty"] = 0.1
-    raw["quantize"]["int8_dynamic"]["perchannel"] = True
-    raw["prune"]["oto50"]["importance"] = {"magnitud": 1.0}
+    raw["pruners"]["l1"]["sparsty"] = 0.1
+    raw["quantizers"]["int8_dynamic"]["perchannel"] = True
+    raw["pruners"]["oto50"]["importance"] = {"magnitud": 1.0}
     raw["models"]["convnext"]["inputsize"] = 32
-    raw["prune"]["none"]["epochs"] = 3
+    raw["pruners"]["none"]["epochs"] = 3
     message = refusal(raw, tmp_path)
-    assert "prune.l1.sparsty = 0.1: unknown key; did you mean sparsity?" in message
-    assert "quantize.int8_dynamic.perchannel = True: unknown key; did you mean per_channel?" in message
-    assert "prune.oto50.importance.magnitud = 1.0: unknown key; did you mean magnitude?" in message
+    assert "pruners.l1.sparsty = 0.1: unknown key; did you mean sparsity?" in message
+    assert "quantizers.int8_dynamic.perchannel = True: unknown key; did you mean per_channel?" in message
+    assert "pruners.oto50.importance.magnitud = 1.0: unknown key; did you mean magnitude?" in message
     assert "models.convnext.inputsize = 32: unknown key; did you mean input_size?" in message
-    assert "prune.none.epochs = 3: unknown key; known: method" in message
+    assert "pruners.none.epochs = 3: unknown key; known: method" in message
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -94,41 +94,41 @@ def test_a_number_that_is_not_finite_is_refused(raw, tmp_path, value):
 
 
 def test_an_unknown_method_lists_the_known_ones(raw, tmp_path):
-    raw["prune"]["oto50"]["method"] = "otto"
+    raw["pruners"]["oto50"]["method"] = "otto"
     message = refusal(raw, tmp_path)
-    assert "prune.oto50.method = 'otto'" in message
+    assert "pruners.oto50.method = 'otto'" in message
     assert "'l1_unstructured'" in message
 
 
 def test_a_missing_value_is_named(raw, tmp_path):
-    del raw["prune"]["oto50"]["epochs"]
+    del raw["pruners"]["oto50"]["epochs"]
     del raw["data"]["image_size"]
     message = refusal(raw, tmp_path)
     assert "2 problems" in message
-    assert "prune.oto50.epochs: is required and missing" in message
+    assert "pruners.oto50.epochs: is required and missing" in message
     assert "data.image_size: is required and missing" in message
 
 
 @pytest.mark.parametrize(("targets", "given"), [({}, "none"), ({"macs_reduction": 0.5}, "group_sparsity, macs")])
 def test_a_structured_pruner_has_exactly_one_target(raw, tmp_path, targets, given):
     if not targets:
-        del raw["prune"]["oto50"]["group_sparsity"]
-    raw["prune"]["oto50"].update(targets)
-    assert f"prune.oto50: give one of group_sparsity, params_reduction and macs_reduction (given: {given}" in refusal(
+        del raw["pruners"]["oto50"]["group_sparsity"]
+    raw["pruners"]["oto50"].update(targets)
+    assert f"pruners.oto50: give one of group_sparsity, params_reduction and macs_reduction (given: {given}" in refusal(
         raw, tmp_path
     )
 
 
 def test_a_penalty_above_its_limit_is_refusal(raw, tmp_path):
-    del raw["prune"]["oto50"]["pruning_periods"]
-    raw["prune"]["oto50"] |= {"optimizer": "dhspg", "penalty": 300.0}
-    assert "prune.oto50: penalty 300.0 is above penalty_limit 200.0: lower the one or raise" in refusal(raw, tmp_path)
+    del raw["pruners"]["oto50"]["pruning_periods"]
+    raw["pruners"]["oto50"] |= {"optimizer": "dhspg", "penalty": 300.0}
+    assert "pruners.oto50: penalty 300.0 is above penalty_limit 200.0: lower the one or raise" in refusal(raw, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["minimum_width", "divisible_by"])
 def test_a_width_beyond_any_layer_is_refused(raw, tmp_path, key):
-    raw["prune"]["oto50"][key] = 10**20
-    assert f"prune.oto50.{key} = {10**20}: must be less than or equal to 65536" in refusal(raw, tmp_path)
+    raw["pruners"]["oto50"][key] = 10**20
+    assert f"pruners.oto50.{key} = {10**20}: must be less than or equal to 65536" in refusal(raw, tmp_path)
 
 
 @pytest.mark.parametrize("late", [{"epochs": 1}, {"end_fraction": 1.0}])
@@ -140,11 +140,11 @@ def test_a_width_beyond_any_layer_is_refused(raw, tmp_path, key):
     ],
 )
 def test_an_inexact_cut_without_an_epoch_to_recover_is_refused(raw, tmp_path, late, pruner, cause):
-    raw["prune"]["oto50"] = STRUCTURED | {"end_fraction": 0.5} | pruner | late
-    expected = f"prune.oto50: {cause} changes the output when channels are cut, and end_fraction"
+    raw["pruners"]["oto50"] = STRUCTURED | {"end_fraction": 0.5} | pruner | late
+    expected = f"pruners.oto50: {cause} changes the output when channels are cut, and end_fraction"
     assert expected in refusal(raw, tmp_path)
     for exact in ({"method": "oto"}, {"method": "depgraph", "importance": "magnitude"}):
-        raw["prune"]["oto50"] = STRUCTURED | exact | {"epochs": 1}
+        raw["pruners"]["oto50"] = STRUCTURED | exact | {"epochs": 1}
         assert "changes the output" not in refusal(raw, tmp_path)  # only that its control is missing
 
 
@@ -164,18 +164,18 @@ L1 = {"method": "l1_unstructured", "epochs": 2, "learning_rate_factor": 0.5, "sp
         (STRUCTURED | {"method": "depgraph"}, {"penalty": 1e-4}, "importance: magnitude"),
         (STRUCTURED | {"method": "depgraph"}, {"start_fraction": 0.1}, "importance: magnitude"),
         (STRUCTURED | {"method": "depgraph"}, {"end_fraction": 0.5}, "importance: magnitude"),
-        (L1, {"prunings": 3}, "schedule: one_shot"),
+        (L1, {"pruning_periods": 3}, "schedule: one_shot"),
         (L1, {"start_fraction": 0.1}, "schedule: one_shot"),
         (L1, {"end_fraction": 0.5}, "schedule: one_shot"),
         (L1, {"distillation_temperature": 2.0}, "distillation: 0"),
     ],
 )
 def test_a_key_that_would_do_nothing_is_refused_also_at_its_default(raw, tmp_path, pruner, idle, beside):
-    raw["prune"]["mine"] = pruner | idle
+    raw["pruners"]["mine"] = pruner | idle
     [(key, value)] = idle.items()
-    expected = f"prune.mine.{key} = {value!r}: does nothing with {beside}: leave it out"
+    expected = f"pruners.mine.{key} = {value!r}: does nothing with {beside}: leave it out"
     assert refusal(raw, tmp_path).splitlines()[1:] == [f"  {expected}"]
-    raw["prune"]["mine"] = pruner
+    raw["pruners"]["mine"] = pruner
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     load_params(tmp_path / "params.yaml")
 
@@ -194,36 +194,36 @@ SEARCH = {"method": "learned_bits", "average_bits": 4.0}
     ],
 )
 def test_a_quantizers_key_that_would_do_nothing_is_refused(raw, tmp_path, quantizer, idle, beside):
-    raw["quantize"]["mine"] = quantizer | idle
+    raw["quantizers"]["mine"] = quantizer | idle
     [(key, value)] = idle.items()
     message = refusal(raw, tmp_path)
-    assert f"quantize.mine.{key} = {value!r}: does nothing with {beside}: leave it out" in message
+    assert f"quantizers.mine.{key} = {value!r}: does nothing with {beside}: leave it out" in message
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"average_bits": 1.5}, "quantize.mine.average_bits = 1.5: must be greater than or equal to 2"),
+        ({"average_bits": 1.5}, "quantizers.mine.average_bits = 1.5: must be greater than or equal to 2"),
         ({"choices": [4, 8], "average_bits": 3.0}, "average_bits = 3.0 is under the 4 bits that every layer needs"),
         ({"choices": [4, 4]}, "choices must rise, each once"),
-        ({"choices": [4]}, "quantize.mine.choices"),
-        ({"choices": [2, 9]}, "quantize.mine.choices.1"),
-        ({"evaluations": 0}, "quantize.mine.evaluations"),
+        ({"choices": [4]}, "quantizers.mine.choices"),
+        ({"choices": [2, 9]}, "quantizers.mine.choices.1"),
+        ({"evaluations": 0}, "quantizers.mine.evaluations"),
         ({"average_bits": 8.0}, "average_bits = 8.0 leaves nothing to choose"),
         ({"choices": [2, 3], "average_bits": 3.5}, "may have the 3 bits that are the most of choices"),
-        ({"learning_rate": -0.1}, "quantize.mine.learning_rate"),
+        ({"learning_rate": -0.1}, "quantizers.mine.learning_rate"),
         ({"rounding": "gptq", "epochs": 2}, "rounding: gptq with epochs: 2: recovery rounds to nearest"),
     ],
 )
 def test_a_budget_of_bits_that_cannot_be_kept_is_refused(raw, tmp_path, changes, expected):
-    raw["quantize"]["mine"] = SEARCH | changes
+    raw["quantizers"]["mine"] = SEARCH | changes
     assert expected in refusal(raw, tmp_path)
 
 
 def test_an_importance_by_name_is_refused_with_the_scores_that_can_be_weighted(raw, tmp_path):
-    raw["prune"]["oto50"]["importance"] = "magnitude"
+    raw["pruners"]["oto50"]["importance"] = "magnitude"
     message = (
-        "prune.oto50.importance = 'magnitude': must map scores to weights ({magnitude: 1.0}); the scores: magnitude,"
+        "pruners.oto50.importance = 'magnitude': must map scores to weights ({magnitude: 1.0}); the scores: magnitude,"
     )
     assert message in refusal(raw, tmp_path)
 
@@ -239,17 +239,19 @@ def test_the_readmes_example_of_a_pruner_fits_into_the_default_params(tmp_path):
 
 
 def test_two_to_four_sparsity_is_refused_at_another_sparsity(raw, tmp_path):
-    raw["prune"]["l1"]["pattern"] = "2:4"
-    assert "prune.l1: pattern 2:4 zeroes half of every layer" in refusal(raw, tmp_path)
+    raw["pruners"]["l1"]["pattern"] = "2:4"
+    assert "pruners.l1: pattern 2:4 zeroes half of every layer" in refusal(raw, tmp_path)
 
 
 def test_two_to_four_sparsity_is_refused_with_the_gradual_schedule(raw, tmp_path):
-    raw["prune"]["l1"] |= {"pattern": "2:4", "sparsity": 0.5, "schedule": "gradual"}
-    assert "prune.l1: pattern 2:4 is chosen at once: set schedule: one_shot, or pattern: none" in refusal(raw, tmp_path)
+    raw["pruners"]["l1"] |= {"pattern": "2:4", "sparsity": 0.5, "schedule": "gradual"}
+    assert "pruners.l1: pattern 2:4 is chosen at once: set schedule: one_shot, or pattern: none" in refusal(
+        raw, tmp_path
+    )
 
 
 def test_a_control_without_the_pruners_distillation_is_no_control(raw, tmp_path):
-    raw["prune"]["oto50"]["distillation"] = 0.5
+    raw["pruners"]["oto50"]["distillation"] = 0.5
     assert "with distillation 0.5 at temperature 2.0" in refusal(raw, tmp_path)
 
 
@@ -257,27 +259,27 @@ def test_a_control_without_the_pruners_distillation_is_no_control(raw, tmp_path)
     ("section", "key", "entry", "expected"),
     [
         (
-            "prunings",
+            "pruned",
             "atto-none",
             {"model": "atto", "pruner": "none"},
-            "prunings.atto-none.model = 'atto': not listed under models",
+            "pruned.atto-none.model = 'atto': not listed under models",
         ),
         (
-            "prunings",
+            "pruned",
             "convnext-l2",
             {"model": "convnext", "pruner": "l2"},
-            "prunings.convnext-l2.pruner = 'l2': not listed under prune",
+            "pruned.convnext-l2.pruner = 'l2': not listed under pruners",
         ),
         (
             "variants",
             "convnext-none-int4",
-            {"pruning": "convnext-none", "quantizer": "int4"},
+            {"pruned": "convnext-none", "quantizer": "int4"},
             "variants.convnext-none-int4.quantizer = 'int4': not listed under quantize",
         ),
         (
             "variants",
             "best",
-            {"pruning": "convnext-none", "quantizer": "fp32"},
+            {"pruned": "convnext-none", "quantizer": "fp32"},
             "variants.best: the key must be its joined parts, 'convnext-none-fp32'",
         ),
     ],
@@ -297,9 +299,9 @@ def test_an_early_input_size_that_is_not_smaller_is_refused(raw, tmp_path):
     path.write_text(yaml.safe_dump(raw))
     assert load_params(path).finetune.early_input_size == size
     budget = {"epochs": 2, "learning_rate_factor": 0.5}
-    raw["prune"]["small"] = {"method": "small_dense", "group_sparsity": 0.5} | budget  # fresh weights all the same
-    raw["prune"]["as_long"] = {"method": "none_continued"} | budget
-    raw["prunings"] |= {f"convnext-{key}": {"model": "convnext", "pruner": key} for key in ("small", "as_long")}
+    raw["pruners"]["small"] = {"method": "small_dense", "group_sparsity": 0.5} | budget  # fresh weights all the same
+    raw["pruners"]["as_long"] = {"method": "continued"} | budget
+    raw["pruned"] |= {f"convnext-{key}": {"model": "convnext", "pruner": key} for key in ("small", "as_long")}
     assert told in refusal(raw, tmp_path)
 
 
@@ -309,13 +311,13 @@ def test_a_model_without_its_baseline_is_refusal(raw, tmp_path):
 
 
 def test_pruning_with_recovery_needs_the_control_of_the_same_length(raw, tmp_path):
-    raw["prune"]["oto50"]["epochs"] += 1
+    raw["pruners"]["oto50"]["epochs"] += 1
     assert "a pruner trains for 3 more epochs at learning_rate_factor 0.5" in refusal(raw, tmp_path)
 
 
 def test_the_control_must_train_at_the_same_learning_rate(raw, tmp_path):
-    raw["prune"]["none_continued"]["learning_rate_factor"] = 1.0
-    assert "a none_continued pruner with the same settings must be listed" in refusal(raw, tmp_path)
+    raw["pruners"]["continued"]["learning_rate_factor"] = 1.0
+    assert "a continued pruner with the same settings must be listed" in refusal(raw, tmp_path)
 
 
 def test_numbers_that_dvc_writes_without_a_point_are_numbers(raw, tmp_path):
@@ -334,8 +336,8 @@ def test_a_key_given_twice_is_refused(tmp_path):
 
 def test_names_that_yaml_reads_as_something_else_are_told(raw, tmp_path):
     for name in (None, 1, 1000.0):
-        told = refusal(raw | {"prune": raw["prune"] | {name: {"method": "none"}}}, tmp_path)
-        assert f"prune: the name {name!r} is no text: put it in quotes" in told.replace(f"prune.{name}:", "prune:")
+        told = refusal(raw | {"pruners": raw["pruners"] | {name: {"method": "none"}}}, tmp_path)
+        assert f"prune: the name {name!r} is no text: put it in quotes" in told.replace(f"pruners.{name}:", "prune:")
 
 
 def test_a_long_value_is_shortened(raw, tmp_path):
@@ -413,11 +415,11 @@ def test_an_unknown_architecture_is_refused_with_the_nearest_names(raw, tmp_path
 
 
 def test_names_with_dots_are_refused_since_dvc_would_split_them(raw, tmp_path):
-    raw["prune"]["oto.5"] = {"method": "none"}
-    raw["variants"]["convnext-none-fp32"]["pruning"] = "convnext none"
+    raw["pruners"]["oto.5"] = {"method": "none"}
+    raw["variants"]["convnext-none-fp32"]["pruned"] = "convnext none"
     message = refusal(raw, tmp_path)
-    assert "prune.oto.5: names hold letters, digits, _ and - only" in message
-    assert "variants.convnext-none-fp32.pruning = 'convnext none': names hold letters" in message
+    assert "pruners.oto.5: names hold letters, digits, _ and - only" in message
+    assert "variants.convnext-none-fp32.pruned = 'convnext none': names hold letters" in message
 
 
 @pytest.mark.parametrize("root", ["..", "nowhere", "stages"])
@@ -481,7 +483,7 @@ def test_a_weights_file_is_looked_for_beside_the_params(raw, tmp_path):
     [
         ("models", {}, "models: needs entries, at least 1"),
         ("finetune", None, "finetune: is empty: its keys are missing"),
-        ("prune", {"none": None}, "prune.none: is empty: its keys are missing"),
+        ("pruners", {"none": None}, "pruners.none: is empty: its keys are missing"),
     ],
 )
 def test_an_empty_section_is_named(raw, tmp_path, section, value, words):
@@ -526,8 +528,7 @@ def test_the_plan_remarks_on_a_pruning_that_no_variant_uses(raw, tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     remarks = [line for line in plan(load_params(tmp_path / "params.yaml")).splitlines() if line.startswith("remark")]
     assert remarks == [
-        "remark    prunings.convnext-none_continued: no variant uses it: it would be made, and neither measured nor"
-        " reported"
+        "remark    pruned.convnext-continued: no variant uses it: it would be made, and neither measured nor reported"
     ]
 
 

@@ -14,7 +14,7 @@ from stages.export import onnx_file
 from stages.export.onnx_file import export_onnx
 from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears, unpack_layer
-from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.predict import predict_logits
 
@@ -34,8 +34,8 @@ class Stem(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 700, 8, 8), nn.Linear(700, 10)
-        self.norms = nn.Sequential(CountingLayerNorm(700, 768, 1e-6, True), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
-        self.last = CountingLayerNorm(700, 768, 1e-6, False)
+        self.norms = nn.Sequential(FixedDivisorLayerNorm(700, 768, 1e-6, True), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+        self.last = FixedDivisorLayerNorm(700, 768, 1e-6, False)
 
     def forward(self, x):
         return self.head(self.last(self.norms(self.conv(x))))
@@ -68,7 +68,7 @@ def test_counting_layer_norm_is_a_fused_operator_between_pad_and_slice_with_fold
     torch.manual_seed(0)
     network = Stem().eval()
     for module in network.modules():
-        if isinstance(module, CountingLayerNorm):
+        if isinstance(module, FixedDivisorLayerNorm):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     classifier = classify(network)

@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
 
 from stages.common.errors import UserError
-from stages.networks.layer_norm import CountingLayerNorm, counting, narrowed
+from stages.networks.layer_norm import FixedDivisorLayerNorm, counting, narrowed
 
 KEPT = torch.tensor([0, 2, 3, 6])
 
@@ -67,8 +67,8 @@ def test_counting_norm_passes_gradients_like_the_norm_over_all_with_zeros():
 @pytest.mark.parametrize("offset", [0.0, 1.0, 300.0])
 def test_sums_by_matrix_products_equal_padding_in_float32(channels_first, offset):
     torch.manual_seed(0)
-    padded = CountingLayerNorm(96, 384, 1e-6, channels_first).eval()
-    products = CountingLayerNorm(96, 384, 1e-6, channels_first, as_matmul=True).eval()
+    padded = FixedDivisorLayerNorm(96, 384, 1e-6, channels_first).eval()
+    products = FixedDivisorLayerNorm(96, 384, 1e-6, channels_first, as_matmul=True).eval()
     nn.init.normal_(padded.weight)
     nn.init.normal_(padded.bias)
     products.load_state_dict(padded.state_dict())
@@ -82,7 +82,7 @@ def test_sums_by_matrix_products_equal_padding_in_float32(channels_first, offset
 
 def test_matrix_products_are_used_in_evaluation_only_and_never_under_autocast():
     torch.manual_seed(0)
-    products, padded = (CountingLayerNorm(40, 90, 1e-6, False, as_matmul=as_matmul) for as_matmul in (True, False))
+    products, padded = (FixedDivisorLayerNorm(40, 90, 1e-6, False, as_matmul=as_matmul) for as_matmul in (True, False))
     x = torch.randn(3, 40)
     assert torch.equal(products(x), padded(x))
     products.eval()

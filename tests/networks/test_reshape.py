@@ -8,7 +8,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.global_response_norm import CountingGlobalResponseNorm
-from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.networks.reshape import reshape, widths_of
 
 
@@ -62,7 +62,7 @@ def test_narrowed_modules_keep_what_their_class_adds():
     assert isinstance(network[1].act, nn.Hardswish)
     assert network[0].stride == (2, 2)
     assert network[2].bias is None
-    assert isinstance(network[5], CountingLayerNorm)
+    assert isinstance(network[5], FixedDivisorLayerNorm)
     assert network[5].original_width == 6
 
 

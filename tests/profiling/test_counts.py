@@ -11,7 +11,7 @@ from stages.artifacts.artifact import LayerStorage
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.dynamic_int8 import dynamic_layers, unpack_layer
-from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.profiling.counts import count_layers, totals
 from stages.profiling.visible import macs_visible, params_visible
 from stages.quantization.dynamic import int8_dynamic
@@ -46,7 +46,7 @@ def test_every_layer_kind_is_counted_as_by_hand():
         nn.Hardswish(),
         nn.AvgPool2d(2),
         nn.Conv2d(8, 6, 1),  # 8 x 8 x 6 outputs of 8 products
-        CountingLayerNorm(6, 9, 1e-6, channels_first=True),
+        FixedDivisorLayerNorm(6, 9, 1e-6, channels_first=True),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(1),
         nn.LayerNorm(6),
@@ -71,7 +71,7 @@ def test_every_layer_kind_is_counted_as_by_hand():
 
 @pytest.mark.parametrize("as_matmul", [True, False])
 def test_a_layer_norm_counts_no_macs_in_any_form_and_is_left_as_it_is(as_matmul):
-    norm = CountingLayerNorm(3, 9, 1e-6, channels_first=True, as_matmul=as_matmul)
+    norm = FixedDivisorLayerNorm(3, 9, 1e-6, channels_first=True, as_matmul=as_matmul)
     network = nn.Sequential(norm, nn.Flatten(), nn.Linear(3 * 16, 2)).eval()
     total = counted(network, size=4)
     assert (total.params, total.macs) == (6 + 98, 96)
@@ -144,7 +144,7 @@ def test_unstructured_pruning_changes_only_the_parameters_that_are_not_zero():
     network = built("convnext, linear mlp")
     pruned = copy.deepcopy(network)
     layer = pruned.stages[3].blocks[0].mlp.fc1
-    prune.remove(prune.l1_unstructured(layer, "weight", amount=0.5), "weight")
+    prune.remove(pruners.l1_unstructured(layer, "weight", amount=0.5), "weight")
     before, after = counted(network), counted(pruned)
     assert (after.params, after.macs, after.bops) == (before.params, before.macs, before.bops)
     assert before.params_nonzero - after.params_nonzero == layer.weight.numel() // 2

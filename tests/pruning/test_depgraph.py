@@ -15,7 +15,7 @@ from stages.networks.build import NetworkSpec, build_network
 from stages.pruning.costs import costs_of
 from stages.pruning.depgraph import SEARCH_STEPS, GroupLasso, find_ratio, lasso_steps, prune_depgraph
 
-KEY = "prune.toy"
+KEY = "pruners.toy"
 
 
 def depgraph(**settings) -> Depgraph:
@@ -89,19 +89,19 @@ def test_the_ratio_is_the_least_that_meets_the_target(convnext):
     [
         (
             {"group_sparsity": 0.5, "divisible_by": 8},
-            "prune.toy.group_sparsity = 0.5: at most 0.0 can go: the same share goes in every layer, and"
+            "pruners.toy.group_sparsity = 0.5: at most 0.0 can go: the same share goes in every layer, and"
             " stages.0.blocks.0.mlp.fc2 keeps 8 of its 8 channels, since every layer keeps 5 % of its channels and at"
             " least 1, and a multiple of 8 where it is cut",
         ),
         (
             {"group_sparsity": 0.9},
-            "prune.toy.group_sparsity = 0.9: at most 0.875 can go: the same share goes in every layer, and"
+            "pruners.toy.group_sparsity = 0.9: at most 0.875 can go: the same share goes in every layer, and"
             " stages.0.blocks.0.mlp.fc2 keeps 1 of its 8 channels, since every layer keeps 5 % of its channels and at"
             " least 1",
         ),
         (
             {"macs_reduction": 0.9, "minimum_width": 10},
-            "prune.toy.macs_reduction = 0.9: at most 0.442 can go, since every layer keeps 5 % of its channels and at"
+            "pruners.toy.macs_reduction = 0.9: at most 0.442 can go, since every layer keeps 5 % of its channels and at"
             " least 10",
         ),
     ],
@@ -125,7 +125,7 @@ def test_a_network_that_the_library_cannot_prune_is_refused_in_plain_words_witho
         warnings.simplefilter("error")
         find_ratio(build_network(spec), spec, depgraph(group_sparsity=0.5), 32, KEY)
     assert str(refusal.value) == (
-        "prune.toy (method depgraph): timm vit_tiny_patch16_224: Torch-Pruning cannot prune this network (it leaves"
+        "pruners.toy (method depgraph): timm vit_tiny_patch16_224: Torch-Pruning cannot prune this network (it leaves"
         " cls_token with shape (1, 1, 16) where (1, 1, 32) is needed): choose another method; l1_unstructured and"
         " random_unstructured prune any"
     )
@@ -156,7 +156,7 @@ def test_a_network_on_which_the_group_lasso_fails_is_refused_before_any_training
     spec = NetworkSpec("timm", "regnetx_002", {}, 4)
     network = build_network(spec)
     assert find_ratio(network, spec, depgraph(macs_reduction=0.3), 64, KEY) > 0
-    with pytest.raises(UserError, match=r"^prune\.toy \(method depgraph\): timm regnetx_002: .*set importance: magn"):
+    with pytest.raises(UserError, match=r"^pruners\.toy \(method depgraph\): timm regnetx_002: .*set importance: magn"):
         find_ratio(network, spec, depgraph(macs_reduction=0.3, importance="group_lasso"), 64, KEY)
     with pytest.raises(UserError, match=r"a multiple of 16 where it is cut, a multiple of \d+ here for its groups$"):
         find_ratio(network, spec, depgraph(group_sparsity=0.9, divisible_by=16), 64, KEY)
@@ -164,7 +164,7 @@ def test_a_network_on_which_the_group_lasso_fails_is_refused_before_any_training
 
 def test_a_group_lasso_without_a_step_is_refused_with_the_key():
     pruner = depgraph(group_sparsity=0.5, importance="group_lasso", start_fraction=0.3, end_fraction=0.31)
-    with pytest.raises(UserError, match=r"^prune\.toy\.end_fraction = 0\.31: no step of 10 lies between"):
+    with pytest.raises(UserError, match=r"^pruners\.toy\.end_fraction = 0\.31: no step of 10 lies between"):
         lasso_steps(pruner, 10, KEY)
 
 

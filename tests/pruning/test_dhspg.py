@@ -46,7 +46,7 @@ def settings_with(**changes) -> Oto:
 
 
 def dhspg_for(network: nn.Module, settings: Oto) -> Dhspg:
-    return Dhspg(network, GROUPS, toy_costs(), settings, STEPS, "prune.toy", rate)
+    return Dhspg(network, GROUPS, toy_costs(), settings, STEPS, "pruners.toy", rate)
 
 
 class Reference:
@@ -339,13 +339,13 @@ def test_parameters_in_channels_last_memory_are_pruned_in_place():
 
 
 def test_phase_without_a_step_is_refused_with_the_key():
-    with pytest.raises(UserError, match=r"prune\.toy\.end_fraction = 0\.21: no step of 20") as error:
+    with pytest.raises(UserError, match=r"pruners\.toy\.end_fraction = 0\.21: no step of 20") as error:
         dhspg_for(toy(), settings_with(end_fraction=0.21))
     assert "lower finetune.batch_size (steps in an epoch: 20)" in str(error.value)
 
 
 def test_target_that_cannot_be_met_is_refused_before_training():
-    with pytest.raises(UserError, match=r"prune\.toy\.macs_reduction = 0\.999: at most 0\.9"):
+    with pytest.raises(UserError, match=r"pruners\.toy\.macs_reduction = 0\.999: at most 0\.9"):
         dhspg_for(toy(), settings_with(macs_reduction=0.999))
 
 

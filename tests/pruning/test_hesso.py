@@ -74,7 +74,7 @@ class Reference:
 
 
 def hesso_for(network: nn.Module, settings: Oto) -> Hesso:
-    return Hesso(network, GROUPS, toy_costs(), settings, STEPS, "prune.toy")
+    return Hesso(network, GROUPS, toy_costs(), settings, STEPS, "pruners.toy")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -218,13 +218,13 @@ def test_parameters_in_channels_last_memory_are_pruned_in_place():
 
 
 def test_periods_that_do_not_fit_are_refused_with_the_key():
-    with pytest.raises(UserError, match=r"prune\.toy\.pruning_periods = 30: only 9 of 20 steps") as error:
-        pruning_schedule(oto(pruning_periods=30, epochs=10), STEPS, "prune.toy")
+    with pytest.raises(UserError, match=r"pruners\.toy\.pruning_periods = 30: only 9 of 20 steps") as error:
+        pruning_schedule(oto(pruning_periods=30, epochs=10), STEPS, "pruners.toy")
     assert "lower pruning_periods or finetune.batch_size (steps in an epoch: 2)" in str(error.value)
 
 
 def test_target_that_would_empty_a_layer_is_refused_with_the_nearest_that_can_be_met():
-    with pytest.raises(UserError, match=r"prune\.toy\.group_sparsity = 0\.95: at most 0\.892 of this network's 28"):
+    with pytest.raises(UserError, match=r"pruners\.toy\.group_sparsity = 0\.95: at most 0\.892 of this network's 28"):
         hesso_for(toy(), oto(group_sparsity=0.95))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.pruning import only_train_once_adapter
 from stages.pruning.costs import costs_of
 from stages.pruning.groups import check_exact, cut_channels, relative_difference
@@ -120,7 +120,7 @@ def test_only_norms_that_were_cut_become_counting_norms(convnext):
         for group in groups
     }
     subnet, smaller = cut_channels(network, spec, groups, pruned)
-    counting = {name for name, module in subnet.named_modules() if isinstance(module, CountingLayerNorm)}
+    counting = {name for name, module in subnet.named_modules() if isinstance(module, FixedDivisorLayerNorm)}
     assert counting == {"stages.1.blocks.0.norm", "stages.1.blocks.1.norm", "stages.2.downsample.0"}
     assert smaller.layer_norm_widths == dict.fromkeys(counting, 12)
 

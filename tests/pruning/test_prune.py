@@ -22,7 +22,7 @@ from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.params import Fp32, Int8Dynamic, Variant, load_params
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.layer_norm import CountingLayerNorm
+from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.pruning import methods, session
 from stages.pruning.costs import costs_of
 from stages.quantize import compress
@@ -41,12 +41,12 @@ PARAMS = {
         "learning_rate": 0.02,
         "crop_padding": 1,
         "precision": "float32",
-        "average_decay": 0.5,
+        "ema_decay": 0.5,
     },
     "models": {"toy": {"library": "timm", "architecture": "convnext_atto", "arguments": ARGUMENTS, "input_size": 32}},
-    "prune": {
+    "pruners": {
         "none": {"method": "none"},
-        "none_continued": {"method": "none_continued", **BUDGET},
+        "continued": {"method": "continued", **BUDGET},
         "oto": {"method": "oto", **BUDGET, "group_sparsity": 0.5},
         "l1": {"method": "l1_unstructured", **BUDGET, "sparsity": 0.8},
         "random": {"method": "random_unstructured", **BUDGET, "sparsity": 0.8},
@@ -57,7 +57,7 @@ PARAMS = {
             "sparsity": 0.5,
             "pattern": "2:4",
         },
-        "taught": {"method": "none_continued", **BUDGET, "distillation": 0.5},
+        "taught": {"method": "continued", **BUDGET, "distillation": 0.5},
         "gradual": {
             "method": "l1_unstructured",
             "epochs": 2,
@@ -74,10 +74,10 @@ PARAMS = {
         "magnitude": BUDGET | {"method": "depgraph", "macs_reduction": 0.5},
         "lasso": BUDGET | {"method": "depgraph", "importance": "group_lasso", "macs_reduction": 0.5},
     },
-    "quantize": {"fp32": {"method": "fp32"}},
+    "quantizers": {"fp32": {"method": "fp32"}},
 }
-PARAMS["prunings"] = {f"toy-{pruner}": {"model": "toy", "pruner": pruner} for pruner in PARAMS["prune"]}
-PARAMS["variants"] = {"toy-none-fp32": {"pruning": "toy-none", "quantizer": "fp32"}}
+PARAMS["pruned"] = {f"toy-{pruner}": {"model": "toy", "pruner": pruner} for pruner in PARAMS["pruners"]}
+PARAMS["variants"] = {"toy-none-fp32": {"pruned": "toy-none", "quantizer": "fp32"}}
 
 
 def write_images(folder: Path) -> dict[str, str]:
@@ -129,7 +129,7 @@ def dense_description(data: dict[str, str]) -> Description:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prune")
+    folder = tmp_path_factory.mktemp("pruners")
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS))
     description = dense_description(write_images(folder / paths.IMAGES))
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def workspace(template, tmp_path, monkeypatch):
 
 
 def run(monkeypatch, key: str) -> tuple[torch.nn.Module, Description]:
-    monkeypatch.setattr(sys, "argv", ["prune", key])
+    monkeypatch.setattr(sys, "argv", ["pruners", key])
     prune.main()
     return load_artifact(paths.pruned(key))
 
@@ -168,7 +168,7 @@ def test_none_copies_the_dense_tensors(workspace, monkeypatch):
     network, description = run(monkeypatch, "toy-none")
     dense, parent = load_artifact(paths.dense("toy"))
     assert all(torch.equal(dense.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
-    assert (description.name, description.stage, description.model) == ("toy-none", "prune", "toy")
+    assert (description.name, description.stage, description.model) == ("toy-none", "pruners", "toy")
     assert description.parent["name"] == "toy"
     assert description.tensors == parent.tensors
     assert description.metrics["validation_top1"] == 0.5
@@ -176,15 +176,15 @@ def test_none_copies_the_dense_tensors(workspace, monkeypatch):
     assert curve_of("toy-none") == [list(CURVE_COLUMNS)]
 
 
-def test_none_continued_trains_the_whole_network(workspace, monkeypatch):
-    network, description = run(monkeypatch, "toy-none_continued")
+def test_continued_trains_the_whole_network(workspace, monkeypatch):
+    network, description = run(monkeypatch, "toy-continued")
     dense, parent = load_artifact(paths.dense("toy"))
     assert description.network == replace(parent.network, layer_scale_folded=True)
     assert not torch.equal(network.head.fc.weight, dense.head.fc.weight)
     assert description.metrics["validation_top1"] > 0.9
     folded = sum(ARGUMENTS["dims"])  # one block of each width: its layer scale is in the layer before it now
     assert description.metrics["params"] == description.metrics["params_dense"] - folded
-    assert len(curve_of("toy-none_continued")) == 3
+    assert len(curve_of("toy-continued")) == 3
 
 
 def test_oto_leaves_a_physically_smaller_network_and_no_stray_file(workspace, monkeypatch):
@@ -197,7 +197,7 @@ def test_oto_leaves_a_physically_smaller_network_and_no_stray_file(workspace, mo
     assert metrics["validation_top1"] > 0.8
     assert description.network.layer_scale_folded
     assert description.network.widths
-    counting = {name for name, module in network.named_modules() if isinstance(module, CountingLayerNorm)}
+    counting = {name for name, module in network.named_modules() if isinstance(module, FixedDivisorLayerNorm)}
     assert counting == set(description.network.layer_norm_widths)
     assert description.parameters["group_sparsity"] == 0.5
     made = files_below(workspace) - before
@@ -216,7 +216,7 @@ def test_dhspg_tells_how_many_channels_its_projection_took_and_what_to_raise(
     workspace, monkeypatch, capsys, penalty, half_space
 ):
     raw = copy.deepcopy(PARAMS)
-    raw["prune"]["dhspg"] |= {"penalty": penalty, "half_space": half_space}
+    raw["pruners"]["dhspg"] |= {"penalty": penalty, "half_space": half_space}
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     _, description = run(monkeypatch, "toy-dhspg")
     projected = description.metrics["channels_projected"]
@@ -239,22 +239,22 @@ def test_plain_layer_norm_tells_the_jump_that_it_causes(workspace, monkeypatch):
     network, description = run(monkeypatch, "toy-plain")
     assert description.metrics["cut_difference"] > 1e-3
     assert description.network.layer_norm == "plain"
-    assert not any(isinstance(module, CountingLayerNorm) for module in network.modules())
+    assert not any(isinstance(module, FixedDivisorLayerNorm) for module in network.modules())
     assert description.metrics["validation_top1"] > 0.8
 
 
 @pytest.mark.parametrize("pruner", ["oto", "lasso"])
 def test_pruning_to_the_last_epoch_is_refused_where_the_cut_needs_recovery(workspace, monkeypatch, pruner):
     raw = copy.deepcopy(PARAMS)
-    raw["prune"][pruner] |= {"end_fraction": 0.9, "layer_norm": "plain"}
+    raw["pruners"][pruner] |= {"end_fraction": 0.9, "layer_norm": "plain"}
     paths.PARAMS.write_text(yaml.safe_dump(raw))
-    with pytest.raises(UserError, match=rf"prune\.{pruner}\.end_fraction = 0.9: pruning takes all 2 epochs"):
+    with pytest.raises(UserError, match=rf"pruners\.{pruner}\.end_fraction = 0.9: pruning takes all 2 epochs"):
         run(monkeypatch, f"toy-{pruner}")
 
 
 def test_oto_may_prune_to_the_last_epoch(workspace, monkeypatch):
     raw = copy.deepcopy(PARAMS)
-    raw["prune"]["oto"]["end_fraction"] = 1.0
+    raw["pruners"]["oto"]["end_fraction"] = 1.0
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     _, description = run(monkeypatch, "toy-oto")
     assert description.metrics["group_sparsity"] == pytest.approx(0.5, abs=0.01)
@@ -301,17 +301,17 @@ def test_small_dense_is_narrower_everywhere_and_trains_for_both_budgets(workspac
 def test_a_target_that_cannot_be_met_names_the_nearest_that_can(workspace, monkeypatch):
     raw = copy.deepcopy(PARAMS)
     for pruner in ("dhspg", "cut_at_random", "magnitude", "narrow"):
-        raw["prune"][pruner]["macs_reduction"] = 0.9999
+        raw["pruners"][pruner]["macs_reduction"] = 0.9999
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     for pruner in ("dhspg", "cut_at_random", "magnitude", "narrow"):
-        with pytest.raises(UserError, match=rf"prune\.{pruner}\.macs_reduction = 0.9999: at most 0\.[6-9]"):
+        with pytest.raises(UserError, match=rf"pruners\.{pruner}\.macs_reduction = 0.9999: at most 0\.[6-9]"):
             run(monkeypatch, f"toy-{pruner}")
 
 
 def test_a_target_under_one_unit_of_channels_is_told_to_remove_nothing(workspace, monkeypatch, capsys):
     raw = copy.deepcopy(PARAMS)
-    del raw["prune"]["cut_at_random"]["macs_reduction"]
-    raw["prune"]["cut_at_random"] |= {"group_sparsity": 0.001}
+    del raw["pruners"]["cut_at_random"]["macs_reduction"]
+    raw["pruners"]["cut_at_random"] |= {"group_sparsity": 0.001}
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     run(monkeypatch, "toy-cut_at_random")
     told = "nothing was removed: prune.cut_at_random.group_sparsity = 0.001 is less than one unit of channels"
@@ -321,11 +321,11 @@ def test_a_target_under_one_unit_of_channels_is_told_to_remove_nothing(workspace
 @pytest.mark.parametrize("pruner", ["oto", "magnitude", "lasso"])
 def test_a_target_of_zero_removes_nothing_and_is_the_control(workspace, monkeypatch, pruner):
     raw = copy.deepcopy(PARAMS)
-    raw["prune"][pruner] |= {"macs_reduction": 0.0}
-    raw["prune"][pruner].pop("group_sparsity", None)
+    raw["pruners"][pruner] |= {"macs_reduction": 0.0}
+    raw["pruners"][pruner].pop("group_sparsity", None)
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     _, description = run(monkeypatch, f"toy-{pruner}")
-    _, control = run(monkeypatch, "toy-none_continued")
+    _, control = run(monkeypatch, "toy-continued")
     assert description.tensors == control.tensors
     assert description.network.widths == {}
     assert description.metrics["group_sparsity"] == 0
@@ -333,7 +333,7 @@ def test_a_target_of_zero_removes_nothing_and_is_the_control(workspace, monkeypa
 
 def test_the_lassos_target_is_refused_before_any_training(workspace, monkeypatch):
     raw = copy.deepcopy(PARAMS)
-    raw["prune"]["lasso"]["macs_reduction"] = 0.9999
+    raw["pruners"]["lasso"]["macs_reduction"] = 0.9999
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     monkeypatch.setattr(session, "train", lambda *_, **__: pytest.fail("it trained first"))
     with pytest.raises(UserError, match=r"prune\.lasso\.macs_reduction = 0\.9999: at most 0\.9"):
@@ -348,7 +348,7 @@ def test_depgraph_tells_its_channels(workspace, monkeypatch):
 
 
 def test_distillation_changes_what_is_learned(workspace, monkeypatch):
-    plain, _ = run(monkeypatch, "toy-none_continued")
+    plain, _ = run(monkeypatch, "toy-continued")
     taught, description = run(monkeypatch, "toy-taught")
     assert not torch.equal(plain.head.fc.weight, taught.head.fc.weight)
     assert description.parameters["distillation"] == 0.5
@@ -383,7 +383,7 @@ def test_unstructured_zeros_reach_the_artifact(workspace, monkeypatch, pruner):
 
 
 def test_zeros_reach_the_artifact_with_one_sign_also_without_averaging(workspace, monkeypatch):
-    raw = PARAMS | {"finetune": PARAMS["finetune"] | {"average_decay": 0.0}}
+    raw = PARAMS | {"finetune": PARAMS["finetune"] | {"ema_decay": 0.0}}
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     network, _ = run(monkeypatch, "toy-l1")
     weights = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
@@ -406,8 +406,10 @@ def test_two_of_four_leaves_what_it_does_not_fit_dense_and_says_so(workspace, mo
 @pytest.mark.parametrize("quantizer", [Fp32(method="fp32"), Int8Dynamic(method="int8_dynamic")], ids=["fp32", "int8"])
 def test_zeros_survive_quantization_and_export(workspace, monkeypatch, quantizer):
     pruned, description = run(monkeypatch, "toy-l1")
-    folder, variant = paths.compressed("toy-l1-small"), Variant(pruning="toy-l1", quantizer="small")
-    params = load_params().model_copy(update={"quantize": {"small": quantizer}, "variants": {"toy-l1-small": variant}})
+    folder, variant = paths.compressed("toy-l1-small"), Variant(pruned="toy-l1", quantizer="small")
+    params = load_params().model_copy(
+        update={"quantizers": {"small": quantizer}, "variants": {"toy-l1-small": variant}}
+    )
     compress(params, "toy-l1-small", paths.pruned("toy-l1"), folder, paths.IMAGES, 1)
     stored = {
         name.replace(".linear.", "."): tensor
@@ -431,15 +433,15 @@ def test_zeros_survive_quantization_and_export(workspace, monkeypatch, quantizer
 
 @pytest.mark.parametrize("form", ["exact_matmul", "plain"])
 def test_layer_norm_says_how_the_saved_network_counts(workspace, monkeypatch, form):
-    oto = PARAMS["prune"]["oto"] | {"layer_norm": form, "group_sparsity": 0.8}  # so that LayerNorms are cut
-    changed = PARAMS | {"prune": PARAMS["prune"] | {"oto": oto}}
+    oto = PARAMS["pruners"]["oto"] | {"layer_norm": form, "group_sparsity": 0.8}  # so that LayerNorms are cut
+    changed = PARAMS | {"pruners": PARAMS["pruners"] | {"oto": oto}}
     (workspace / "params.yaml").write_text(yaml.safe_dump(changed))
     network, description = run(monkeypatch, "toy-oto")
     assert description.network.layer_norm == form
     cut = [network.get_submodule(name) for name in description.network.layer_norm_widths]
     assert cut
     if form == "plain":
-        assert not any(isinstance(module, CountingLayerNorm) for module in network.modules())
+        assert not any(isinstance(module, FixedDivisorLayerNorm) for module in network.modules())
         assert all(isinstance(module, torch.nn.LayerNorm) for module in cut)
     else:
         assert all(module.as_matmul for module in cut)
@@ -456,11 +458,11 @@ def test_what_cannot_be_cut_is_told_where_that_is_allowed_and_refused_elsewhere(
         group_id for group_id in cuttable
         if any(f"{group}.weight" in node.param_names for node in graph.node_groups[group_id].nodes.values())
     )])  # fmt: skip
-    changed = PARAMS | {"prune": PARAMS["prune"] | {"oto": PARAMS["prune"]["oto"] | {"allow_partial": allowed}}}
+    changed = PARAMS | {"pruners": PARAMS["pruners"] | {"oto": PARAMS["pruners"]["oto"] | {"allow_partial": allowed}}}
     (workspace / "params.yaml").write_text(yaml.safe_dump(changed))
     if not allowed:
         expected = (
-            rf"^prune\.oto \(method oto\): {group}: its channels pass a concatenation.*`allow_partial: true` leaves"
+            rf"^pruners\.oto \(method oto\): {group}: its channels pass a concatenation.*`allow_partial: true` leaves"
         )
         with pytest.raises(UserError, match=expected):
             run(monkeypatch, "toy-oto")
@@ -475,7 +477,7 @@ def test_what_cannot_be_cut_is_told_where_that_is_allowed_and_refused_elsewhere(
 @pytest.mark.parametrize("key", ["toy-oto", "toy-gradual"])
 def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monkeypatch, key, killed_at):
     raw = copy.deepcopy(PARAMS)
-    for entry in raw["prune"].values():
+    for entry in raw["pruners"].values():
         entry |= {"epochs": 4} if "epochs" in entry else {}
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     _, whole = run(monkeypatch, key)
@@ -512,7 +514,7 @@ def test_a_network_that_insists_on_its_version_is_trained_pruned_and_stored(work
 
 
 @pytest.mark.parametrize(
-    ("key", "rate"), [("l1", "prune.l1.learning_rate_factor"), ("narrow", "finetune.learning_rate")]
+    ("key", "rate"), [("l1", "pruners.l1.learning_rate_factor"), ("narrow", "finetune.learning_rate")]
 )
 def test_a_loss_that_is_not_finite_names_the_learning_rate_to_lower(workspace, monkeypatch, key, rate):
     loss = loop._Run.loss
@@ -534,7 +536,7 @@ def test_a_network_that_cannot_be_partitioned_is_refused_for_the_method_that_was
     save_artifact(paths.dense("toy"), build_network(spec), parent)
     with pytest.raises(UserError) as refusal:
         run(monkeypatch, f"toy-{method}")
-    asked = raw["prune"][method]["method"]
+    asked = raw["pruners"][method]["method"]
     assert str(refusal.value) == (
         f"prune.{method} (method {asked}): VisionTransformer: only_train_once cannot tell which of its channels belong"
         " together (the package cannot follow aten::scaled_dot_product_attention): only l1_unstructured and"
@@ -566,7 +568,7 @@ def test_a_form_of_layer_norm_that_changes_the_output_is_not_saved(workspace, mo
 
     monkeypatch.setattr(methods, "with_layer_norm", wrong)
     raw = copy.deepcopy(PARAMS)
-    raw["prune"]["oto"]["layer_norm"] = "exact_matmul"
+    raw["pruners"]["oto"]["layer_norm"] = "exact_matmul"
     paths.PARAMS.write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError, match=r"after cutting \(layer_norm: exact_matmul\), the logits differ by"):
         run(monkeypatch, "toy-oto")
@@ -591,7 +593,7 @@ def test_unfit_parent_is_refused_and_the_previous_artifact_kept(workspace, monke
         "quantized": "is quantized already",
         "pruned": "is pruned already",
         "other images": "was made from other images",
-        "unknown key": "'toy-nothing': give one entry of prunings: toy-",
+        "unknown key": "'toy-nothing': give one entry of pruned: toy-",
     }[fault]
     with pytest.raises(UserError, match=message):
         run(monkeypatch, "toy-nothing" if fault == "unknown key" else "toy-none")

@@ -19,7 +19,7 @@ TARGETS = ["group_sparsity", "params_reduction", "macs_reduction"]
 
 
 def choose(scores, pruner, **more):
-    return choose_channels(scores, GROUPS, toy_costs(), pruner, key="prune.toy", **more)
+    return choose_channels(scores, GROUPS, toy_costs(), pruner, key="pruners.toy", **more)
 
 
 def random_scores(seed):
@@ -143,7 +143,7 @@ def test_pruned_channels_stay_pruned_and_count(name):
     ],
 )
 def test_target_that_cannot_be_met_is_refused_with_the_nearest_that_can(target, settings, nearest):
-    with pytest.raises(UserError, match=rf"^prune\.toy\.{target} = 0\.995: at most ") as refused:
+    with pytest.raises(UserError, match=rf"^pruners\.toy\.{target} = 0\.995: at most ") as refused:
         choose(random_scores(0), oto(**{target: 0.995}, **settings))
     message = str(refused.value)
     assert nearest is None or nearest in message
@@ -157,7 +157,7 @@ def test_target_that_cannot_be_met_is_refused_with_the_nearest_that_can(target, 
 def test_scores_that_are_not_finite_are_refused():
     scores = random_scores(0)
     scores[3] = torch.nan
-    with pytest.raises(UserError, match=r"prune\.toy: the importance of some channels is NaN or infinite"):
+    with pytest.raises(UserError, match=r"pruners\.toy: the importance of some channels is NaN or infinite"):
         choose(scores, oto(group_sparsity=0.5))
 
 
@@ -166,7 +166,7 @@ def test_a_twentieth_of_a_wide_layer_stays():
     network = nn.Sequential(nn.Conv2d(3, 200, 1), nn.Conv2d(200, 2, 1))
     costs = costs_of(network, wide, 4)
     most = Oto(method="oto", epochs=1, learning_rate_factor=1, group_sparsity=0.95)
-    assert int(choose_channels(torch.rand(200), wide, costs, most, key="prune.toy").sum()) == 190
+    assert int(choose_channels(torch.rand(200), wide, costs, most, key="pruners.toy").sum()) == 190
     more = most.model_copy(update={"group_sparsity": 0.96})
     with pytest.raises(UserError, match="5 % of its channels"):
-        choose_channels(torch.rand(200), wide, costs, more, key="prune.toy")
+        choose_channels(torch.rand(200), wide, costs, more, key="pruners.toy")

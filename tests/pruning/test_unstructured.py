@@ -11,8 +11,8 @@ from stages.common.params import Unstructured
 from stages.pruning import unstructured
 from stages.pruning.unstructured import KeepZeros, left_dense, prunable_weights, sparsities, sparsity_of
 
-EMPTIES_5 = r"^prune\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set prune\.l1\.scope: layer"
-zeros_of = functools.partial(unstructured.zeros_of, key="prune.l1")
+EMPTIES_5 = r"^pruners\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set pruners\.l1\.scope: layer"
+zeros_of = functools.partial(unstructured.zeros_of, key="pruners.l1")
 
 
 def toy() -> nn.Sequential:
@@ -27,8 +27,8 @@ def pruner(method="l1_unstructured", sparsity=0.6, scope="global", **more) -> Un
 
 
 def gradual(**more) -> Unstructured:
-    """Four prunings over steps 2 to 10 of 20: after 4, 6, 8 and 10 steps."""
-    return pruner(**{"schedule": "gradual", "start_fraction": 0.1, "end_fraction": 0.5, "prunings": 4} | more)
+    """Four pruning_periods over steps 2 to 10 of 20: after 4, 6, 8 and 10 steps."""
+    return pruner(**{"schedule": "gradual", "start_fraction": 0.1, "end_fraction": 0.5, "pruning_periods": 4} | more)
 
 
 def train_steps(network: nn.Module, keep: KeepZeros, steps: range, optimizer: torch.optim.Optimizer | None = None):
@@ -97,7 +97,7 @@ def test_choosing_leaves_the_network_without_masks_or_hooks():
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_zeros_survive_training_averaging_and_the_checkpoint(kind):
     network = toy()
-    keep = KeepZeros(network, pruner(), 5, 0, "prune.l1")
+    keep = KeepZeros(network, pruner(), 5, 0, "pruners.l1")
     zeros = keep.zeros
     assert sparsity_of(network) == pytest.approx(0.6, abs=1e-3)
     settings = {"momentum": 0.9} if kind is torch.optim.SGD else {}
@@ -112,7 +112,7 @@ def test_zeros_survive_training_averaging_and_the_checkpoint(kind):
         assert not torch.equal(weight, start[name])
         assert torch.equal(weight == 0, zeros[name])
     other = toy()
-    again = KeepZeros(other, pruner(sparsity=0.0), 5, 0, "prune.l1")
+    again = KeepZeros(other, pruner(sparsity=0.0), 5, 0, "pruners.l1")
     list(train_steps(other, again, range(1)))
     again.load_state_dict(keep.state_dict())
     list(train_steps(other, again, range(1, 2)))
@@ -122,7 +122,7 @@ def test_zeros_survive_training_averaging_and_the_checkpoint(kind):
 
 def test_projecting_the_trained_network_leaves_no_zero_of_negative_sign():
     network = toy()
-    keep = KeepZeros(network, pruner(), 3, 0, "prune.l1")
+    keep = KeepZeros(network, pruner(), 3, 0, "pruners.l1")
     list(train_steps(network, keep, range(3)))
     negative = [torch.signbit(weight) & (weight == 0) for weight in prunable_weights(network).values()]
     assert any(bits.any() for bits in negative)  # what multiplying by 0 leaves; gzip tells the two zeros apart
@@ -132,7 +132,7 @@ def test_projecting_the_trained_network_leaves_no_zero_of_negative_sign():
 
 def test_the_network_may_be_laid_out_anew_before_the_first_step():
     network = toy()
-    keep = KeepZeros(network, pruner(), 3, 0, "prune.l1")
+    keep = KeepZeros(network, pruner(), 3, 0, "pruners.l1")
     zeros = keep.zeros
     network.to(memory_format=torch.channels_last)
     list(train_steps(network, keep, range(3)))
@@ -140,7 +140,7 @@ def test_the_network_may_be_laid_out_anew_before_the_first_step():
 
 
 def test_the_gradual_schedule_is_equation_1_of_zhu_and_gupta():
-    found = sparsities(gradual(sparsity=0.8), 20, "prune.l1")
+    found = sparsities(gradual(sparsity=0.8), 20, "pruners.l1")
     start, interval, count = 2, 2, 4  # t0, dt and n
     assert found == {
         t: pytest.approx(0.8 + (0 - 0.8) * (1 - (t - start) / (count * interval)) ** 3) for t in (4, 6, 8, 10)
@@ -149,15 +149,18 @@ def test_the_gradual_schedule_is_equation_1_of_zhu_and_gupta():
 
 
 def test_a_gradual_schedule_whose_interval_does_not_divide_the_steps_ends_before_its_end():
-    assert list(sparsities(gradual(prunings=3), 20, "prune.l1")) == [4, 6, 8]
-    assert list(sparsities(gradual(start_fraction=0.0, end_fraction=1.0, prunings=2), 20, "prune.l1")) == [10, 20]
+    assert list(sparsities(gradual(pruning_periods=3), 20, "pruners.l1")) == [4, 6, 8]
+    assert list(sparsities(gradual(start_fraction=0.0, end_fraction=1.0, pruning_periods=2), 20, "pruners.l1")) == [
+        10,
+        20,
+    ]
 
 
 def test_more_prunings_than_steps_are_refused():
-    settings = gradual(prunings=9).model_copy(update={"epochs": 5})
-    with pytest.raises(UserError, match=r"prune\.l1\.prunings = 9: only 8 of 20 steps lie between") as error:
-        sparsities(settings, 20, "prune.l1")
-    assert "lower prunings or finetune.batch_size (steps in an epoch: 4)" in str(error.value)
+    settings = gradual(pruning_periods=9).model_copy(update={"epochs": 5})
+    with pytest.raises(UserError, match=r"pruners\.l1\.pruning_periods = 9: only 8 of 20 steps lie between") as error:
+        sparsities(settings, 20, "pruners.l1")
+    assert "lower pruning_periods or finetune.batch_size (steps in an epoch: 4)" in str(error.value)
 
 
 @pytest.mark.parametrize("method", ["l1_unstructured", "random_unstructured"])
@@ -165,7 +168,7 @@ def test_more_prunings_than_steps_are_refused():
 def test_gradual_pruning_follows_its_schedule_and_no_weight_comes_back(method, scope):
     network = toy()
     sizes = {name: weight.numel() for name, weight in prunable_weights(network).items()}
-    keep = KeepZeros(network, gradual(method=method, scope=scope), 20, 7, "prune.l1")
+    keep = KeepZeros(network, gradual(method=method, scope=scope), 20, 7, "pruners.l1")
     assert sparsity_of(network) == 0
     earlier = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in prunable_weights(network).items()}
     wanted = 0.0
@@ -184,7 +187,7 @@ def test_gradual_pruning_follows_its_schedule_and_no_weight_comes_back(method, s
 
 def test_gradual_pruning_chooses_by_the_weights_of_the_moment():
     network = toy()
-    keep = KeepZeros(network, gradual(prunings=1, start_fraction=0.0, end_fraction=0.1), 20, 0, "prune.l1")
+    keep = KeepZeros(network, gradual(pruning_periods=1, start_fraction=0.0, end_fraction=0.1), 20, 0, "pruners.l1")
     at_the_start = zeros_of(network, pruner(), 0)
     list(train_steps(network, keep, range(1)))
     before = copy.deepcopy(network)
@@ -213,10 +216,10 @@ def test_gradual_pruning_resumed_from_its_state_goes_on_as_if_never_stopped(meth
         return torch.optim.SGD(network.parameters(), lr=0.05, weight_decay=0.1)
 
     whole = toy()
-    keep = KeepZeros(whole, gradual(method=method), 20, 7, "prune.l1")
+    keep = KeepZeros(whole, gradual(method=method), 20, 7, "pruners.l1")
     list(train_steps(whole, keep, range(7), optimizer_of(whole)))
     resumed = copy.deepcopy(whole)
-    again = KeepZeros(resumed, gradual(method=method), 20, 7, "prune.l1")
+    again = KeepZeros(resumed, gradual(method=method), 20, 7, "pruners.l1")
     again.load_state_dict(copy.deepcopy(keep.state_dict()))
     list(train_steps(whole, keep, range(7, 20), optimizer_of(whole)))
     list(train_steps(resumed, again, range(7, 20), optimizer_of(resumed)))
@@ -226,13 +229,14 @@ def test_gradual_pruning_resumed_from_its_state_goes_on_as_if_never_stopped(meth
 def test_a_gradual_target_that_empties_a_layer_is_refused_before_training_where_that_is_certain():
     network = toy()
     for settings in ({"scope": "layer"}, {"method": "random_unstructured", "scope": "global"}):
-        with pytest.raises(UserError, match=r"^prune\.l1\.sparsity = 0\.9999: leaves no weight in"):
-            KeepZeros(network, gradual(sparsity=0.9999, **settings), 20, 0, "prune.l1")
+        with pytest.raises(UserError, match=r"^pruners\.l1\.sparsity = 0\.9999: leaves no weight in"):
+            KeepZeros(network, gradual(sparsity=0.9999, **settings), 20, 0, "pruners.l1")
     with torch.no_grad():
         network[5].weight.mul_(1e-3)
-    keep = KeepZeros(network, gradual(sparsity=0.8), 20, 0, "prune.l1")  # training may yet enlarge them: it does not
+    keep = KeepZeros(network, gradual(sparsity=0.8), 20, 0, "pruners.l1")  # training may yet enlarge them: it does not
     with pytest.raises(
-        UserError, match=r"^prune\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set prune\.l1\.scope: layer"
+        UserError,
+        match=r"^pruners\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set pruners\.l1\.scope: layer",
     ):
         list(train_steps(network, keep, range(20), torch.optim.SGD(network.parameters(), lr=1e-6)))
 
@@ -256,7 +260,7 @@ def two_of_four_toy() -> nn.Sequential:
 def test_two_of_every_four_neighbouring_inputs_of_each_output_are_zero(method):
     network = two_of_four_toy()
     weights = {name: weight.clone() for name, weight in prunable_weights(network).items()}
-    zeros = KeepZeros(network, pruner(method, 0.5, "layer", pattern="2:4"), 1, 3, "prune.l1").zeros
+    zeros = KeepZeros(network, pruner(method, 0.5, "layer", pattern="2:4"), 1, 3, "pruners.l1").zeros
     assert list(zeros) == ["1.weight", "3.weight", "7.weight"]
     assert left_dense(network) == ["0", "2", "4"]
     for name, zero in zeros.items():
@@ -277,7 +281,7 @@ def test_two_of_every_four_neighbouring_inputs_of_each_output_are_zero(method):
 
 def test_a_network_that_the_pattern_fits_nowhere_is_refused():
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6, 2))
-    with pytest.raises(UserError, match=r"^prune\.l1\.pattern = '2:4': fits no layer"):
+    with pytest.raises(UserError, match=r"^pruners\.l1\.pattern = '2:4': fits no layer"):
         zeros_of(network, pruner(sparsity=0.5, scope="layer", pattern="2:4"), seed=0)
 
 
@@ -295,7 +299,8 @@ def test_a_sparsity_that_empties_a_layer_is_refused_with_its_name():
     with torch.no_grad():
         network[5].weight.mul_(1e-3)  # a head of small weights, as a fine-tuned one has
     with pytest.raises(
-        UserError, match=r"^prune\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set prune\.l1\.scope: layer"
+        UserError,
+        match=r"^pruners\.l1\.sparsity = 0\.8: leaves no weight in 5: lower it, or set pruners\.l1\.scope: layer",
     ):
         zeros_of(network, pruner(sparsity=0.8), seed=0)
     assert not zeros_of(network, pruner(sparsity=0.8, scope="layer"), seed=0)["5.weight"].all()

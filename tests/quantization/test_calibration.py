@@ -124,11 +124,11 @@ def test_the_windows_of_one_image_are_looked_at_however_large_they_are(monkeypat
 
 def test_calibration_images_are_drawn_by_their_seed_and_keep_their_labels():
     settings = {"method": "int8_static", "calibration_images": 20}
-    images, labels = calibration_images(part_of(50), Int8Static(**settings), "quantize.int8_static")
+    images, labels = calibration_images(part_of(50), Int8Static(**settings), "quantizers.int8_static")
     assert len(set(labels.tolist())) == 20
     assert np.array_equal(images[:, 0, 0, 0], labels * 3)
-    again = calibration_images(part_of(50), Int8Static(**settings), "quantize.int8_static")[1]
-    other = calibration_images(part_of(50), Int8Static(**settings, calibration_seed=1), "quantize.int8_static")[1]
+    again = calibration_images(part_of(50), Int8Static(**settings), "quantizers.int8_static")[1]
+    other = calibration_images(part_of(50), Int8Static(**settings, calibration_seed=1), "quantizers.int8_static")[1]
     assert np.array_equal(labels, again)
     assert not np.array_equal(labels, other)
 

@@ -5,7 +5,7 @@ from toy_problem import many_layers, toy_problem
 
 from stages.common.params import LearnedBits
 from stages.quantization.controller import Controller, learn_bits
-from stages.quantization.searches import search_at_random, search_by_integer_programme
+from stages.quantization.searches import search_at_random, search_by_ilp
 
 WEIGHTS, HARM = [40, 10, 25, 5, 60, 30, 20, 15], [9.0, 100.0, 1.0, 400.0, 3.0, 30.0, 0.1, 50.0]
 SETTINGS = LearnedBits(method="learned_bits", average_bits=4, choices=[2, 4, 8])
@@ -16,7 +16,7 @@ def test_what_it_finds_is_better_than_even_bits_and_chance_and_no_better_than_ex
     learned, drawn, exact = (many_layers(seed) for _ in range(3))
     learn_bits(learned, SETTINGS)
     search_at_random(drawn)
-    search_by_integer_programme(exact)
+    search_by_ilp(exact)
     even = exact.evaluate({layer.name: 4 for layer in exact.layers})
     assert min(exact.tried) <= min(learned.tried) + 1e-12 < min(even, *drawn.tried)
 
@@ -35,7 +35,7 @@ def test_the_sensitivities_are_where_the_policy_begins():
     problem = many_layers(0)
     learn_bits(problem, SETTINGS.model_copy(update={"learning_rate": 0.0}))
     exact = many_layers(0)
-    search_by_integer_programme(exact)
+    search_by_ilp(exact)
     assert problem.tried[1] == problem.tried[-1] == pytest.approx(exact.tried[1])  # the likeliest, as it never moved
     assert np.mean(problem.tried[1:]) < problem.tried[0]  # its draws are better than even bits
 

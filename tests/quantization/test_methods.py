@@ -45,7 +45,7 @@ QUANTIZERS = {
     "recovered": {"method": "uniform_bits", "bits": 3, "epochs": 1},
     "random": SEARCH | {"method": "searched_bits", "search": "random"},
     "greedy": SEARCH | {"method": "searched_bits", "search": "greedy"},
-    "programme": SEARCH | {"method": "searched_bits", "search": "integer_programme"},
+    "programme": SEARCH | {"method": "searched_bits", "search": "ilp"},
     "learned": SEARCH | {"method": "learned_bits"},
 }
 PRUNERS = ("none", "cut", "sparse")
@@ -79,20 +79,20 @@ def project(tmp_path_factory):
     """All variants, quantized once."""
     folder = pruned_project(tmp_path_factory.mktemp("bits"))
     variants = {
-        f"toy-{pruner}-{quantizer}": {"pruning": f"toy-{pruner}", "quantizer": quantizer}
+        f"toy-{pruner}-{quantizer}": {"pruned": f"toy-{pruner}", "quantizer": quantizer}
         for pruner in PRUNERS
         for quantizer in QUANTIZERS
     }
     training = {"epochs": 1, "learning_rate_factor": 0.5}
     params = PARAMS | {
-        "prune": {
+        "pruners": {
             "none": {"method": "none"},
             "cut": training | {"method": "random_structured", "group_sparsity": 0.33},
             "sparse": training | {"method": "l1_unstructured", "sparsity": 0.5},
-            "none_continued": training | {"method": "none_continued"},
+            "continued": training | {"method": "continued"},
         },
-        "prunings": {f"toy-{p}": {"model": "toy", "pruner": p} for p in (*PRUNERS, "none_continued")},
-        "quantize": QUANTIZERS,
+        "pruned": {f"toy-{p}": {"model": "toy", "pruner": p} for p in (*PRUNERS, "continued")},
+        "quantizers": QUANTIZERS,
         "variants": variants,
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +101,7 @@ def project(tmp_path_factory):
         make_parents()
         loaded = load_params()
         for variant, entry in loaded.variants.items():
-            quantize.compress(loaded, variant, paths.pruned(entry.pruning), paths.compressed(variant), paths.IMAGES, 1)
+            quantize.compress(loaded, variant, paths.pruned(entry.pruned), paths.compressed(variant), paths.IMAGES, 1)
         yield folder
 
 
@@ -126,7 +126,7 @@ def test_the_file_agrees_with_pytorch(project, variant):
 @pytest.mark.parametrize("variant", ALL)
 def test_quantization_changes_neither_parameters_nor_macs(project, variant):
     network, description = load_artifact(paths.compressed(variant))
-    parent, _ = load_artifact(paths.pruned(load_params().variants[variant].pruning))
+    parent, _ = load_artifact(paths.pruned(load_params().variants[variant].pruned))
     counts, before = totals(count_layers(network, 32, description.layers)), totals(count_layers(parent, 32, {}))
     assert (counts.params, counts.macs) == (before.params, before.macs)
     assert counts.params_nonzero <= before.params_nonzero
@@ -152,7 +152,7 @@ def bytes_said(network: nn.Module, layers: dict[str, LayerStorage]) -> int:
 def test_the_artifact_takes_the_bytes_that_its_bits_say(project, variant):
     description = read_description(paths.compressed(variant))
     entry = load_params().variants[variant]
-    parent, _ = load_artifact(paths.pruned(entry.pruning))
+    parent, _ = load_artifact(paths.pruned(entry.pruned))
     raw = (paths.compressed(variant) / "model.safetensors").read_bytes()
     header = int.from_bytes(raw[:8], "little")
     assert len(raw) - 8 - header == bytes_said(parent, description.layers)
@@ -238,8 +238,8 @@ def test_more_bits_are_nearer_to_the_float_network(project):
 
 def test_a_search_with_too_few_evaluations_is_refused_and_the_old_artifact_stays(project):
     params = load_params()
-    few = params.quantize["greedy"].model_copy(update={"evaluations": 5})
-    params = params.model_copy(update={"quantize": params.quantize | {"greedy": few}})
+    few = params.quantizers["greedy"].model_copy(update={"evaluations": 5})
+    params = params.model_copy(update={"quantizers": params.quantizers | {"greedy": few}})
     folder = paths.compressed("toy-none-greedy")
     before = (folder / "model.json").read_bytes()
     with pytest.raises(UserError, match=r"evaluations = 5: .* 17 layers take at least 17"):
@@ -284,12 +284,12 @@ def test_gptq_compensates_on_the_training_part():
 )
 def test_calibration_search_and_recovery_never_read_the_test_part(tmp_path, monkeypatch, quantizer):
     monkeypatch.chdir(pruned_project(tmp_path))
-    continued = {"method": "none_continued", "epochs": 1, "learning_rate_factor": 0.5}  # recovery asks for its twin
+    continued = {"method": "continued", "epochs": 1, "learning_rate_factor": 0.5}  # recovery asks for its twin
     params = PARAMS | {
-        "prune": PARAMS["prune"] | {"none_continued": continued},
-        "prunings": PARAMS["prunings"] | {"toy-none_continued": {"model": "toy", "pruner": "none_continued"}},
-        "quantize": PARAMS["quantize"] | {"one": quantizer},
-        "variants": PARAMS["variants"] | {"toy-none-one": {"pruning": "toy-none", "quantizer": "one"}},
+        "pruners": PARAMS["pruners"] | {"continued": continued},
+        "pruned": PARAMS["pruned"] | {"toy-continued": {"model": "toy", "pruner": "continued"}},
+        "quantizers": PARAMS["quantizers"] | {"one": quantizer},
+        "variants": PARAMS["variants"] | {"toy-none-one": {"pruned": "toy-none", "quantizer": "one"}},
     }
     (tmp_path / paths.PARAMS).write_text(yaml.safe_dump(params))
     for path in paths.IMAGES.glob("test_*"):

@@ -122,7 +122,7 @@ def test_recovery_mends_what_two_bits_broke_and_the_network_is_left_as_it_is(den
     quantizer = UniformBits(method="uniform_bits", bits=2, epochs=4, learning_rate_factor=0.3)
     before = copy.deepcopy(network.state_dict())
     plain, found, recovered = recover(
-        network, rounded, quantizer, params_with(optimizer), parts, PREPROCESS, seed=0, title="quantize", rate_key="",
+        network, rounded, quantizer, params_with(optimizer), parts, PREPROCESS, seed=0, title="quantizers", rate_key="",
         checkpoints=None,
     )  # fmt: skip
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -146,7 +146,7 @@ def test_with_distillation_alone_it_follows_the_float_network_whatever_the_label
     )
     plain, found, _ = recover(
         network, rounded_to(4, network), quantizer, params_with("adamw"), tuple(wrong), PREPROCESS, seed=0,
-        title="quantize", rate_key="", checkpoints=None,
+        title="quantizers", rate_key="", checkpoints=None,
     )  # fmt: skip
     student, teacher = (logits_of(n, w, validation_part).argmax(1) for n, w in ((plain, found), (network, {})))
     agreement = float((student == teacher).float().mean())

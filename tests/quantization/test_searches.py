@@ -8,7 +8,7 @@ from stages.common.errors import UserError
 from stages.quantization.searches import (
     measure_sensitivities,
     search_at_random,
-    search_by_integer_programme,
+    search_by_ilp,
     search_greedily,
     solve,
 )
@@ -23,7 +23,7 @@ def best_by_brute_force(rises: np.ndarray, problem) -> float:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_integer_programme_is_as_good_as_trying_everything(seed):
+def test_the_ilp_is_as_good_as_trying_everything(seed):
     generator = np.random.default_rng(seed)
     problem = toy_problem(generator.integers(1, 500, 6).tolist(), [1.0] * 6, (2, 3, 5, 8), generator.uniform(2, 8))
     rises = generator.normal(size=(6, 4))
@@ -32,14 +32,14 @@ def test_the_integer_programme_is_as_good_as_trying_everything(seed):
     assert rises[np.arange(6), allocation].sum() == pytest.approx(best_by_brute_force(rises, problem), abs=1e-9)
 
 
-def test_on_losses_that_add_up_the_integer_programme_finds_the_best_of_all():
+def test_on_losses_that_add_up_the_ilp_finds_the_best_of_all():
     problem = toy_problem(WEIGHTS, HARM)
-    search_by_integer_programme(problem)
+    search_by_ilp(problem)
     assert problem.tried[1] - 1 == pytest.approx(best_by_brute_force(problem.errors, problem))
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e7])
-def test_the_integer_programme_is_exact_whatever_the_size_of_the_rises(size):
+def test_the_ilp_is_exact_whatever_the_size_of_the_rises(size):
     generator = np.random.default_rng(0)
     weights = generator.integers(100, 5000, 35).tolist()
     problem = toy_problem(weights, np.exp(generator.normal(0, 1.5, 35)).tolist(), tuple(range(2, 9)), 3.7)
@@ -48,15 +48,15 @@ def test_the_integer_programme_is_exact_whatever_the_size_of_the_rises(size):
     assert problem.errors[rows, solve(size * problem.errors, problem.budget)].sum() == pytest.approx(best, rel=1e-6)
 
 
-def test_greedy_is_near_the_integer_programme_and_far_better_than_uniform():
+def test_greedy_is_near_the_ilp_and_far_better_than_uniform():
     greedy, exact = toy_problem(WEIGHTS, HARM), toy_problem(WEIGHTS, HARM)
     search_greedily(greedy)
-    search_by_integer_programme(exact)
+    search_by_ilp(exact)
     uniform = greedy.evaluate({layer.name: 4 for layer in greedy.layers})
     assert min(exact.tried) <= min(greedy.tried) < 1 + 0.5 * (uniform - 1)
 
 
-SEARCHES = [search_at_random, search_greedily, search_by_integer_programme]
+SEARCHES = [search_at_random, search_greedily, search_by_ilp]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -80,7 +80,7 @@ def test_every_search_tries_even_bits_first_and_is_never_worse(search):
     )
 
 
-@pytest.mark.parametrize("search", [search_greedily, search_by_integer_programme])
+@pytest.mark.parametrize("search", [search_greedily, search_by_ilp])
 def test_evaluations_that_are_left_mend_what_single_layers_could_not_tell(search):
     """A layer that is ruinous at few bits only together with others: rises alone lead astray, neighbours lead back."""
 

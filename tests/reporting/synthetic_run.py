@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 CLASSES = ["plane", "car", "bird", "cat", "deer"]
-SHRINK = {"none": 1.0, "none_continued": 1.0, "oto": 0.25, "l1_unstructured": 1.0, "random_unstructured": 1.0}
+SHRINK = {"none": 1.0, "continued": 1.0, "oto": 0.25, "l1_unstructured": 1.0, "random_unstructured": 1.0}
 """Share of the parameters that each pruning method leaves."""
 SOAK = {
     **{"soak_seconds": 60.2, "soak_runs": 10_800, "latency_ms_p50": 1.21, "latency_ms_p99": 1.5, "late": 0, "wrong": 0},
@@ -39,7 +39,7 @@ def params_of(
     if pruners is None:
         pruners = {
             "none": {"method": "none"},
-            "continued": {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5},
+            "continued": {"method": "continued", "epochs": 4, "learning_rate_factor": 0.5},
             "oto50": {"method": "oto", "epochs": 4, "learning_rate_factor": 0.5, "group_sparsity": 0.5},
             "l1": {"method": "l1_unstructured", "epochs": 4, "learning_rate_factor": 0.5, "sparsity": 0.8},
         }
@@ -53,12 +53,12 @@ def params_of(
         "data": {"name": "toys", "source": "digits", "image_size": 16, "validation_fraction": 0.2},
         "finetune": {"epochs": 6, "batch_size": 32, "optimizer": "adamw", "learning_rate": 0.001},
         "models": models,
-        "prune": pruners,
-        "quantize": {"fp32": {"method": "fp32"}, "int8": {"method": "int8_dynamic"}},
-        "prunings": {
+        "pruners": pruners,
+        "quantizers": {"fp32": {"method": "fp32"}, "int8": {"method": "int8_dynamic"}},
+        "pruned": {
             f"{m}-{p}": {"model": m, "pruner": p} for m in models for p in dict.fromkeys(p for p, _ in variants)
         },
-        "variants": {f"{m}-{p}-{q}": {"pruning": f"{m}-{p}", "quantizer": q} for m in models for p, q in variants},
+        "variants": {f"{m}-{p}-{q}": {"pruned": f"{m}-{p}", "quantizer": q} for m in models for p, q in variants},
     }
 
 
@@ -95,8 +95,8 @@ def write_run(
     hardness = np.random.default_rng(0).random(n)
     rows = []
     for number, (variant, entry) in enumerate(params["variants"].items()):
-        pruning, quantizer = params["prunings"][entry["pruning"]], params["quantize"][entry["quantizer"]]["method"]
-        method, random = params["prune"][pruning["pruner"]]["method"], np.random.default_rng(number + 1)
+        pruning, quantizer = params["pruned"][entry["pruned"]], params["quantizers"][entry["quantizer"]]["method"]
+        method, random = params["pruners"][pruning["pruner"]]["method"], np.random.default_rng(number + 1)
         wanted = (accuracy or {}).get(pruning["pruner"], 0.8)
         right = hardness + random.normal(0, 0.08, n) < np.quantile(hardness, wanted)
         predicted = np.where(right, labels, (labels + 1 + random.integers(0, len(classes) - 1, n)) % len(classes))
@@ -149,7 +149,7 @@ def write_run(
         (target / "layers.csv").write_text(f"layer,params,weight_bits\nstem,1200,{8 if int8 else 32}\nhead,64000,32\n")
         description = {
             "name": variant,
-            "parent": {"name": entry["pruning"], "sha256": "a" * 64, "metrics": _cut_metrics(method, wanted)},
+            "parent": {"name": entry["pruned"], "sha256": "a" * 64, "metrics": _cut_metrics(method, wanted)},
             "seed": profile["seed"],
             "classes": classes,
             "versions": {"torch": "2.11.0", "timm": "1.0.31"},
@@ -186,7 +186,7 @@ def write_run(
     _write_edge(folder / "reports/edge", edge, params)
     for kind, names in (
         ("dense", params["models"]),
-        ("pruned", params["prunings"]),
+        ("pruned", params["pruned"]),
         ("compressed", params["variants"]),
     ):
         for number, name in enumerate(names):

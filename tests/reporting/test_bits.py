@@ -33,7 +33,7 @@ QUANTIZERS = {
     "uniform_3": {"method": "uniform_bits", "bits": 3},
     "random_4": SEARCH | {"method": "searched_bits", "search": "random"},
     "greedy_4": SEARCH | {"method": "searched_bits", "search": "greedy"},
-    "programme_4": SEARCH | {"method": "searched_bits", "search": "integer_programme"},
+    "ilp_4": SEARCH | {"method": "searched_bits", "search": "ilp"},
     "untrained_4": SEARCH | {"method": "learned_bits"},
     "learned-4": SEARCH | {"method": "learned_bits"},  # a name may hold a dash
     "uniform_recovered": RECOVERY | {"method": "uniform_bits", "bits": 4},
@@ -54,10 +54,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three seeds of one network, every quantizer on the dense one; nothing changes it, so all tests share it."""
     folder = tmp_path_factory.mktemp("bits")
     params = params_of(seeds=3, pruners={"none": {"method": "none"}}, variants=[("none", "fp32")])
-    params["quantize"] |= QUANTIZERS
+    params["quantizers"] |= QUANTIZERS
     for model in params["models"]:
         for quantizer in QUANTIZERS:
-            params["variants"][f"{model}-none-{quantizer}"] = {"pruning": f"{model}-none", "quantizer": quantizer}
+            params["variants"][f"{model}-none-{quantizer}"] = {"pruned": f"{model}-none", "quantizer": quantizer}
     write_run(folder, params)
     for variant, entry in params["variants"].items():
         path = folder / "reports/profile" / variant / "model.json"
@@ -76,8 +76,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def changed(run: Run, quantizer: str, **settings) -> Run:
     """The run with other settings of one quantizer, whether params.yaml would allow them or not."""
-    quantize = run.params.quantize | {quantizer: run.params.quantize[quantizer].model_copy(update=settings)}
-    return replace(run, params=run.params.model_copy(update={"quantize": quantize}))
+    quantize = run.params.quantizers | {quantizer: run.params.quantizers[quantizer].model_copy(update=settings)}
+    return replace(run, params=run.params.model_copy(update={"quantizers": quantize}))
 
 
 def right_but_for(run: Run, wrong: dict[str, int]) -> Run:
@@ -154,7 +154,7 @@ def test_a_search_with_more_of_everything_meets_the_uniform_bits_only(run: Run):
 
 
 def test_uniform_bits_rounded_on_other_images_stand_apart(run: Run):
-    for name in ("uniform_4", "random_4", "greedy_4", "programme_4", "untrained_4", "learned-4"):
+    for name in ("uniform_4", "random_4", "greedy_4", "ilp_4", "untrained_4", "learned-4"):
         run = changed(run, name, rounding="gptq", calibration_images=64)
     assert contests_by_search(run)[0][0] == "uniform"
     run = changed(run, "uniform_4", calibration_images=128)
@@ -222,10 +222,10 @@ def test_without_the_same_networks_there_is_no_duel_and_the_page_says_so(run: Ru
 
 def test_p_values_are_corrected_over_all_duels(run: Run):
     models = ("atto", "atto-s1", "atto-s2")
-    lost = {"uniform_4": 9, "random_4": 8, "greedy_4": 7, "programme_4": 6, "untrained_4": 0, "uniform_recovered": 0}
+    lost = {"uniform_4": 9, "random_4": 8, "greedy_4": 7, "ilp_4": 6, "untrained_4": 0, "uniform_recovered": 0}
     run = right_but_for(run, {f"{model}-none-{name}": images for name, images in lost.items() for model in models})
     groups = assemble_groups(run)
-    for name, factor in {"uniform_4": 6, "random_4": 5, "greedy_4": 4, "programme_4": 3}.items():
+    for name, factor in {"uniform_4": 6, "random_4": 5, "greedy_4": 4, "ilp_4": 3}.items():
         duel = duels_by_other(run, groups)[f"atto-none-{name}"]
         assert duel.difference.p_value == pytest.approx(2 * 0.5 ** lost[name])  # all of an image's seeds turn together
         assert duel.p_value == pytest.approx(factor * 2 * 0.5 ** lost[name])  # Holm's, by hand

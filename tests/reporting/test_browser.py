@@ -106,7 +106,7 @@ SETTINGS = {
             }
             for share in range(50, 88, 2)
         }
-        | {"continued": {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5}},
+        | {"continued": {"method": "continued", "epochs": 4, "learning_rate_factor": 0.5}},
     },
 }
 

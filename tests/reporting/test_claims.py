@@ -95,7 +95,7 @@ def test_claims_are_answered_at_the_operating_point_of_the_study(tmp_path, monke
     oto = {"method": "oto", "epochs": 4, "learning_rate_factor": 0.5}
     pruners = {
         "none": {"method": "none"},
-        "continued": {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5},
+        "continued": {"method": "continued", "epochs": 4, "learning_rate_factor": 0.5},
         "oto50": oto | {"group_sparsity": 0.5},
         "oto90": oto | {"group_sparsity": 0.9},
     }

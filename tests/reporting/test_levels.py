@@ -18,7 +18,7 @@ from stages.reporting.rows import assemble_groups, assemble_rows, choose
 BUDGET = {"epochs": 4, "learning_rate_factor": 0.5}
 PRUNERS = {
     "none": {"method": "none"},
-    "continued": BUDGET | {"method": "none_continued"},
+    "continued": BUDGET | {"method": "continued"},
     "oto30": BUDGET | {"method": "oto", "group_sparsity": 0.3},
     "oto50": BUDGET | {"method": "oto", "group_sparsity": 0.5},
     "dhspg50": BUDGET | {"method": "oto", "optimizer": "dhspg", "group_sparsity": 0.5},
@@ -109,8 +109,8 @@ def test_a_method_is_told_by_the_settings_that_make_it_another():
 
 def test_pruners_of_other_budgets_are_not_compared_at_equal_macs(run: Run, parts: tuple):
     level = next(level for level in parts[2] if level.pruner == "magnitude")
-    longer = run.params.prune["magnitude"].model_copy(update={"epochs": 40})
-    changed = run.params.model_copy(update={"prune": run.params.prune | {"magnitude": longer}})
+    longer = run.params.pruners["magnitude"].model_copy(update={"epochs": 40})
+    changed = run.params.model_copy(update={"pruners": run.params.pruners | {"magnitude": longer}})
     found = at_equal_macs(replace(run, params=changed), parts[2])
     assert found
     assert level.group.name not in {name for one in found for name in (one.ours, one.theirs)}

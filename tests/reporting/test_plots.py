@@ -20,9 +20,9 @@ from stages.reporting.text import allowance_text, bytes_text, count_text, points
 
 
 def crowded() -> tuple[dict, dict[str, float]]:
-    """Seven prunings of nearly the same cost and accuracy, each in two precisions."""
+    """Seven pruned networks of nearly the same cost and accuracy, each in two precisions."""
     pruners = {"none": {"method": "none"}}
-    pruners["continued"] = {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5}
+    pruners["continued"] = {"method": "continued", "epochs": 4, "learning_rate_factor": 0.5}
     for number in range(5):
         sparsity = 0.5 + number / 100
         pruners[f"oto{number}"] = {
@@ -38,8 +38,8 @@ def crowded() -> tuple[dict, dict[str, float]]:
 def test_more_quantizers_than_shapes_still_look_different():
     raw = params_of()
     names = [f"q{index}" for index in range(len(plots.MARKERS) + 5)]
-    raw["quantize"] |= {name: {"method": "uniform_bits", "bits": 4} for name in names}
-    raw["variants"] |= {f"atto-none-{name}": {"pruning": "atto-none", "quantizer": name} for name in names}
+    raw["quantizers"] |= {name: {"method": "uniform_bits", "bits": 4} for name in names}
+    raw["variants"] |= {f"atto-none-{name}": {"pruned": "atto-none", "quantizer": name} for name in names}
     run = SimpleNamespace(params=Params.model_validate(raw))
     _, markers = plots._looks(run)
     assert len({tuple(look.values()) for look in markers.values()}) == len(markers) > len(plots.MARKERS)
@@ -145,7 +145,7 @@ def test_the_legend_names_a_front_only_where_one_is_drawn(run: Run, monkeypatch:
 
 def test_forty_long_names_fit_and_the_headline_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pruners = {"none": {"method": "none"}}
-    pruners["continued"] = {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5}
+    pruners["continued"] = {"method": "continued", "epochs": 4, "learning_rate_factor": 0.5}
     for number in range(18):
         name = f"{'structured-pruning-with-a-long-recovery' if number else 'x' * 40}-{number:02}"
         pruners[name] = pruners["continued"] | {"method": "oto", "group_sparsity": 0.5}
@@ -162,7 +162,7 @@ def test_forty_long_names_fit_and_the_headline_keeps_its_label(tmp_path: Path, m
 
 
 def test_names_wrap_after_a_dash_and_stay_whole_otherwise():
-    assert wrapped("none_continued-int8", 22) == "none_continued-int8"
+    assert wrapped("continued-int8", 22) == "continued-int8"
     assert wrapped("structured-pruning-long-int8_dynamic", 22) == "structured-pruning-\nlong-int8_dynamic"
     assert wrapped("x" * 30 + "-int8", 22) == "x" * 30 + "-\nint8"
     assert wrapped("a-b-", 22).replace("\n", "") == "a-b-"
@@ -191,7 +191,7 @@ def test_models_do_not_share_a_line_of_the_levels_plot(tmp_path: Path, monkeypat
     oto = {"method": "oto", "epochs": 4, "learning_rate_factor": 0.5}
     pruners = {
         "none": {"method": "none"},
-        "continued": {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5},
+        "continued": {"method": "continued", "epochs": 4, "learning_rate_factor": 0.5},
         "oto50": oto | {"group_sparsity": 0.5},
         "oto70": oto | {"group_sparsity": 0.7},
     }
@@ -209,7 +209,7 @@ def test_models_do_not_share_a_line_of_the_levels_plot(tmp_path: Path, monkeypat
 
 def test_many_methods_look_different_and_a_level_far_below_is_told_under_the_axis(tmp_path, monkeypatch):
     pruners = {"none": {"method": "none"}}
-    pruners["continued"] = {"method": "none_continued", "epochs": 4, "learning_rate_factor": 0.5}
+    pruners["continued"] = {"method": "continued", "epochs": 4, "learning_rate_factor": 0.5}
     for number, score in enumerate(sorted(Importance.model_fields)):
         weights = dict.fromkeys(Importance.model_fields, 0.0) | {score: 1.0}
         for optimizer in ("hesso", "dhspg"):

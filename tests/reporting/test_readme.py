@@ -338,7 +338,7 @@ def test_the_findings_tell_what_simply_training_a_narrower_network_gives(tmp_pat
     budget = {"epochs": 4, "learning_rate_factor": 0.5}
     pruners = {
         "none": {"method": "none"},
-        "continued": budget | {"method": "none_continued"},
+        "continued": budget | {"method": "continued"},
         "oto50": budget | {"method": "oto", "group_sparsity": 0.5},
         "narrow": budget | {"method": "small_dense", "macs_reduction": 0.5},
     }

@@ -96,7 +96,7 @@ def test_a_poor_network_that_compresses_well_is_no_headline(tmp_path: Path, monk
 
 def test_the_control_is_float_of_the_same_model_and_trained_as_long():
     oto = {"method": "oto", "learning_rate_factor": 0.5, "group_sparsity": 0.5}
-    more = {"method": "none_continued", "learning_rate_factor": 0.5}
+    more = {"method": "continued", "learning_rate_factor": 0.5}
     pruners = {
         "none": {"method": "none"},
         "more4": more | {"epochs": 4},
@@ -117,9 +117,9 @@ def test_the_recovery_of_a_quantizer_counts_as_training_too():
     training = {"learning_rate_factor": 0.5}
     pruners = {
         "none": {"method": "none"},
-        "more4": training | {"method": "none_continued", "epochs": 4},
+        "more4": training | {"method": "continued", "epochs": 4},
         "oto3": training | {"method": "oto", "epochs": 3, "group_sparsity": 0.5},
-        "more3": training | {"method": "none_continued", "epochs": 3},
+        "more3": training | {"method": "continued", "epochs": 3},
     }
     recovery = {"method": "uniform_bits", "bits": 3, "learning_rate_factor": 0.5, "distillation": 0}
     quantizers = {
@@ -129,7 +129,7 @@ def test_the_recovery_of_a_quantizer_counts_as_training_too():
         "slow": recovery | {"epochs": 1, "learning_rate_factor": 0.1},
     }
     raw = params_of(pruners=pruners, variants=[(p, q) for p in pruners for q in ("fp32", *quantizers)])
-    raw["quantize"] |= quantizers
+    raw["quantizers"] |= quantizers
     params = Params.model_validate(raw)
     assert control_of(params, "atto-none-q4") == "atto-more4-fp32"
     assert control_of(params, "atto-oto3-q1") == "atto-more4-fp32"

@@ -27,7 +27,7 @@ def preprocess() -> Preprocess:
 def recipe() -> Finetune:
     return Finetune(
         epochs=3, batch_size=32, optimizer="adamw", learning_rate=0.005, crop_padding=1, precision="float32", mixup=0.2,
-        random_erasing=0.3, average_decay=0.9,
+        random_erasing=0.3, ema_decay=0.9,
     )  # fmt: skip
 
 

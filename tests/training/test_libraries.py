@@ -22,7 +22,7 @@ def convnext(library: str) -> nn.Module:
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_convnexts_of_both_libraries_train_alike_from_the_same_weights(parts, preprocess, recipe, optimizer):
-    recipe = recipe.model_copy(update={"optimizer": optimizer, "average_decay": 0.0, "weight_decay": 0.5})
+    recipe = recipe.model_copy(update={"optimizer": optimizer, "ema_decay": 0.0, "weight_decay": 0.5})
     networks = {library: convnext(library) for library in NETWORKS}
     for network in networks.values():
         for name, parameter in network.named_parameters():

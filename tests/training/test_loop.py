@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stages.common.errors import UserError
-from stages.common.params import Base, NoneContinued
+from stages.common.params import Base, Continued
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
 from stages.training import checkpoint, host, loop, processes
@@ -317,7 +317,7 @@ def test_an_interruption_tells_how_many_epochs_are_kept(network, parts, preproce
 
 
 def test_a_pruner_trains_by_finetunes_recipe_with_its_own_budget(recipe):
-    own = recipe_for(recipe, NoneContinued(method="none_continued", epochs=7, learning_rate_factor=0.5))
+    own = recipe_for(recipe, Continued(method="continued", epochs=7, learning_rate_factor=0.5))
     assert own == recipe.model_copy(update={"epochs": 7, "learning_rate": 0.0025, "muon_learning_rate": 0.01})
     assert steps_in(own, 100) == 21
 
@@ -389,7 +389,7 @@ def test_the_first_part_of_a_training_sees_other_sizes_and_validation_does_not(n
     steps = steps_in(early, len(parts[0]))
     assert [size for training, size in seen if training] == [48] * -(-steps // 2) + [32] * (steps // 2)
     assert {size for training, size in seen[2:] if not training} == {32}  # after a look at either size
-    budget = NoneContinued(method="none_continued", epochs=1, learning_rate_factor=1)
+    budget = Continued(method="continued", epochs=1, learning_rate_factor=1)
     assert recipe_for(early, budget).early_input_size is None
 
 
@@ -457,7 +457,7 @@ def rows_of(curve: list[dict]) -> list[dict]:
 
 def test_two_phases_take_the_very_steps_of_one_training(network, parts, preprocess, recipe, monkeypatch):
     monkeypatch.setattr(loop, "Optimizers", StatelessSgd)  # an optimizer's state is the one thing that begins afresh
-    recipe = recipe.model_copy(update={"epochs": 4, "average_decay": 0.0, "learning_rate": 0.3})
+    recipe = recipe.model_copy(update={"epochs": 4, "ema_decay": 0.0, "learning_rate": 0.3})
 
     def phase(network, epochs):
         seen: list[tuple] = []
@@ -514,7 +514,7 @@ def test_the_average_of_a_later_phase_begins_at_the_given_network(network, parts
     assert sorted(snapshots.taken) == [6, 7, 8]
     average = snapshots.taken[6]
     for seen, step in [(1, 7), (2, 8)]:
-        decay = min(recipe.average_decay, (1 + seen) / (10 + seen))
+        decay = min(recipe.ema_decay, (1 + seen) / (10 + seen))
         average = {name: decay * average[name] + (1 - decay) * new for name, new in snapshots.taken[step].items()}
     found = trained.network.state_dict()
     assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in average.items())

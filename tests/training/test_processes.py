@@ -59,7 +59,7 @@ def trained(case: str, network, parts, preprocess, recipe) -> dict[str, torch.Te
         )
         constraint_of = {"hesso": Hesso, "dhspg": lambda *given: Dhspg(*given, lambda step: rate)}[case]
         steps = steps_in(recipe, len(parts[0]))
-        constraint = constraint_of(network, groups, costs_of(network, groups, 32), pruner, steps, "prune.oto")
+        constraint = constraint_of(network, groups, costs_of(network, groups, 32), pruner, steps, "pruners.oto")
     found = train(
         network, *parts, preprocess, recipe, base=BASE, seed=3, title=case, constraint=constraint, keep="last"
     )
@@ -137,15 +137,15 @@ def write_params(folder: Path, arguments=None, **finetune: object) -> None:
         "finetune": PARAMS["finetune"] | {"epochs": 2, "batch_size": 4, "precision": "float32"} | finetune,
     }
     budget = {"epochs": 4, "learning_rate_factor": 1.0}
-    raw["prune"] = {
+    raw["pruners"] = {
         "none": {"method": "none"},
-        "none_continued": {"method": "none_continued"} | budget,
+        "continued": {"method": "continued"} | budget,
         "oto": {"method": "oto", "group_sparsity": 0.5, "pruning_periods": 1} | budget,
     }
-    raw["prunings"] = {f"toy-{name}": {"model": "toy", "pruner": name} for name in raw["prune"]}
+    raw["pruned"] = {f"toy-{name}": {"model": "toy", "pruner": name} for name in raw["pruners"]}
     searched = {"method": "searched_bits", "search": "random", "average_bits": 4.0, "evaluations": 5}
-    raw["quantize"] = {"fp32": {"method": "fp32"}, "recovered": searched | {"calibration_images": 4, "epochs": 3}}
-    raw["variants"] = {f"toy-none-{name}": {"pruning": "toy-none", "quantizer": name} for name in raw["quantize"]}
+    raw["quantizers"] = {"fp32": {"method": "fp32"}, "recovered": searched | {"calibration_images": 4, "epochs": 3}}
+    raw["variants"] = {f"toy-none-{name}": {"pruned": "toy-none", "quantizer": name} for name in raw["quantizers"]}
     if arguments is not None:
         raw["models"]["toy"]["arguments"] = arguments
     (folder / "params.yaml").write_text(yaml.safe_dump(raw))
