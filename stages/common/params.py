@@ -516,13 +516,13 @@ Quantizer = Annotated[
 ]
 
 
-class Pruning(Section):
+class PrunedModel(Section):
     model: Name
     pruner: Name
 
 
 class Variant(Section):
-    pruning: Name
+    pruned: Name
     quantizer: Name
 
 
@@ -647,9 +647,9 @@ class Params(Section):
     data: Data
     finetune: Finetune
     models: Annotated[dict[Name, Model], Field(min_length=1)]
-    prune: dict[Name, Pruner]
-    pruned: dict[Name, Pruning]
-    quantize: dict[Name, Quantizer]
+    pruners: dict[Name, Pruner]
+    pruned: dict[Name, PrunedModel]
+    quantizers: dict[Name, Quantizer]
     variants: dict[Name, Variant]
     export: Export = Export()
     profile: Profile = Profile()

@@ -135,8 +135,9 @@ def sparsities(pruner: Unstructured, steps: int, key: str) -> dict[int, float]:
     if interval < 1:
         raise UserError(
             f"{key}.pruning_periods = {count}: only {end - start} of {steps} steps lie between start_fraction"
-            f" {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each pruning needs one: lower pruning_periods"
-            f" or finetune.batch_size (steps in an epoch: {steps // pruner.epochs}), or raise epochs or end_fraction"
+            f" {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each period needs one: lower"
+            f" pruning_periods or finetune.batch_size (steps in an epoch: {steps // pruner.epochs}), or raise epochs or"
+            " end_fraction"
         )
     return {start + i * interval: pruner.sparsity * (1 - (1 - i / count) ** 3) for i in range(1, count + 1)}
 
@@ -154,7 +155,7 @@ class KeepZeros:
         key: of the pruner in the params, for messages.
 
     Raises:
-        UserError: if the pruning_periods do not fit into the steps, or would leave no weight in some layer. Which layers a
+        UserError: if the periods do not fit into the steps, or would leave no weight in some layer. Which layers a
             gradual global choice by magnitude empties shows only while it trains; all else is refused here.
     """
 

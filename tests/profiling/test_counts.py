@@ -144,7 +144,7 @@ def test_unstructured_pruning_changes_only_the_parameters_that_are_not_zero():
     network = built("convnext, linear mlp")
     pruned = copy.deepcopy(network)
     layer = pruned.stages[3].blocks[0].mlp.fc1
-    prune.remove(pruners.l1_unstructured(layer, "weight", amount=0.5), "weight")
+    prune.remove(prune.l1_unstructured(layer, "weight", amount=0.5), "weight")
     before, after = counted(network), counted(pruned)
     assert (after.params, after.macs, after.bops) == (before.params, before.macs, before.bops)
     assert before.params_nonzero - after.params_nonzero == layer.weight.numel() // 2

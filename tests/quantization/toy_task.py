@@ -30,7 +30,7 @@ def task_of(
         spec: of the network, where it is to be saved.
     """
     params = Params.model_construct(
-        quantize={"toy": quantizer}, variants={"toy": Variant(pruned="toy", quantizer="toy")}
+        quantizers={"toy": quantizer}, variants={"toy": Variant(pruned="toy", quantizer="toy")}
     )
     parent = Description(
         name="toy",
