@@ -13,7 +13,6 @@ from pathlib import Path
 from stages.common import paths
 from stages.common.errors import run_stage
 from stages.common.files import atomic_folder
-from stages.common.params import Data, check_models, load_params
 from stages.datasets.source import Source
 from stages.datasets.sources.cifar10 import cifar10_source
 from stages.datasets.sources.digits import digits_source
@@ -21,6 +20,14 @@ from stages.datasets.sources.folder import folder_source
 from stages.datasets.sources.parquet import parquet_source
 from stages.datasets.store import Info
 from stages.datasets.writer import write_images
+from stages.params.data import Data
+from stages.params.load import load_params
+from stages.params.section import Section
+
+
+class Params(Section):
+    data: Data
+
 
 DECODERS = 4
 """Threads at most: of small images, more of them wait for Python's lock longer than they decode."""
@@ -65,8 +72,7 @@ def summary(info: Info, remark: str, size_bytes: int) -> str:
 
 
 def main() -> None:
-    params = load_params()
-    check_models(params)
+    params = load_params(Params)
     with atomic_folder(paths.IMAGES) as folder:
         info, remark = download(params.data, folder, paths.SCRATCH, min(DECODERS, len(os.sched_getaffinity(0))))
         size_bytes = sum(path.stat().st_size for path in folder.iterdir())

@@ -21,7 +21,6 @@ from stages.common import paths
 from stages.common.cores import usable_cores
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, read_json, write_csv, write_json
-from stages.common.params import EdgeBenchmark, Params, load_params
 from stages.datasets.store import open_part
 from stages.edge.drift import drift_of
 from stages.edge.local import Candidate, Timing, refuse_many_threads, time_here
@@ -31,11 +30,18 @@ from stages.edge.protocol import Protocol
 from stages.edge.remote import time_there
 from stages.edge.repeat import repeat_of
 from stages.edge.soak import SoakPlan
+from stages.params.edge_benchmark import EdgeBenchmark
+from stages.params.load import load_params
+from stages.params.variants import Joins
 
 SOAK_IMAGES = 64  # from all over the validation part, again and again
 
 
-def protocol_of(section: EdgeBenchmark, confidence: float) -> Protocol:
+class Params(Joins):
+    edge_benchmark: EdgeBenchmark = EdgeBenchmark()
+
+
+def protocol_of(section: EdgeBenchmark) -> Protocol:
     return Protocol(
         threads=section.threads,
         warmup_runs=section.warmup_runs,
@@ -44,7 +50,7 @@ def protocol_of(section: EdgeBenchmark, confidence: float) -> Protocol:
         seed=section.seed,
         batch=section.batch,
         minimum_runs=section.minimum_runs,
-        confidence=confidence,
+        confidence=section.confidence,
     )
 
 
@@ -76,7 +82,7 @@ def soak_of(section: EdgeBenchmark, candidates: list[Candidate]) -> tuple[Candid
 def run_timing(params: Params) -> Timing:
     """On this machine or on the device that `edge_benchmark.target` names."""
     section, candidates = params.edge_benchmark, candidates_of(params)
-    soaked, protocol = soak_of(section, candidates), protocol_of(section, params.report.confidence)
+    soaked, protocol = soak_of(section, candidates), protocol_of(section)
     if section.target != "local":
         return time_there(section.target, candidates, section, protocol, soaked, say)
     if section.affinity is not None:
@@ -101,7 +107,7 @@ def say(line: str) -> None:
 
 
 def main() -> None:
-    params = load_params()
+    params = load_params(Params)
     section, printed = params.edge_benchmark, params.edge_benchmark.printed
     if printed is not None:
         require_opencv()
@@ -110,7 +116,7 @@ def main() -> None:
         except ValueError as error:
             raise UserError(f"edge_benchmark.printed.{error}") from None
         with tempfile.TemporaryDirectory() as folder:  # before the timing and the soak, which may take hours
-            filmed = printed_row(printed.variant, chosen, printed.seed, params.report.confidence, Path(folder))
+            filmed = printed_row(printed.variant, chosen, printed.seed, section.confidence, Path(folder))
     before = last_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
@@ -118,7 +124,7 @@ def main() -> None:
     result["repeat"] = None if repeat is None else asdict(repeat)
     with atomic_folder(paths.EDGE) as unfinished:
         if section.soak is not None:
-            drift = drift_of(timing.soak, params.report.confidence)
+            drift = drift_of(timing.soak, section.confidence)
             result["soak"] = section.soak.model_dump() | asdict(drift)
             write_csv(unfinished / "soak.csv", timing.soak)
         if printed is not None:

@@ -13,13 +13,27 @@ from stages.artifacts.artifact import Description, save_artifact
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.common.params import Params, check_models, key_argument, load_params
 from stages.datasets.store import Info, open_part, read_info
 from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of, state_hash
+from stages.params.base import Base
+from stages.params.finetune import Finetune
+from stages.params.load import key_argument, load_params
+from stages.params.models import Model
+from stages.params.section import Name, Section
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.host import prepare_host
 from stages.training.loop import CURVE_COLUMNS, train
 from stages.training.processes import is_first, joined, launch
+
+
+class Params(Section):
+    base: Base
+    finetune: Finetune
+    models: dict[Name, Model]
+
+    def seed_of(self, model: str) -> int:
+        own = self.models[model].seed
+        return self.base.seed if own is None else own
 
 
 def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Description:
@@ -90,9 +104,8 @@ def finetune(params: Params, key: str) -> None:
 
 
 def main() -> None:
-    params = load_params()
+    params = load_params(Params)
     key = key_argument("models", params.models)
-    check_models(params)
     launch(params.base)
     with joined(prepare_host(params.base)):
         finetune(params, key)

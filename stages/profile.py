@@ -20,14 +20,22 @@ from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import run_stage
 from stages.common.files import atomic_folder, sha256_of, write_csv, write_json
-from stages.common.params import Profile, key_argument, load_params
 from stages.datasets.store import open_part, read_info
 from stages.export.session import open_session, session_logits
 from stages.networks.predict import predict_logits, top1
+from stages.params.base import Base
+from stages.params.load import key_argument, load_params
+from stages.params.profile import Profile
+from stages.params.variants import Joins
 from stages.profiling.corruptions import cells, sample
 from stages.profiling.counts import LayerCount, count_layers, totals
 from stages.profiling.sections import sections
 from stages.profiling.visible import macs_visible, params_visible
+
+
+class Params(Joins):
+    base: Base
+    profile: Profile = Profile()
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ def _corrupted(session: InferenceSession, images: np.ndarray, batch_size: int, s
 
 
 def main() -> None:
-    params = load_params()
+    params = load_params(Params)
     variant = key_argument("variants", params.variants)
     threads = threads_for(params.base.threads)
     torch.set_num_threads(threads)

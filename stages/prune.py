@@ -17,8 +17,10 @@ from stages.artifacts.artifact import Description, load_artifact, parent_of, sav
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.common.params import Params, Training, key_argument, load_params
 from stages.datasets.store import Info, open_part, read_info
+from stages.params.budget import Budget
+from stages.params.load import key_argument, load_params
+from stages.params.whole import Params
 from stages.pruning.methods import prune
 from stages.pruning.session import Session
 from stages.training.checkpoint import checkpoint_folder
@@ -73,9 +75,9 @@ def prune_one(params: Params, key: str) -> None:
 
 
 def main() -> None:
-    params = load_params()
+    params = load_params(Params)
     key = key_argument("pruned", params.pruned)
-    if isinstance(params.pruners[params.pruned[key].pruner], Training):
+    if isinstance(params.pruners[params.pruned[key].pruner], Budget):
         launch(params.base)
     with joined(prepare_host(params.base)):
         prune_one(params, key)

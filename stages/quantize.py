@@ -19,13 +19,15 @@ from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.common.params import Bits, Params, key_argument, load_params
 from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
 from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
+from stages.params.load import key_argument, load_params
+from stages.params.quantizers import Bits
+from stages.params.whole import Params
 from stages.quantization.methods import Quantized, Task, quantize
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.host import prepare_host
@@ -145,7 +147,7 @@ def quantize_one(params: Params, variant: str) -> None:
 
 
 def main() -> None:
-    params = load_params()
+    params = load_params(Params)
     variant = key_argument("variants", params.variants)
     quantizer = params.quantizers[params.variants[variant].quantizer]
     if not (isinstance(quantizer, Bits) and quantizer.epochs):

@@ -15,7 +15,8 @@ from pathlib import Path
 from stages.common import paths
 from stages.common.errors import run_stage
 from stages.common.files import atomic_file, atomic_folder, write_csv, write_json, write_text
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.cards import card
 from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
@@ -85,7 +86,7 @@ def write_report(report: Report) -> None:
 
 
 def main() -> None:
-    write_report(make_report(read_run(load_params())))
+    write_report(make_report(read_run(load_params(Params))))
 
 
 if __name__ == "__main__":

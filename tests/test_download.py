@@ -9,9 +9,9 @@ from PIL import Image
 
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import Data
 from stages.datasets.store import open_part, read_info
 from stages.download import download, main
+from stages.params.data import Data
 
 DIGITS = {"name": "digits", "source": "digits", "image_size": 16, "validation_fraction": 0.1}
 

@@ -114,7 +114,7 @@ def test_the_report_never_reaches_torch():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
             assert (
                 not {str(name).split(".")[0] for name in names} & {"torch", "torchvision", "timm"}
-                or module == "stages.common.architectures"
+                or module == "stages.networks.architectures"
             )
 
 

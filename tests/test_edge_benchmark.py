@@ -13,10 +13,10 @@ from stages import edge_benchmark
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
-from stages.common.params import EdgeBenchmark
 from stages.edge import local
 from stages.edge.fresh import measure_fresh
 from stages.edge.runtimes import ONNXRUNTIME, TORCH_EAGER
+from stages.params.edge_benchmark import EdgeBenchmark
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
 NOT_THERE = "torch-compile is not installed: do this"

@@ -13,12 +13,15 @@ from stages.artifacts.artifact import load_artifact, load_classifier, read_descr
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
-from stages.common.params import Int8Static, Variant, load_params
 from stages.datasets.store import open_part
 from stages.export.session import open_session, session_logits
 from stages.networks.dynamic_int8 import dynamic_layers
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
 from stages.networks.predict import top1
+from stages.params.load import load_params
+from stages.params.quantizers import Int8Static
+from stages.params.variants import Variant
+from stages.params.whole import Params
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
 
@@ -56,7 +59,7 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
 def test_static_int8_that_takes_stored_pixels_is_described_so_and_comes_back(unquantized):
     network, description = load_artifact(paths.pruned("toy-none"))
     save_artifact(paths.pruned("toy-none"), network, replace(description, input_size=48))  # twice the stored 24
-    params, folder = load_params(), paths.compressed("toy-none-static")
+    params, folder = load_params(Params), paths.compressed("toy-none-static")
     params.quantizers["static"] = Int8Static(method="int8_static", calibration_images=4, weight_bits=7)
     params.variants["toy-none-static"] = Variant(pruned="toy-none", quantizer="static")
     quantize.compress(params, "toy-none-static", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
@@ -117,7 +120,7 @@ def test_a_model_onnx_that_disagrees_with_pytorch_is_refused_and_the_old_artifac
 
 def test_a_quantized_artifact_is_not_quantized_again(project, tmp_path):
     with pytest.raises(UserError, match="is quantized already"):
-        quantize.compress(load_params(), INT8, paths.compressed(INT8), tmp_path / "out", paths.IMAGES, 1)
+        quantize.compress(load_params(Params), INT8, paths.compressed(INT8), tmp_path / "out", paths.IMAGES, 1)
     assert not (tmp_path / "out").exists()
 
 

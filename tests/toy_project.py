@@ -15,9 +15,10 @@ from torch import nn
 
 from stages.artifacts.artifact import Description, save_artifact
 from stages.common import paths
-from stages.common.params import load_params
 from stages.datasets.store import read_info
 from stages.networks.build import NetworkSpec, build_network
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.quantize import compress
 
 SIZE, CLASSES = 24, ["zero", "one", "two", "three", "four"]
@@ -83,7 +84,7 @@ def _pruned() -> Path:
 def _compressed() -> Path:
     folder = pruned_project(_kept_folder())
     with contextlib.chdir(folder):  # checkpoints go to the working folder, and other processes make this project too
-        params = load_params(paths.PARAMS)
+        params = load_params(Params, paths.PARAMS)
         for variant, entry in params.variants.items():
             compress(params, variant, paths.pruned(entry.pruned), paths.compressed(variant), paths.IMAGES, 1)
         shutil.rmtree(paths.SCRATCH)

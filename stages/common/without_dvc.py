@@ -27,7 +27,8 @@ from pathlib import Path
 from stages.common import paths
 from stages.common.errors import INTERRUPTED, UserError, run_stage
 from stages.common.files import sha256_of, write_json
-from stages.common.params import Params, load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 
 PROVENANCE = paths.REPORTS / "provenance.json"
 DIRTY = "-dirty"
@@ -192,7 +193,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs}: must be at least 1")
-    params, around = load_params(), surroundings()
+    params, around = load_params(Params), surroundings()
     told, dirty = _told_before(), str(around["commit"]).endswith(DIRTY)
     if arguments.resume and dirty:
         print("the code has changes that no commit holds: nothing is taken as done")

@@ -20,11 +20,12 @@ from stages.artifacts.artifact import ONNX, Description, check_onnx, read_descri
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, clear_disk_errors, write_json, write_text
-from stages.common.params import Params, load_params
 from stages.datasets.store import open_part, read_info
 from stages.edge.device.edgewise_model import BUNDLE, confidences
 from stages.edge.selective import Threshold, best_threshold, lowest_threshold, proportion, thresholds
 from stages.export.session import open_session, session_logits
+from stages.params.load import load_params
+from stages.params.whole import Params
 
 STAGES = Path(__file__).parents[1]
 DEVICE = ("bench.py", "camera.py", "edgewise_frames.py", "edgewise_model.py", "predict.py")
@@ -172,7 +173,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    params = load_params()
+    params = load_params(Params)
     variant = listed_variant(params, arguments.variant)
     source, folder = paths.compressed(variant), arguments.out / variant
     refuse_other_folder(folder)

@@ -20,12 +20,13 @@ from stages.artifacts.artifact import ONNX, check_onnx, read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, write_json
-from stages.common.params import load_params
 from stages.datasets.decode import decode
 from stages.datasets.store import Part, open_part, read_info
 from stages.edge.bundle import CAMERA, PRINTED, listed_variant
 from stages.edge.selective import proportion
 from stages.export.session import open_session, session_logits
+from stages.params.load import load_params
+from stages.params.whole import Params
 
 VIDEO, RESULT = "printed.mp4", "printed.json"
 IMAGES = 1000
@@ -136,7 +137,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     require_opencv()
-    params = load_params()
+    params = load_params(Params)
     variant = listed_variant(params, arguments.variant)
     folder = arguments.out or Path("dist") / variant / PRINTED
     refuse_other_folder(folder)

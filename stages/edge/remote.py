@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from stages.common.errors import UserError
-from stages.common.params import SSH_TARGET, EdgeBenchmark
 from stages.edge.bundle import STAGES, pinned
 from stages.edge.local import Candidate, Timing, refuse_many_threads
 from stages.edge.protocol import Protocol
 from stages.edge.soak import SoakPlan
+from stages.params.edge_benchmark import SSH_TARGET, EdgeBenchmark
 
 SSH = (
     *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Export
 from stages.export.packed_weights import with_dynamic_layers, with_integer_layers
 from stages.export.quiet import quiet
 from stages.networks.dynamic_int8 import dynamic_layers
@@ -22,6 +21,7 @@ from stages.networks.packed import dequantized
 from stages.networks.pixel_stem import on_pixels, pixel_stem
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.params.export import Export
 
 DEFAULT = Export()
 INPUT, OUTPUT = "pixels", "logits"

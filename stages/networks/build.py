@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from timm.layers import Linear as TimmLinear
 from torch import nn
 
-from stages.common.architectures import construct, timm_model
 from stages.common.errors import UserError
-from stages.common.params import Model
+from stages.networks.architectures import construct, timm_model
 from stages.networks.layer_scale import fold_layer_scale
 from stages.networks.pixel_stem import take_pixels
 from stages.networks.pointwise import pointwise_to_linear
 from stages.networks.reshape import reshape
 from stages.networks.tensors import load_tensors
+from stages.params.models import Model
 
 
 @dataclass(frozen=True)

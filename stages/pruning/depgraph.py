@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Depgraph
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.reshape import widths_of
+from stages.params.pruners import Depgraph
 from stages.pruning.costs import costs_of
 from stages.pruning.targets import ROUNDING, least_widths, rounded_down, what_every_layer_keeps
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from stages.common.params import Oto
+from stages.params.pruners import Oto
 from stages.pruning.channel_mask import ChannelMask
 from stages.pruning.costs import Costs
 from stages.pruning.groups import ChannelGroup, by_group, zero_channels

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Importance, Oto
+from stages.params.pruners import Importance, Oto
 from stages.pruning.channel_mask import ChannelMask
 from stages.pruning.costs import Costs
 from stages.pruning.groups import ChannelGroup, by_group, zero_channels

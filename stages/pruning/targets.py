@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from stages.common.errors import UserError
-from stages.common.params import Structured
+from stages.params.pruners import Structured
 from stages.pruning.costs import Costs
 from stages.pruning.groups import ChannelGroup
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Unstructured
+from stages.params.pruners import Unstructured
 
 
 def prunable_weights(network: nn.Module) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.params import AllocatedBits
+from stages.params.quantizers import AllocatedBits
 from stages.quantization.layers import Layer
 
 

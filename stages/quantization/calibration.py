@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Calibrated, Int8Static
 from stages.datasets.store import Part
+from stages.params.quantizers import Calibrated, Int8Static
 
 BATCH = 64
 BINS, QUANTIZED_BINS = 1024, 256

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.common.params import LearnedBits
+from stages.params.quantizers import LearnedBits
 from stages.quantization.layers import LAYER_KINDS
 from stages.quantization.searches import (
     Problem,

@@ -12,21 +12,21 @@ import torch
 from torch import nn
 
 from stages.artifacts.artifact import FLOAT_BITS, Description, LayerStorage
-from stages.common.params import (
+from stages.common.progress import count_progress
+from stages.datasets.store import Part
+from stages.networks.pointwise import replace_module
+from stages.networks.preprocess import Classifier
+from stages.params.quantizers import (
     AllocatedBits,
     Bits,
     Fp32,
     Int8Dynamic,
     Int8Static,
     LearnedBits,
-    Params,
     Quantizer,
     UniformBits,
 )
-from stages.common.progress import count_progress
-from stages.datasets.store import Part
-from stages.networks.pointwise import replace_module
-from stages.networks.preprocess import Classifier
+from stages.params.whole import Params
 from stages.quantization.budget import Budget
 from stages.quantization.calibration import calibration_images, hessians
 from stages.quantization.controller import learn_bits

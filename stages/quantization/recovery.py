@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from stages.artifacts.packing import limits
-from stages.common.params import Bits, Params
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
 from stages.networks.tensors import along_outputs, load_tensors
+from stages.params.quantizers import Bits
+from stages.params.whole import Params
 from stages.quantization.rounding import Rounded
 from stages.training.distillation import Distillation
 from stages.training.loop import Trained, recipe_for, train

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.params import AllocatedBits, Bits, LearnedBits, Quantizer, UniformBits
+from stages.params.quantizers import AllocatedBits, Bits, LearnedBits, Quantizer, UniformBits
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, compare, model_family
 from stages.reporting.statistics import PairedDifference, holm, mean_and_deviation

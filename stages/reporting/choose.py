@@ -13,7 +13,8 @@ import sys
 import textwrap
 
 from stages.common.errors import run_stage
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.cards import machine_text
 from stages.reporting.edge import marks_of
 from stages.reporting.inputs import Run, read_run
@@ -247,7 +248,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     limits = limits_of(run, **vars(arguments))
     if not (fits := fitting(run, limits)):
         print(refusal(run, limits), flush=True)

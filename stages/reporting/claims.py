@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from stages.common.params import Params, SmallDense
+from stages.params.pruners import SmallDense
+from stages.params.whole import Params
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, control_of, is_control, model_family
 from stages.reporting.statistics import PairedDifference, holm, mean_and_deviation, paired_difference, wilson_interval

@@ -10,7 +10,8 @@ import numpy as np
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import read_csv, read_json
-from stages.common.params import Bits, Params
+from stages.params.quantizers import Bits
+from stages.params.whole import Params
 
 COUNTS = ("params", "params_nonzero", "params_visible", "macs", "macs_visible", "bops")
 BYTES = ("artifact_bytes", "size_bytes", "size_gzip_bytes", "weight_bytes", "scale_bytes", "graph_bytes")

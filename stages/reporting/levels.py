@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from stages.common.params import Continued, Importance, NonePruner, Pruner, Structured
+from stages.params.pruners import Continued, Importance, NonePruner, Pruner, Structured
 from stages.reporting.inputs import Run
 from stages.reporting.rows import Group, compare, model_family
 from stages.reporting.statistics import PairedDifference, holm, mean_and_deviation

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_csv, read_json, write_text
-from stages.common.params import Params, load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.claims import read_claims
 from stages.reporting.rows import control_of, model_family
 from stages.reporting.statistics import mean_and_deviation
@@ -70,7 +71,7 @@ def _refuse_open_blocks(text: str) -> None:
 def headline_block(reports: Path) -> str:
     """What to ship, how small, how fast, how sure, in two sentences."""
     rows, run, metrics = (read_json(reports / f"{name}.json") for name in ("variants", "run", "metrics"))
-    params = load_params(reports.parent / "params.yaml")
+    params = load_params(Params, reports.parent / "params.yaml")
     by_name = {row["variant"]: row for row in rows}
     chosen = by_name[metrics["headline_variant"]]
     dense = by_name[f"{chosen['model']}-none-fp32"]
@@ -124,7 +125,7 @@ def findings_block(reports: Path) -> str:
         f" {fastest['latency_ratio']:.1f} times as fast as dense in {run['baseline_runtime']},"
         f" {_accuracy(rows, fastest)}; dense float32 in ONNX Runtime takes"
         f" {ms_text(dense_of(fastest)['latency_ms_p50'])}, {dense_of(fastest)['latency_ratio']:.1f} times as fast.",
-        *_narrower(load_params(reports.parent / "params.yaml"), rows, chosen),
+        *_narrower(load_params(Params, reports.parent / "params.yaml"), rows, chosen),
         *_corruptions(chosen, dense_of(chosen)),
         *_printed(run["printed"]),
         *_soak(run.get("soak")),
@@ -204,7 +205,7 @@ def _accuracy(rows: list[dict], row: dict) -> str:
 def variants_block(reports: Path) -> str:
     """One line for each variant."""
     rows, run = read_json(reports / "variants.json"), read_json(reports / "run.json")
-    params = load_params(reports.parent / "params.yaml")
+    params = load_params(Params, reports.parent / "params.yaml")
     lines = [
         f"| variant | top-1, % [{100 * params.report.confidence:g} %] | Δ, points ({_p_words(rows)}) |"
         " Δ control, points | model.onnx | artifact | parameters: true (visible) |"
@@ -235,7 +236,7 @@ def variants_block(reports: Path) -> str:
 def groups_block(reports: Path) -> str:
     """One line for each setting of the first model: means over seeds, costs as shares of the dense float network's."""
     rows, run = read_json(reports / "variants.json"), read_json(reports / "run.json")
-    params = load_params(reports.parent / "params.yaml")
+    params = load_params(Params, reports.parent / "params.yaml")
     by_name = {row["variant"]: row for row in rows}
     groups: dict[str, list[dict]] = {}
     first = model_family(params, rows[0]["model"])

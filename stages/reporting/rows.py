@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.common.params import Bits, Continued, Params, Training
+from stages.params.budget import Budget
+from stages.params.pruners import Continued
+from stages.params.quantizers import Bits
+from stages.params.whole import Params
 from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
 from stages.reporting.statistics import (
     PairedDifference,
@@ -102,7 +105,7 @@ def extra_training(params: Params, variant: str) -> tuple[int, set[tuple[float, 
         Their sum, and the settings of each part: learning rate factor, distillation, its temperature.
     """
     parts = [params.pruners[params.pruner_of(variant)], params.quantizers[params.variants[variant].quantizer]]
-    budgets = [part.budget for part in parts if isinstance(part, Training | Bits) and part.epochs]
+    budgets = [part.budget for part in parts if isinstance(part, Budget | Bits) and part.epochs]
     return sum(epochs for epochs, *_ in budgets), {budget[1:] for budget in budgets}
 
 

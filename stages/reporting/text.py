@@ -2,7 +2,7 @@
 
 import re
 
-from stages.common.params import Params
+from stages.params.whole import Params
 from stages.reporting.rows import Group, group_of, model_family
 from stages.reporting.statistics import PairedDifference
 

@@ -12,8 +12,8 @@ import torch
 from timm.data import Mixup
 
 from stages.common.errors import UserError
-from stages.common.params import Finetune
 from stages.networks.preprocess import Preprocess
+from stages.params.finetune import Finetune
 from stages.training.trivial_augment import draw, trivial_augment
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)

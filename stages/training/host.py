@@ -14,7 +14,7 @@ import torch
 from stages.common.cores import threads_for
 from stages.common.errors import UserError
 from stages.common.files import atomic_file
-from stages.common.params import Base
+from stages.params.base import Base
 from stages.training import processes
 
 WORTH_IT = 0.8

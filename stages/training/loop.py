@@ -20,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.common.architectures import more_than_logits
 from stages.common.errors import UserError
-from stages.common.params import Base, Bits, Finetune, Training
 from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
+from stages.networks.architectures import more_than_logits
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.networks.tensors import load_tensors
+from stages.params.base import Base
+from stages.params.budget import Budget
+from stages.params.finetune import Finetune
+from stages.params.quantizers import Bits
 from stages.training import processes
 from stages.training.augment import Augmentation, share_of
 from stages.training.average import WeightAverage
@@ -68,7 +71,7 @@ class Trained:
     """The chosen epoch, counted from 1."""
 
 
-def recipe_for(finetune: Finetune, budget: Training | Bits) -> Finetune:
+def recipe_for(finetune: Finetune, budget: Budget | Bits) -> Finetune:
     """The recipe of finetune with a pruner's or quantizer's own budget: epochs, and a factor of learning rates."""
     factor = budget.learning_rate_factor
     return finetune.model_copy(

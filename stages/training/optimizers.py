@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Finetune
+from stages.params.finetune import Finetune
 from stages.training.muon import Muon
 
 

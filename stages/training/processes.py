@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.common.errors import INTERRUPTED, UserError
-from stages.common.params import Base
+from stages.params.base import Base
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=1)

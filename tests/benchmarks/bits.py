@@ -18,9 +18,9 @@ import torch
 from stages.artifacts.packing import pack, unpack
 from stages.common.cores import threads_for
 from stages.common.files import write_json
-from stages.common.params import LearnedBits
 from stages.edge.machine import describe_machine
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.params.quantizers import LearnedBits
 from stages.quantization.controller import learn_bits
 from stages.quantization.evaluation import Evaluator
 from stages.quantization.layers import integer_candidates

@@ -20,13 +20,16 @@ from torch import nn
 
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
-from stages.common.params import Model, Params, RandomStructured, load_params
 from stages.edge.machine import describe_machine
 from stages.edge.protocol import Contender, Protocol, random_pixels
 from stages.edge.runtimes import ONNXRUNTIME
 from stages.export.onnx_file import export_onnx
 from stages.networks.build import build_network, spec_of
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.params.load import load_params
+from stages.params.models import Model
+from stages.params.pruners import RandomStructured
+from stages.params.whole import Params
 from stages.pruning.costs import costs_of
 from stages.pruning.groups import by_group, cut_channels, with_layer_norm
 from stages.pruning.only_train_once_adapter import exact_groups
@@ -46,7 +49,7 @@ def chosen_model(given: str) -> tuple[str, Params, str]:
         UserError: if there is none of that name.
     """
     profile, _, name = given.rpartition(":")
-    params = load_params(Path(profile) / "params.yaml")
+    params = load_params(Params, Path(profile) / "params.yaml")
     if name not in params.models:
         raise UserError(f"{given}: give a profile's folder and one of its models: {', '.join(params.models)}")
     return profile, params, name

@@ -20,7 +20,6 @@ from torch import nn
 
 from stages.common.errors import run_stage
 from stages.common.files import write_json
-from stages.common.params import Int8Static
 from stages.edge.machine import describe_machine
 from stages.edge.protocol import Contender, Protocol, random_pixels
 from stages.edge.runtimes import ONNXRUNTIME
@@ -29,6 +28,7 @@ from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import FORMS, FixedDivisorLayerNorm, counting, is_channels_first
 from stages.networks.pointwise import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.params.quantizers import Int8Static
 from stages.quantization.static import int8_static
 
 PROTOCOL = Protocol(threads=1, warmup_runs=50, windows=30, window_seconds=0.2, seed=0)

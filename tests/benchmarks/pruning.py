@@ -30,9 +30,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stages.common.params import Finetune, Oto
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_scale import fold_layer_scale
+from stages.params.finetune import Finetune
+from stages.params.pruners import Oto
 from stages.pruning.costs import costs_of
 from stages.pruning.dhspg import FORGETTING_SHARE, Dhspg
 from stages.pruning.groups import cut_channels

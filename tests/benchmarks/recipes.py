@@ -29,10 +29,11 @@ from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_csv
-from stages.common.params import load_params
 from stages.common.without_dvc import TERMINATED, commit
 from stages.datasets.store import read_info
 from stages.edge.machine import describe_machine
+from stages.params.load import load_params
+from stages.params.whole import Params
 
 ROOT = Path(__file__).parents[2]
 LOG = Path("reports/recipes.csv")
@@ -88,7 +89,7 @@ def tried(changes: list[str], seed: int, model: str | None, pruning: str | None)
         UserError: for an unknown model or pruning, or one whose dense network is not there; if the stage ends with an
             error.
     """
-    own = load_params()  # tells what is wrong without the changes
+    own = load_params(Params)  # tells what is wrong without the changes
     for option, key, known in [("--model", model, own.models), ("--pruning", pruning, own.pruned)]:
         if key is not None and key not in known:
             raise UserError(f"{option} {key}: {paths.PARAMS} has no such key: it has {', '.join(known)}")
@@ -105,7 +106,7 @@ def tried(changes: list[str], seed: int, model: str | None, pruning: str | None)
             (folder / given).parent.mkdir(parents=True)
             (folder / given).symlink_to(given.resolve())
         try:
-            params = load_params(folder / paths.PARAMS)
+            params = load_params(Params, folder / paths.PARAMS)
         except UserError as error:
             told = str(error).replace(str(folder / paths.PARAMS), f"{paths.PARAMS} with these changes")
             raise UserError(told) from None

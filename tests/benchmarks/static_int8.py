@@ -20,11 +20,13 @@ from stages.artifacts.artifact import read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
-from stages.common.params import Int8Static, Params, load_params
 from stages.datasets.store import Part, open_part
 from stages.edge.machine import describe_machine
 from stages.edge.protocol import Contender, Protocol, random_pixels
 from stages.edge.runtimes import ONNXRUNTIME, OPENVINO, TORCH_EAGER, Run
+from stages.params.load import load_params
+from stages.params.quantizers import Int8Static
+from stages.params.whole import Params
 from stages.quantization.calibration import calibration_images
 
 PROTOCOL = Protocol(threads=1, warmup_runs=50, windows=30, window_seconds=0.3, seed=0)
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="+", metavar="variant")
     parser.add_argument("--out", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
-    params = load_params()
+    params = load_params(Params)
     if unknown := sorted(set(arguments.variants) - params.variants.keys()):
         raise UserError(f"{unknown[0]!r}: give entries of variants: {', '.join(params.variants)}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -37,7 +37,6 @@ from torchvision import transforms
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
-from stages.common.params import Finetune, Model, Oto, load_params
 from stages.common.progress import epoch_progress
 from stages.datasets.store import open_part, read_info
 from stages.edge.machine import describe_machine
@@ -45,6 +44,11 @@ from stages.edge.protocol import bootstrap_median
 from stages.networks.build import build_network, spec_of
 from stages.networks.layer_scale import fold_layer_scale
 from stages.networks.preprocess import Preprocess
+from stages.params.finetune import Finetune
+from stages.params.load import load_params
+from stages.params.models import Model
+from stages.params.pruners import Oto
+from stages.params.whole import Params
 from stages.pruning.costs import costs_of
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
@@ -201,7 +205,7 @@ def _wait(device: torch.device) -> None:
 
 def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     """Time a segment for every name that is read from stdin."""
-    params = load_params()
+    params = load_params(Params)
     model = next(iter(params.models.values()))
     if arguments.architecture:
         model = Model(library="timm", architecture=arguments.architecture, input_size=64)

@@ -10,7 +10,11 @@ from dvc.utils.serialize import modify_yaml
 from miniature import PARAMS, committed, committed_params
 
 from stages.common.errors import UserError
-from stages.common.params import Importance, LearnedBits, Oto, check_for_dvc, check_models, load_params, plan
+from stages.params.check import plan
+from stages.params.load import load_params
+from stages.params.pruners import Importance, Oto
+from stages.params.quantizers import LearnedBits
+from stages.params.whole import Params
 
 TOP = Path(__file__).parents[2]
 
@@ -24,7 +28,7 @@ def refusal(raw: dict, folder: Path) -> str:
     path = folder / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError) as error:
-        check_models(load_params(path), path)
+        check_models(load_params(Params, path), path)
     return str(error.value)
 
 
@@ -34,7 +38,7 @@ def test_every_params_file_in_the_repository_is_valid(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(committed(name))
-    params = load_params(path)
+    params = load_params(Params, path)
     check_for_dvc(params, path)
     check_models(params, path)
 
@@ -177,7 +181,7 @@ def test_a_key_that_would_do_nothing_is_refused_also_at_its_default(raw, tmp_pat
     assert refusal(raw, tmp_path).splitlines()[1:] == [f"  {expected}"]
     raw["pruners"]["mine"] = pruner
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    load_params(tmp_path / "params.yaml")
+    load_params(Params, tmp_path / "params.yaml")
 
 
 SEARCH = {"method": "learned_bits", "average_bits": 4.0}
@@ -235,7 +239,7 @@ def test_the_readmes_example_of_a_pruner_fits_into_the_default_params(tmp_path):
     for section, entries in yaml.safe_load(example).items():
         raw[section] |= entries
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    assert "variant   convnext-dhspg50-fp32: fp32" in plan(load_params(tmp_path / "params.yaml"))
+    assert "variant   convnext-dhspg50-fp32: fp32" in plan(load_params(Params, tmp_path / "params.yaml"))
 
 
 def test_two_to_four_sparsity_is_refused_at_another_sparsity(raw, tmp_path):
@@ -297,7 +301,7 @@ def test_an_early_input_size_that_is_not_smaller_is_refused(raw, tmp_path):
     raw["models"]["convnext"]["weights"] = "pretrained"  # is trained at its size from the first step
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
-    assert load_params(path).finetune.early_input_size == size
+    assert load_params(Params, path).finetune.early_input_size == size
     budget = {"epochs": 2, "learning_rate_factor": 0.5}
     raw["pruners"]["small"] = {"method": "small_dense", "group_sparsity": 0.5} | budget  # fresh weights all the same
     raw["pruners"]["as_long"] = {"method": "continued"} | budget
@@ -323,7 +327,7 @@ def test_the_control_must_train_at_the_same_learning_rate(raw, tmp_path):
 def test_numbers_that_dvc_writes_without_a_point_are_numbers(raw, tmp_path):
     text = yaml.safe_dump(raw).replace("learning_rate: 0.002", "learning_rate: 5e-05")
     (tmp_path / "params.yaml").write_text(text)
-    assert load_params(tmp_path / "params.yaml").finetune.learning_rate == 0.00005
+    assert load_params(Params, tmp_path / "params.yaml").finetune.learning_rate == 0.00005
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
@@ -331,7 +335,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
     (tmp_path / "params.yaml").write_text(text)
     line = text[: text.index("seed: 1")].count("\n") + 1
     with pytest.raises(UserError, match=f"line {line}: found duplicate key .seed.[^\n]*$"):
-        load_params(tmp_path / "params.yaml")
+        load_params(Params, tmp_path / "params.yaml")
 
 
 def test_names_that_yaml_reads_as_something_else_are_told(raw, tmp_path):
@@ -349,7 +353,7 @@ def test_a_long_value_is_shortened(raw, tmp_path):
 def test_a_file_nested_beyond_reason_is_refused(tmp_path):
     (tmp_path / "params.yaml").write_text("[" * 3000)
     with pytest.raises(UserError, match="nested too deeply"):
-        load_params(tmp_path / "params.yaml")
+        load_params(Params, tmp_path / "params.yaml")
 
 
 def test_scores_that_are_not_named_have_no_weight():
@@ -427,7 +431,7 @@ def test_a_root_without_the_code_is_refused(raw, tmp_path, root):
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw | {"root": root}))
     with pytest.raises(UserError, match=f"root = '{root}': .* holds no folder `stages` with the code"):
-        check_for_dvc(load_params(path), path)
+        check_for_dvc(load_params(Params, path), path)
 
 
 def test_a_section_left_out_is_refused_since_dvc_knows_no_defaults(raw, tmp_path):
@@ -435,7 +439,7 @@ def test_a_section_left_out_is_refused_since_dvc_knows_no_defaults(raw, tmp_path
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(UserError) as error:
-        check_for_dvc(load_params(path), path)
+        check_for_dvc(load_params(Params, path), path)
     assert "\n  profile: is required and missing\n  root = '.'" in str(error.value)
     assert str(error.value).endswith("\n  root: is required and missing")
 
@@ -475,7 +479,7 @@ def test_a_weights_file_is_looked_for_beside_the_params(raw, tmp_path):
     assert "models.convnext.weights = 'weights/atto.pth': no such file" in refusal(raw, tmp_path)
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/atto.pth").touch()
-    check_models(load_params(tmp_path / "params.yaml"), tmp_path / "params.yaml")
+    check_models(load_params(Params, tmp_path / "params.yaml"), tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize(
@@ -495,7 +499,7 @@ def test_an_empty_section_is_named(raw, tmp_path, section, value, words):
 def test_a_file_that_holds_no_sections_is_refused(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(UserError, match=r"params\.yaml"):
-        load_params(tmp_path / "params.yaml")
+        load_params(Params, tmp_path / "params.yaml")
 
 
 def test_the_command_prints_the_plan_of_the_file_given_or_at_hand(raw, tmp_path):
@@ -507,7 +511,7 @@ def test_the_command_prints_the_plan_of_the_file_given_or_at_hand(raw, tmp_path)
         command, cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(TOP)}
     )
     printed = given.stdout
-    assert printed == here.stdout == plan(load_params(path)) + "\n"
+    assert printed == here.stdout == plan(load_params(Params, path)) + "\n"
     assert all(f"variant   {key}:" in printed for key in raw["variants"])
 
 
@@ -516,7 +520,7 @@ def test_the_plan_remarks_on_images_that_are_not_there(raw, tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
 
     def remarks() -> list[str]:
-        told = plan(load_params(tmp_path / "params.yaml")).splitlines()
+        told = plan(load_params(Params, tmp_path / "params.yaml")).splitlines()
         return [line for line in told if line.startswith("remark    data.location")]
 
     assert remarks()[0].startswith(f"remark    data.location: {tmp_path / 'images'} is not there (seen from ")
@@ -526,7 +530,9 @@ def test_the_plan_remarks_on_images_that_are_not_there(raw, tmp_path):
 
 def test_the_plan_remarks_on_a_pruning_that_no_variant_uses(raw, tmp_path):
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    remarks = [line for line in plan(load_params(tmp_path / "params.yaml")).splitlines() if line.startswith("remark")]
+    remarks = [
+        line for line in plan(load_params(Params, tmp_path / "params.yaml")).splitlines() if line.startswith("remark")
+    ]
     assert remarks == [
         "remark    pruned.convnext-continued: no variant uses it: it would be made, and neither measured nor reported"
     ]
@@ -585,4 +591,4 @@ def test_a_target_is_this_machine_or_an_address(raw, tmp_path, target):
     raw["edge_benchmark"]["target"] = target
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(raw))
-    assert load_params(path).edge_benchmark.target == target
+    assert load_params(Params, path).edge_benchmark.target == target

@@ -12,8 +12,9 @@ from toy_project import pruned_project
 
 from stages.common import paths, without_dvc
 from stages.common.errors import INTERRUPTED, UserError
-from stages.common.params import load_params
 from stages.common.without_dvc import DIRTY, PROVENANCE, all_stages, chosen, needs, run_all, surroundings
+from stages.params.load import load_params
+from stages.params.whole import Params
 
 TOP = Path(__file__).parents[2]
 
@@ -38,14 +39,14 @@ def test_the_stages_are_those_of_dvc_in_an_order_in_which_they_can_run(folder, m
     listed = subprocess.run(
         [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], check=True, capture_output=True, text=True
     ).stdout.split()
-    stages = all_stages(load_params())
+    stages = all_stages(load_params(Params))
     assert sorted(stages) == sorted(listed)
     kinds = list(dict.fromkeys(stage.partition("@")[0] for stage in stages))
     assert kinds == ["download", "finetune", "prune", "quantize", "profile", "edge-benchmark", "report"]
 
 
 def test_a_name_stands_for_one_entry_or_all(project):
-    params = load_params()
+    params = load_params(Params)
     assert chosen(["profile@toy-none-int8", "quantize"], params) == [
         "quantize@toy-none-fp32",
         "quantize@toy-none-int8",
@@ -190,7 +191,7 @@ def test_a_stage_that_fails_ends_the_run_and_is_named(project, monkeypatch, capf
 
 
 def test_several_stages_run_at_once_each_after_those_it_needs(project, monkeypatch):
-    params, lock, under_way, ended, most = load_params(), threading.Lock(), set(), [], 0
+    params, lock, under_way, ended, most = load_params(Params), threading.Lock(), set(), [], 0
 
     def run(stage: str) -> dict:
         nonlocal most
@@ -212,7 +213,7 @@ def test_several_stages_run_at_once_each_after_those_it_needs(project, monkeypat
 
 
 def test_a_stage_waits_for_those_far_back_where_what_lies_between_is_left_out(project, monkeypatch):
-    params, ended = load_params(), []
+    params, ended = load_params(Params), []
     monkeypatch.setattr(without_dvc, "run", lambda stage: time.sleep(0.05 * (stage == "finetune@toy")) or {})
     stages = ["finetune@toy", "quantize@toy-none-fp32"]
     run_all(stages, params, 2, lambda stage, told: ended.append(stage))
@@ -220,7 +221,7 @@ def test_a_stage_waits_for_those_far_back_where_what_lies_between_is_left_out(pr
 
 
 def test_after_a_failure_no_stage_starts_and_what_is_under_way_is_still_told(project, monkeypatch):
-    params, told, failed = load_params(), [], threading.Event()
+    params, told, failed = load_params(Params), [], threading.Event()
 
     def run(stage: str) -> dict:
         if stage == "quantize@toy-none-fp32":

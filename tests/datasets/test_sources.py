@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from stages.common.errors import UserError
-from stages.common.params import Data
 from stages.datasets.decode import decode
 from stages.datasets.sources.cifar10 import Release, cifar10_source, load_plain, official_release
 from stages.datasets.sources.digits import digits_source
 from stages.datasets.sources.folder import folder_source
 from stages.datasets.sources.parquet import parquet_source
 from stages.datasets.writer import write_images
+from stages.params.data import Data
 
 RNG = np.random.default_rng(0)
 

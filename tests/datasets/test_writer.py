@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from stages.common.errors import UserError
-from stages.common.params import Data
 from stages.datasets import writer
 from stages.datasets.source import RawImage, Source
 from stages.datasets.store import PARTS, open_part, read_info
 from stages.datasets.writer import PartFile, mean_and_std, write_images
+from stages.params.data import Data
 
 DATA = Data(name="toy", source="digits", image_size=4, validation_fraction=0.2)
 PIXELS = np.random.default_rng(0).integers(0, 256, (100, 4, 4, 3), dtype=np.uint8)

@@ -9,7 +9,6 @@ from onnx import numpy_helper
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Export
 from stages.export import onnx_file
 from stages.export.onnx_file import export_onnx
 from stages.export.session import int8_overflows, open_session, session_logits
@@ -17,6 +16,7 @@ from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears, unpac
 from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.predict import predict_logits
+from stages.params.export import Export
 
 
 def operators(path):

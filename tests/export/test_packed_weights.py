@@ -12,12 +12,13 @@ from onnx import numpy_helper
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Export, Int8Static
 from stages.export.onnx_file import export_onnx
 from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.integer_weights import KINDS, Grid, integer_layers, with_integers
 from stages.networks.pointwise import replace_module
 from stages.networks.predict import predict_logits
+from stages.params.export import Export
+from stages.params.quantizers import Int8Static
 from stages.quantization.rounding import round_nearest
 from stages.quantization.static import int8_static
 

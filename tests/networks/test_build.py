@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Model
 from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of
 from stages.networks.pointwise import PointwiseLinear
+from stages.params.models import Model
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 ATTO = NetworkSpec("timm", "convnext_atto", ARGUMENTS, 4)

@@ -10,8 +10,8 @@ from cuttable import SMALL, TOY, builder, folded
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Depgraph
 from stages.networks.build import NetworkSpec, build_network
+from stages.params.pruners import Depgraph
 from stages.pruning.costs import costs_of
 from stages.pruning.depgraph import SEARCH_STEPS, GroupLasso, find_ratio, lasso_steps, prune_depgraph
 

@@ -25,7 +25,7 @@ from toy_groups import (
 )
 
 from stages.common.errors import UserError
-from stages.common.params import Oto
+from stages.params.pruners import Oto
 from stages.pruning.channel_mask import ChannelMask
 from stages.pruning.dhspg import Dhspg, Products, _Phase, penalise
 from stages.pruning.hesso import Hesso, saliency

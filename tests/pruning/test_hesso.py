@@ -10,7 +10,7 @@ from torch import nn
 from toy_groups import GROUPS, OPTIMIZERS, STEPS, backward, norms, optimizer_of, oto, rows_of, run, toy, toy_costs
 
 from stages.common.errors import UserError
-from stages.common.params import ALL_SCORES, Importance, Oto
+from stages.params.pruners import ALL_SCORES, Importance, Oto
 from stages.pruning.hesso import Hesso, pruning_schedule, saliency
 
 COSINE = Importance(**{name: float(name == "cosine_similarity") for name in Importance.model_fields})

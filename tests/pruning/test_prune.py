@@ -20,9 +20,12 @@ from stages import prune
 from stages.artifacts.artifact import Description, LayerStorage, load_artifact, read_description, save_artifact
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import Fp32, Int8Dynamic, Variant, load_params
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.layer_norm import FixedDivisorLayerNorm
+from stages.params.load import load_params
+from stages.params.quantizers import Fp32, Int8Dynamic
+from stages.params.variants import Variant
+from stages.params.whole import Params
 from stages.pruning import methods, session
 from stages.pruning.costs import costs_of
 from stages.quantize import compress
@@ -407,7 +410,7 @@ def test_two_of_four_leaves_what_it_does_not_fit_dense_and_says_so(workspace, mo
 def test_zeros_survive_quantization_and_export(workspace, monkeypatch, quantizer):
     pruned, description = run(monkeypatch, "toy-l1")
     folder, variant = paths.compressed("toy-l1-small"), Variant(pruned="toy-l1", quantizer="small")
-    params = load_params().model_copy(
+    params = load_params(Params).model_copy(
         update={"quantizers": {"small": quantizer}, "variants": {"toy-l1-small": variant}}
     )
     compress(params, "toy-l1-small", paths.pruned("toy-l1"), folder, paths.IMAGES, 1)

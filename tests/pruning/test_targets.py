@@ -9,7 +9,7 @@ from torch import nn
 from toy_groups import CHANNELS, GROUPS, oto, toy_costs
 
 from stages.common.errors import UserError
-from stages.common.params import Oto
+from stages.params.pruners import Oto
 from stages.pruning.costs import costs_of
 from stages.pruning.groups import ChannelGroup, Slice
 from stages.pruning.targets import choose_channels

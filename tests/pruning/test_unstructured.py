@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from stages.common.errors import UserError
-from stages.common.params import Unstructured
+from stages.params.pruners import Unstructured
 from stages.pruning import unstructured
 from stages.pruning.unstructured import KeepZeros, left_dense, prunable_weights, sparsities, sparsity_of
 

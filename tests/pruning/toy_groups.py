@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.common.params import Oto
+from stages.params.pruners import Oto
 from stages.pruning.costs import Costs, costs_of
 from stages.pruning.groups import ChannelGroup, Slice
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Int8Static
 from stages.datasets.store import Part
+from stages.params.quantizers import Int8Static
 from stages.quantization import calibration
 from stages.quantization.calibration import activation_ranges, calibration_images, hessians
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from toy_problem import many_layers, toy_problem
 
-from stages.common.params import LearnedBits
+from stages.params.quantizers import LearnedBits
 from stages.quantization.controller import Controller, learn_bits
 from stages.quantization.searches import search_at_random, search_by_ilp
 

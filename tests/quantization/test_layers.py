@@ -8,7 +8,7 @@ from torch import nn
 from toy_task import task_of
 
 from stages.common.errors import UserError
-from stages.common.params import Int8Dynamic, Int8Static, UniformBits
+from stages.params.quantizers import Int8Dynamic, Int8Static, UniformBits
 from stages.quantization.layers import integer_candidates
 from stages.quantization.methods import quantize
 

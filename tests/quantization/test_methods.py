@@ -20,12 +20,15 @@ from stages.artifacts.artifact import (
 )
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.common.params import Int8Dynamic, Int8Static, Profile, SearchedBits, UniformBits, load_params
 from stages.datasets.store import Part
 from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.integer_weights import Grid, integer_layers
 from stages.networks.layer_scale import fold_layer_scale
+from stages.params.load import load_params
+from stages.params.profile import Profile
+from stages.params.quantizers import Int8Dynamic, Int8Static, SearchedBits, UniformBits
+from stages.params.whole import Params
 from stages.profiling.counts import count_layers, totals
 from stages.pruning.groups import cut_channels, zero_channels
 from stages.pruning.only_train_once_adapter import exact_groups
@@ -99,7 +102,7 @@ def project(tmp_path_factory):
         patch.chdir(folder)
         (folder / paths.PARAMS).write_text(yaml.safe_dump(params))
         make_parents()
-        loaded = load_params()
+        loaded = load_params(Params)
         for variant, entry in loaded.variants.items():
             quantize.compress(loaded, variant, paths.pruned(entry.pruned), paths.compressed(variant), paths.IMAGES, 1)
         yield folder
@@ -126,7 +129,7 @@ def test_the_file_agrees_with_pytorch(project, variant):
 @pytest.mark.parametrize("variant", ALL)
 def test_quantization_changes_neither_parameters_nor_macs(project, variant):
     network, description = load_artifact(paths.compressed(variant))
-    parent, _ = load_artifact(paths.pruned(load_params().variants[variant].pruned))
+    parent, _ = load_artifact(paths.pruned(load_params(Params).variants[variant].pruned))
     counts, before = totals(count_layers(network, 32, description.layers)), totals(count_layers(parent, 32, {}))
     assert (counts.params, counts.macs) == (before.params, before.macs)
     assert counts.params_nonzero <= before.params_nonzero
@@ -151,7 +154,7 @@ def bytes_said(network: nn.Module, layers: dict[str, LayerStorage]) -> int:
 @pytest.mark.parametrize("variant", ALL)
 def test_the_artifact_takes_the_bytes_that_its_bits_say(project, variant):
     description = read_description(paths.compressed(variant))
-    entry = load_params().variants[variant]
+    entry = load_params(Params).variants[variant]
     parent, _ = load_artifact(paths.pruned(entry.pruned))
     raw = (paths.compressed(variant) / "model.safetensors").read_bytes()
     header = int.from_bytes(raw[:8], "little")
@@ -237,7 +240,7 @@ def test_more_bits_are_nearer_to_the_float_network(project):
 
 
 def test_a_search_with_too_few_evaluations_is_refused_and_the_old_artifact_stays(project):
-    params = load_params()
+    params = load_params(Params)
     few = params.quantizers["greedy"].model_copy(update={"evaluations": 5})
     params = params.model_copy(update={"quantizers": params.quantizers | {"greedy": few}})
     folder = paths.compressed("toy-none-greedy")
@@ -295,6 +298,8 @@ def test_calibration_search_and_recovery_never_read_the_test_part(tmp_path, monk
     for path in paths.IMAGES.glob("test_*"):
         path.unlink()
     folder = paths.compressed("toy-none-one")
-    quantized, _ = quantize.compress(load_params(), "toy-none-one", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
+    quantized, _ = quantize.compress(
+        load_params(Params), "toy-none-one", paths.pruned("toy-none"), folder, paths.IMAGES, 1
+    )
     assert len(quantized.curve) == quantizer.get("epochs", 0)
     assert load_artifact(folder)[1].layers

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.common.params import Base, Finetune, Params, UniformBits
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
+from stages.params.base import Base
+from stages.params.finetune import Finetune
+from stages.params.quantizers import UniformBits
+from stages.params.whole import Params
 from stages.quantization.recovery import RoundingConv2d, RoundingLinear, recover
 from stages.quantization.rounding import Rounded, round_nearest
 from stages.training.loop import train

@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from stages.common.params import Int8Static
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.integer_weights import Grid, integer_layers
 from stages.networks.packed import dequantized
 from stages.networks.predict import predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.params.quantizers import Int8Static
 from stages.quantization.static import int8_static
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)

@@ -4,9 +4,11 @@ import numpy as np
 from torch import nn
 
 from stages.artifacts.artifact import Description
-from stages.common.params import Params, Quantizer, Variant
 from stages.datasets.store import Part
 from stages.networks.build import NetworkSpec
+from stages.params.quantizers import Quantizer
+from stages.params.variants import Variant
+from stages.params.whole import Params
 from stages.quantization.methods import Task
 
 SIZE = 8

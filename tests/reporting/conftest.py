@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from synthetic_run import params_of, write_run
 
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.plots import Picture, draw_all
 from stages.reporting.rows import assemble_groups, assemble_rows, choose
@@ -13,7 +14,7 @@ def _read(folder: Path, seeds: int) -> Run:
     write_run(folder, params_of(seeds), accuracy={"none": 0.8, "continued": 0.82, "oto50": 0.79, "l1": 0.6})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return read_run(load_params())
+        return read_run(load_params(Params))
 
 
 @pytest.fixture(scope="session")

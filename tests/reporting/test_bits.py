@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from synthetic_run import params_of, write_run
 
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.bits import (
     LEARNED,
     UNTRAINED,
@@ -71,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         path.write_text(json.dumps(description))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return changed(read_run(load_params()), "untrained_4", learning_rate=0.0)
+        return changed(read_run(load_params(Params)), "untrained_4", learning_rate=0.0)
 
 
 def changed(run: Run, quantizer: str, **settings) -> Run:
@@ -284,7 +285,7 @@ def test_layers_left_in_float_are_named_in_card_and_page(run: Run):
 def test_without_a_search_there_is_no_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path, params_of())
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     assert contests_of(run, assemble_groups(run)) == []
     page = page_of(run)
     assert 'id="bits"' not in page
@@ -296,6 +297,6 @@ def test_layers_left_in_float_are_told_without_a_search_too(tmp_path: Path, monk
     path = tmp_path / "reports/profile/atto-oto50-int8/model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"float_layers": ["head"]}))
     monkeypatch.chdir(tmp_path)
-    page = page_of(read_run(load_params()))
+    page = page_of(read_run(load_params(Params)))
     assert "left in float: 1 (head) in atto-oto50-int8.</p>" in page
     assert "Each search evaluates" not in page

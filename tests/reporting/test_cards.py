@@ -10,8 +10,8 @@ import yaml
 from onnx import TensorProto, helper
 from PIL import Image
 
-from stages.common.params import UniformBits
 from stages.datasets.decode import decode
+from stages.params.quantizers import UniformBits
 from stages.reporting.cards import card, describe
 from stages.reporting.inputs import Run
 from stages.reporting.rows import assemble_groups, assemble_rows

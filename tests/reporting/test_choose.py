@@ -8,7 +8,8 @@ import pytest
 from synthetic_run import change_profile, params_of, write_run
 
 from stages.common.errors import run_stage
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting import choose
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.rows import choose as choose_headline
@@ -79,7 +80,7 @@ def test_without_a_drop_the_highest_validation_top1_under_the_limits_is_chosen(r
 
 def test_a_limit_is_kept_by_what_equals_it(folder: Path):
     change_edge(folder, atto_oto50_int8=0.25)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     size = run.variants["atto-oto50-int8"].profile["size_bytes"]
     assert chosen(run, 0.8 - 0.79, ms=0.25, size=size) == "atto-oto50-int8"
     assert chosen(run, ms=0.2499) is None
@@ -88,10 +89,10 @@ def test_a_limit_is_kept_by_what_equals_it(folder: Path):
 
 def test_of_equal_validation_top1_the_smaller_file_is_chosen_and_of_equal_files_the_higher_top1(folder: Path):
     change_profile(folder, "atto-none-int8", validation_top1=0.82)
-    assert chosen(read_run(load_params()), ms=5) == "atto-none-int8"
+    assert chosen(read_run(load_params(Params)), ms=5) == "atto-none-int8"
     change_profile(folder, "atto-oto50-fp32", size_bytes=700_000, validation_top1=0.799)
     change_profile(folder, "atto-oto50-int8", size_bytes=700_000)
-    assert chosen(read_run(load_params()), 0.01) == "atto-oto50-fp32"
+    assert chosen(read_run(load_params(Params)), 0.01) == "atto-oto50-fp32"
 
 
 def test_the_drop_is_under_the_best_dense_network_of_all_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -102,21 +103,21 @@ def test_the_drop_is_under_the_best_dense_network_of_all_models(tmp_path: Path, 
         if variant.startswith("poor"):
             change_profile(tmp_path, variant, validation_top1=0.5, size_bytes=1000)
     monkeypatch.chdir(tmp_path)
-    assert chosen(read_run(load_params()), 0.1).startswith("good")
-    assert chosen(read_run(load_params()), 0.3).startswith("poor")
+    assert chosen(read_run(load_params(Params)), 0.1).startswith("good")
+    assert chosen(read_run(load_params(Params)), 0.3).startswith("poor")
 
 
 def test_test_figures_have_no_part_in_a_choice(folder: Path):
     asked = [(0.01, None, None), (None, 0.9, None), (None, None, 3_000_000), (0.02, 0.9, 2_700_000)]
-    before = [chosen(read_run(load_params()), *limits) for limits in asked]
-    far = choose.limits_of(read_run(load_params()), 0.005, 0.2, 1000)
-    near = choose.nearest(read_run(load_params()), far)
-    variants = list(load_params().variants)
+    before = [chosen(read_run(load_params(Params)), *limits) for limits in asked]
+    far = choose.limits_of(read_run(load_params(Params)), 0.005, 0.2, 1000)
+    near = choose.nearest(read_run(load_params(Params)), far)
+    variants = list(load_params(Params).variants)
     stored = [dict(np.load(folder / f"reports/profile/{name}/predictions.npz")) for name in variants]
     for variant, other in zip(variants, stored[::-1], strict=True):
         np.savez_compressed(folder / f"reports/profile/{variant}/predictions.npz", **other)
         change_profile(folder, variant, top1=float((other["label"] == other["predicted"]).mean()))
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     assert [chosen(run, *limits) for limits in asked] == before
     assert choose.nearest(run, far) == near
 
@@ -126,7 +127,7 @@ def test_the_nearest_has_the_smallest_worst_excess_as_a_share_of_the_limit(folde
     change_profile(folder, "atto-oto50-int8", size_bytes=500_000)
     change_profile(folder, "atto-none-int8", size_bytes=650_000)
     change_profile(folder, "atto-l1-fp32", size_bytes=1_000_000)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     cost = choose.limits_of(run, None, 0.5, 500_000)
     excesses = {name: choose.excesses(run, name, cost) for name in run.variants}
     assert excesses["atto-l1-fp32"] == {"--max-size": 500_000}  # one limit missed, but by all of it
@@ -140,7 +141,7 @@ def test_the_nearest_has_the_smallest_worst_excess_as_a_share_of_the_limit(folde
 
 def test_a_perfect_dense_network_leaves_a_nearest_too(folder: Path):
     change_profile(folder, "atto-none-fp32", validation_top1=1.0)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     assert chosen(run, 0.0) == "atto-none-fp32"
     assert choose.nearest(run, choose.limits_of(run, 0.0, 0.1, None)) == "atto-none-fp32"
 
@@ -168,7 +169,7 @@ def test_the_choice_its_reason_its_figures_and_its_command_are_told(folder: Path
 
 
 def test_the_only_one_that_fits_and_the_dense_network_itself_are_named_so(folder: Path, command):
-    for variant in load_params().variants:
+    for variant in load_params(Params).variants:
         if variant != "atto-none-fp32":
             change_profile(folder, variant, size_bytes=20_000_000)
     _, out, _ = command("--max-size", "10MB")

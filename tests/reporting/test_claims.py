@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from synthetic_run import EDGE, change_arrays, change_profile, params_of, write_run
 
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.claims import (
     FAILS,
     HOLDS,
@@ -31,7 +32,7 @@ def verdicts(run: Run) -> dict[str, dict]:
 def run_with(folder: Path, monkeypatch: pytest.MonkeyPatch, params: dict, **settings) -> Run:
     write_run(folder, params, **settings)
     monkeypatch.chdir(folder)
-    return read_run(load_params())
+    return read_run(load_params(Params))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_a_narrow_network_whose_convolutions_stay_visible_shows_the_artefact_too
     write_run(tmp_path, params_of())
     change_profile(tmp_path, "atto-none-int8", params_visible=round(2_400_000 * (1 - reduction)))
     monkeypatch.chdir(tmp_path)
-    found = verdicts(read_run(load_params()))["dynamic_quantization_params_reduction"]
+    found = verdicts(read_run(load_params(Params)))["dynamic_quantization_params_reduction"]
     assert found["ours_as_counted_there"] == pytest.approx(reduction)
     assert found["verdict"] == ONLY_AS_COUNTED
     assert "short by 0.2;" in found["how"]
@@ -88,7 +89,7 @@ def test_the_wide_tolerance_does_not_reach_the_honest_column(tmp_path, monkeypat
     write_run(tmp_path, params_of())
     change_profile(tmp_path, "atto-none-int8", params_visible=800_000)
     monkeypatch.chdir(tmp_path)
-    assert verdicts(read_run(load_params()))["dynamic_quantization_params_reduction"]["verdict"] == FAILS
+    assert verdicts(read_run(load_params(Params)))["dynamic_quantization_params_reduction"]["verdict"] == FAILS
 
 
 def test_claims_are_answered_at_the_operating_point_of_the_study(tmp_path, monkeypatch):
@@ -105,7 +106,7 @@ def test_claims_are_answered_at_the_operating_point_of_the_study(tmp_path, monke
     for variant, left in {"oto50-fp32": 0.27, "oto90-fp32": 0.05, "oto50-int8": 0.11, "oto90-int8": 0.02}.items():
         change_profile(tmp_path, f"atto-{variant}", artifact_bytes=round(dense * left))
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     found = verdicts(run)
     assert found["structured_pruning_size_reduction"]["variants"] == ["atto-oto50-fp32"]
     gain = 100 * (run.variants["atto-oto50-int8"].correct.mean() - run.variants["atto-none-fp32"].correct.mean())
@@ -124,7 +125,7 @@ def test_unstructured_pruning_is_judged_by_time(tmp_path, monkeypatch):
     time["atto-l1-fp32"]["latency_ms_p50"] = 0.7 * time["atto-none-fp32"]["latency_ms_p50"]
     path.write_text(json.dumps(edge))
     monkeypatch.chdir(tmp_path)
-    found = verdicts(read_run(load_params()))["unstructured_pruning_macs_reduction"]
+    found = verdicts(read_run(load_params(Params)))["unstructured_pruning_macs_reduction"]
     assert found["ours_as_counted_there"] == 0
     assert found["ours_honest"] == pytest.approx(0.3)
     assert found["verdict"] == ONLY_AS_COUNTED
@@ -175,7 +176,7 @@ def test_without_room_a_gain_is_not_tested(tmp_path, monkeypatch):
     change_arrays(path, lambda stored: stored | {"predicted": stored["label"]})
     change_profile(tmp_path, "atto-none-fp32", top1=1.0)
     monkeypatch.chdir(tmp_path)
-    found = verdicts(read_run(load_params()))["combination_top1_gain"]
+    found = verdicts(read_run(load_params(Params)))["combination_top1_gain"]
     assert found["verdict"] == NOT_TESTED
     assert "no room to gain +3.80 points" in found["how"]
 
@@ -195,7 +196,7 @@ def test_printed_images_answer_by_their_interval_and_few_are_told_to_be_few(tmp_
     path = tmp_path / "reports/edge/printed.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"top1_printed": top1, "top1_printed_ci_high": high}))
     monkeypatch.chdir(tmp_path)
-    found = verdicts(read_run(load_params()))["edge_top1"]
+    found = verdicts(read_run(load_params(Params)))["edge_top1"]
     assert (found["verdict"], found["ours_honest"], found["variants"]) == (verdict, top1, ["atto-oto50-int8"])
     assert "no count of 20 gives 92.5 %" in found["how"]
     assert "from 69.9 % to 97.2 % possible" in found["how"]

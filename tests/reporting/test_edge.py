@@ -6,7 +6,8 @@ import pytest
 from synthetic_run import EDGE, change_profile, params_of, write_run
 
 from stages.common.errors import UserError
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.edge import exports_of, marks_of, printed_lines, runtimes_of, soak_lines, too_few_images
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.page import render_page
@@ -29,7 +30,7 @@ def change_edge(folder, **values):
 
 
 def test_the_fastest_runtime_of_each_variant_is_named_with_its_lead(folder):
-    table = runtimes_of(read_run(load_params()))
+    table = runtimes_of(read_run(load_params(Params)))
     assert table.names == ["onnxruntime", "openvino", "torch-eager"]
     lines = {line[0]: line[1:] for line in table.lines}
     assert lines["atto-none-fp32"][-1] == "openvino (2.00\u00d7 as fast as onnxruntime)"
@@ -39,7 +40,7 @@ def test_the_fastest_runtime_of_each_variant_is_named_with_its_lead(folder):
 
 
 def test_what_is_not_installed_and_what_did_not_run_is_told(folder):
-    table = runtimes_of(read_run(load_params()))
+    table = runtimes_of(read_run(load_params(Params)))
     assert table.missing == ["executorch is not installed: do this"]
     assert table.refused == ["openvino does not run it: why"]
 
@@ -53,7 +54,7 @@ def test_a_busy_throttled_or_unsteady_run_is_marked(folder):
     rows = json.loads((folder / "reports/edge/edge.json").read_text())["rows"]
     rows[0]["unsteady"] = True
     change_edge(folder, busy=True, throttled=True, rows=rows)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     busy, throttled, unsteady = marks_of(run, run.variants)
     assert "Other programs" in busy
     assert "slowed down" in throttled
@@ -64,23 +65,23 @@ def test_a_busy_throttled_or_unsteady_run_is_marked(folder):
 def test_speed_ups_that_the_run_before_told_otherwise_are_marked(folder):
     repeat = {"run_id": "before", "compared": 6, "largest": 0.096, "apart": [f"{VARIANT} in onnxruntime"]}
     change_edge(folder, repeat=repeat)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     (mark,) = marks_of(run, [VARIANT])
     assert "run before (before, same machine and files)" in mark
     assert mark.endswith(f"more than 5 % (at most 9.6 %): {VARIANT} in onnxruntime.")
     assert marks_of(run, ["atto-l1-fp32"]) == []
     change_edge(folder, repeat=None)
-    assert marks_of(read_run(load_params()), run.variants) == []
+    assert marks_of(read_run(load_params(Params)), run.variants) == []
 
 
 def test_a_file_that_is_not_faithful_to_its_artifact_is_named(folder):
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     assert exports_of(run, run.variants) == []
     change_profile(folder, "atto-none-fp32", agreement=0.99)
     change_profile(folder, "atto-l1-fp32", agreement=0.9975)  # one image of 400
     top1 = json.loads((folder / "reports/profile" / VARIANT / "profile.json").read_text())["top1"]
     change_profile(folder, VARIANT, quantized_operators=5, agreement=0.9, top1_torch=top1 - 0.01)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     assert exports_of(run, run.variants) == [
         "atto-none-fp32 (the same class on 99.00 %)",
         f"{VARIANT} (top-1 1.00 % apart)",
@@ -97,7 +98,7 @@ def render(run: Run) -> str:
 
 
 def test_soak_and_printed_samples_stand_on_the_page_with_their_figures(folder):
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     page = render(run)
     for words in (
         "stable",
@@ -117,7 +118,7 @@ def test_a_device_without_pytorch_has_its_baseline_in_onnx_runtime(folder):
     rows = json.loads((folder / "reports/edge/edge.json").read_text())["rows"]
     rows = [row | {"baseline_runtime": "onnxruntime"} for row in rows if row["runtime"] == "onnxruntime"]
     change_edge(folder, rows=rows, left_out=[])
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     assert run.baselines["atto"]["runtime"] == "onnxruntime"
     assert describe_run(run)["baseline_runtime"] == "ONNX Runtime"
 
@@ -127,14 +128,14 @@ def test_a_soak_or_printed_samples_of_another_run_are_refused_by_name(folder):
     content = json.loads(printed.read_text())
     printed.write_text(json.dumps(content | {"onnx_sha256": "0" * 64}))
     with pytest.raises(UserError, match=rf"{VARIANT}: .*printed.json is about {VARIANT}, model.onnx 000000000000"):
-        read_run(load_params())
+        read_run(load_params(Params))
     printed.unlink()
     with pytest.raises(UserError, match=rf"{VARIANT}: .*printed.json is missing"):
-        read_run(load_params())
+        read_run(load_params(Params))
     printed.write_text(json.dumps(content))
     change_edge(folder, soak=None)
     with pytest.raises(UserError, match=rf"{VARIANT}: .*edge.json holds no soak of it"):
-        read_run(load_params())
+        read_run(load_params(Params))
 
 
 def test_a_dense_network_at_chance_and_very_few_validation_images_are_told(run):

@@ -7,7 +7,8 @@ import pytest
 from synthetic_run import change_arrays, params_of, write_run
 
 from stages.common.errors import UserError
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.inputs import read_run
 
 VARIANT = "atto-oto50-int8"
@@ -101,7 +102,7 @@ def test_bad_input_is_refused_with_the_name_of_the_variant_and_the_remedy(
     spoil, words = BAD_INPUTS[bad]
     spoil()
     with pytest.raises(UserError) as refusal:
-        read_run(load_params())
+        read_run(load_params(Params))
     message = str(refusal.value)
     assert VARIANT in message
     assert words in message
@@ -114,18 +115,18 @@ def test_a_broken_curve_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = Path("reports/curves/pruned/atto-oto50.csv")
     path.write_text(path.read_text() + "7,0.001")
     with pytest.raises(UserError, match="atto-oto50"):
-        read_run(load_params())
+        read_run(load_params(Params))
 
 
 def test_folders_of_variants_that_are_no_longer_listed_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path, params_of())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reports/profile/atto-old-fp32").mkdir()
-    assert "atto-old-fp32" not in read_run(load_params()).variants
+    assert "atto-old-fp32" not in read_run(load_params(Params)).variants
 
 
 def test_runs_that_trained_nothing_have_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path, params_of())
     monkeypatch.chdir(tmp_path)
-    curves = read_run(load_params()).curves
+    curves = read_run(load_params(Params)).curves
     assert list(curves) == ["atto", "atto-continued", "atto-oto50", "atto-l1"]

@@ -7,7 +7,9 @@ import pytest
 from synthetic_run import params_of, write_run
 
 from stages.common.errors import UserError
-from stages.common.params import Depgraph, Importance, Oto, Unstructured, load_params
+from stages.params.load import load_params
+from stages.params.pruners import Depgraph, Importance, Oto, Unstructured
+from stages.params.whole import Params
 from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.levels import at_equal_macs, between_libraries, cuts_of, kinds_of, levels_of
@@ -61,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     (folder / "reports/benchmarks/pruning/cpu.json").write_text(json.dumps(benchmark))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return read_run(load_params())
+        return read_run(load_params(Params))
 
 
 @pytest.fixture(scope="module")
@@ -187,4 +189,4 @@ def test_a_benchmark_of_another_shape_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     message = r"reports/benchmarks/pruning/cpu\.json is not what tests/benchmarks/pruning\.py"
     with pytest.raises(UserError, match=message):
-        read_run(load_params())
+        read_run(load_params(Params))

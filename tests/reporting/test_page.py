@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 import pytest
 from synthetic_run import params_of, write_run
 
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.cards import card
 from stages.reporting.claims import assess, read_claims
 from stages.reporting.inputs import Run, read_run
@@ -109,7 +110,7 @@ def test_the_speed_up_has_its_interval_and_threads_that_sleep_are_named(tmp_path
     assert "do not spin" not in page
     write_run(tmp_path, params_of(pruners={"none": {"method": "none"}}, variants=[("none", "fp32")]), threads=2)
     monkeypatch.chdir(tmp_path)
-    alone = render(read_run(load_params()))
+    alone = render(read_run(load_params(Params)))
     assert "do not spin" in alone
     assert "the run has no compressed variant" in alone
     assert "no smaller variant stayed" not in alone
@@ -122,7 +123,7 @@ def test_the_batch_that_was_timed_is_told(tmp_path, monkeypatch, page: str):
     edge = json.loads(path.read_text())
     path.write_text(json.dumps(edge | {"protocol": edge["protocol"] | {"batch": 3}}))
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     groups = assemble_groups(run)
     found = render(run)
     assert "batch 1" not in found
@@ -137,7 +138,7 @@ def test_a_training_that_sees_small_images_first_explains_its_curve(tmp_path, mo
     size = next(iter(params["models"].values()))["input_size"]
     write_run(tmp_path, params | {"finetune": params["finetune"] | {"early_input_size": size - 8}})
     monkeypatch.chdir(tmp_path)
-    assert f"sees images of {size - 8} pixels first" in render(read_run(load_params()))
+    assert f"sees images of {size - 8} pixels first" in render(read_run(load_params(Params)))
 
 
 def test_claims_say_of_which_network_and_data_they_speak(page: str):
@@ -151,7 +152,7 @@ def test_claims_say_of_which_network_and_data_they_speak(page: str):
 def test_a_class_without_test_images_is_not_the_worst(tmp_path, monkeypatch):
     write_run(tmp_path, params_of(), n=4)  # of five classes
     monkeypatch.chdir(tmp_path)
-    page = render(read_run(load_params()))
+    page = render(read_run(load_params(Params)))
     worst = page[page.index("Found least often") :]
     assert "deer" not in worst[: worst.index("</p>")]
     assert "&ndash;</td>" in page

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from synthetic_run import params_of, write_run
 
-from stages.common.params import Importance, Params, load_params
+from stages.params.load import load_params
+from stages.params.pruners import Importance
+from stages.params.whole import Params
 from stages.reporting import plots
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.levels import levels_of
@@ -77,7 +79,7 @@ def test_labels_do_not_overlap_and_name_the_headline(tmp_path: Path, monkeypatch
     params, accuracy = crowded()
     write_run(tmp_path, params, accuracy=accuracy)
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     groups = assemble_groups(run)
     pictures = draw_all(run, assemble_rows(run, groups), groups, choose(run))
     for name in ("pareto_size", "pareto_latency", "pareto_macs"):
@@ -93,7 +95,7 @@ def test_marks_far_below_tell_their_accuracy_and_leave_the_axis_to_the_rest(tmp_
     params, accuracy = crowded()
     write_run(tmp_path, params, accuracy=accuracy | {"continued": 0.3}, left={"continued": 1.1})
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     groups = assemble_groups(run)
     axes, figure_of = [], plots._figure
     monkeypatch.setattr(plots, "_figure", lambda *size: axes.append(figure_of(*size)) or axes[-1])
@@ -152,7 +154,7 @@ def test_forty_long_names_fit_and_the_headline_keeps_its_label(tmp_path: Path, m
     variants = [(pruner, quantizer) for pruner in pruners for quantizer in ("fp32", "int8")]
     write_run(tmp_path, params_of(pruners=pruners, variants=variants), n=100)
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     groups = assemble_groups(run)
     pictures = draw_all(run, assemble_rows(run, groups), groups, choose(run))
     for name in ("pareto_size", "pareto_latency", "pareto_macs"):
@@ -171,7 +173,7 @@ def test_names_wrap_after_a_dash_and_stay_whole_otherwise():
 def test_many_classes_give_a_bounded_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_run(tmp_path, params_of(), n=2000, classes=[f"class {k}" for k in range(1000)])
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     choices = choose(run)
     counts = confusion_counts(run, choices.headline)
     table = plot_tables(run, assemble_rows(run, assemble_groups(run)), choices)["confusion"]
@@ -199,7 +201,7 @@ def test_models_do_not_share_a_line_of_the_levels_plot(tmp_path: Path, monkeypat
     params = params_of(pruners=pruners, models=models)
     write_run(tmp_path, params | {"variants": {v: e for v, e in params["variants"].items() if v.endswith("fp32")}})
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     groups = assemble_groups(run)
     rows = assemble_rows(run, groups)
     picture = levels(run, rows, levels_of(run, rows, groups), "macs", "levels_macs")
@@ -219,7 +221,7 @@ def test_many_methods_look_different_and_a_level_far_below_is_told_under_the_axi
     pruners["more"] = pruners[name] | {"group_sparsity": 0.9}
     write_run(tmp_path, params_of(pruners=pruners), accuracy={"more": 0.3})
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     groups = assemble_groups(run)
     rows = assemble_rows(run, groups)
     found, drawn, figure_of = levels_of(run, rows, groups), [], plots._figure
@@ -258,7 +260,7 @@ def test_nothing_trained_means_no_curve(tmp_path: Path, monkeypatch: pytest.Monk
     for path in (tmp_path / "reports/curves").rglob("*.csv"):
         path.write_text(path.read_text().splitlines()[0] + "\n")
     monkeypatch.chdir(tmp_path)
-    assert training(read_run(load_params())) is None
+    assert training(read_run(load_params(Params))) is None
 
 
 def test_confusion_counts_every_image_once(run: Run):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from synthetic_run import change_arrays, params_of, write_run
 
-from stages.common.params import load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.robustness import curves_of, headline_variants, robustness_of
 from stages.reporting.rows import Choices, assemble_groups, assemble_rows, choose
@@ -48,7 +49,7 @@ def test_an_image_is_the_unit_not_each_of_its_corruptions(tmp_path: Path, monkey
 
     for variant, wrong in ((DENSE, 0), (OTO, 10)):
         change_arrays(Path("reports/profile") / variant / "corruptions.npz", lambda s, w=wrong: all_right(s, w))
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     found = {one.group.name: one for one in robustness_of(run, assemble_groups(run))}
     assert found[OTO].difference.delta == -10 / 200
     assert found[OTO].difference.p_value == pytest.approx(mcnemar_p(0, 10))
@@ -76,7 +77,7 @@ def test_a_run_without_corruptions_says_nothing_of_them(tmp_path: Path, monkeypa
     for path in tmp_path.glob("reports/profile/*/corruptions.npz"):
         change_arrays(path, lambda _: EMPTY)
     monkeypatch.chdir(tmp_path)
-    run = read_run(load_params())
+    run = read_run(load_params(Params))
     groups = assemble_groups(run)
     assert robustness_of(run, groups) == []
     assert curves_of(run, DENSE) == {}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from synthetic_run import change_profile, params_of, write_run
 
-from stages.common.params import Params, load_params
+from stages.params.load import load_params
+from stages.params.whole import Params
 from stages.reporting.inputs import Run, read_run
 from stages.reporting.rows import (
     ROW_KEYS,
@@ -78,7 +79,7 @@ def test_the_headline_is_chosen_without_the_test_figures(tmp_path: Path, monkeyp
     write_run(tmp_path, params_of(), accuracy={"none": 0.8, "continued": 0.8, "oto50": 0.79, "l1": 0.8})
     change_profile(tmp_path, "atto-oto50-int8", validation_top1=0.78)
     monkeypatch.chdir(tmp_path)
-    assert choose(read_run(load_params())).headline == "atto-oto50-fp32"  # the next in size
+    assert choose(read_run(load_params(Params))).headline == "atto-oto50-fp32"  # the next in size
 
 
 def test_a_poor_network_that_compresses_well_is_no_headline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -89,7 +90,7 @@ def test_a_poor_network_that_compresses_well_is_no_headline(tmp_path: Path, monk
         if variant.startswith("poor"):
             change_profile(tmp_path, variant, validation_top1=0.5, size_bytes=1000)
     monkeypatch.chdir(tmp_path)
-    choices = choose(read_run(load_params()))
+    choices = choose(read_run(load_params(Params)))
     assert choices.headline == "good-oto50-int8"
     assert choices.fastest.startswith("good")
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from torch import nn
 
-from stages.common.params import Finetune
 from stages.datasets.store import Part
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.preprocess import Preprocess
+from stages.params.finetune import Finetune
 
 
 @pytest.fixture

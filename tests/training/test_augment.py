@@ -5,8 +5,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from stages.common.errors import UserError
-from stages.common.params import Finetune
 from stages.networks.preprocess import Preprocess
+from stages.params.finetune import Finetune
 from stages.training.augment import AlternatingFlip, Augmentation, draw_rectangles, erase, flip_and_crop, share_of
 from stages.training.trivial_augment import BINS, OPERATIONS, Draws, draw, trivial_augment
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Base
+from stages.params.base import Base
 from stages.training import loop
 from stages.training.checkpoint import load_checkpoint
 from stages.training.distillation import Distillation, freeze, soft_loss

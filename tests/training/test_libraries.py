@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.common.params import Base
 from stages.networks.build import NetworkSpec, build_network
+from stages.params.base import Base
 from stages.training.loop import train
 
 CLASSES = 2

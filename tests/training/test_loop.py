@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from stages.common.errors import UserError
-from stages.common.params import Base, Continued
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
+from stages.params.base import Base
+from stages.params.pruners import Continued
 from stages.training import checkpoint, host, loop, processes
 from stages.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
 from stages.training.loop import _Run, recipe_for, steps_in, train

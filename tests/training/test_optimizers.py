@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.common.params import Finetune
 from stages.networks.build import NetworkSpec, build_network
+from stages.params.finetune import Finetune
 from stages.training import muon
 from stages.training.muon import Muon, _by_factors, _step_by_step, orthogonalised
 from stages.training.optimizers import Optimizers, hidden_matrices, schedule

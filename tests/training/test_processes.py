@@ -22,8 +22,9 @@ from toy_project import PARAMS, pruned_project
 
 import stages
 from stages.common import paths
-from stages.common.params import Base, Oto
 from stages.networks.layer_scale import fold_layer_scale
+from stages.params.base import Base
+from stages.params.pruners import Oto
 from stages.pruning.costs import costs_of
 from stages.pruning.dhspg import Dhspg
 from stages.pruning.hesso import Hesso

@@ -1,0 +1,151 @@
+"""`edgewise check`: the whole of `params.yaml`, with cross-references, networks and files, and the plan it describes.
+
+A stage checks only the sections that it reads. Run this after every edit: it finds what a stage would find hours later.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.common import paths
+from stages.params.budget import Budget
+from stages.params.load import load_params, refuse
+from stages.params.pruners import Continued, SmallDense
+from stages.params.whole import Params
+
+
+def check(path: Path = paths.PARAMS) -> Params:
+    """The params of a file in which everything fits together.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    params = load_params(Params, path)
+    refuse(path, sorted([*left_out(params), *bad_settings(params), *missing_files(params, path)]))
+    refuse(path, list(bad_networks(params)))  # last, since it imports the libraries
+    return params
+
+
+def left_out(params: Params) -> Iterator[str]:
+    """Sections that are not in the file: DVC knows no defaults."""
+    for name in Params.model_fields.keys() - params.model_fields_set:
+        yield f"{name}: is required and missing"
+
+
+def bad_settings(params: Params) -> Iterator[str]:
+    """Settings of different sections that do not fit together."""
+    if params.edge_benchmark.batch > 1 and params.export.batch == 1:
+        yield (
+            f"edge_benchmark.batch = {params.edge_benchmark.batch}: export.batch = 1 lets the files take one image at a"
+            " time"
+        )
+    if (padding := params.finetune.crop_padding) >= params.data.image_size:
+        yield (
+            f"finetune.crop_padding = {padding}: must be less than data.image_size = {params.data.image_size}, or a crop"
+            " would show nothing of its image"
+        )
+    for key, section in [("soak", params.edge_benchmark.soak), ("printed", params.edge_benchmark.printed)]:
+        if section is not None and section.variant not in params.variants:
+            yield (
+                f"edge_benchmark.{key}.variant = {section.variant!r}: not listed under variants"
+                f" ({', '.join(params.variants)})"
+            )
+    for name, baseline, entries in [("pruners", "none", params.pruners), ("quantizers", "fp32", params.quantizers)]:
+        if baseline in entries and entries[baseline].method != baseline:
+            yield f"{name}.{baseline}.method: {baseline!r} names the baseline: {baseline}"
+    for name, model in params.models.items():
+        early = params.finetune.progressive_resize
+        if early and starts_from_random_weights(params, name) and early.input_size >= model.input_size:
+            yield (
+                f"finetune.progressive_resize.input_size = {early.input_size}: must be less than"
+                f" models.{name}.input_size = {model.input_size}"
+            )
+        if f"{name}-none-fp32" not in params.variants:
+            yield (
+                f"models.{name}: its baseline is missing: list {name}-none under pruned and {name}-none-fp32 under"
+                " variants"
+            )
+        yield from _missing_controls(params, name)
+
+
+def starts_from_random_weights(params: Params, model: str) -> bool:
+    """Whether finetune, or a `small_dense` pruner, trains this model from random weights."""
+    pruners = [params.pruners[pruned.pruner] for pruned in params.pruned.values() if pruned.model == model]
+    return params.models[model].weights == "none" or any(isinstance(pruner, SmallDense) for pruner in pruners)
+
+
+def _missing_controls(params: Params, model: str) -> Iterator[str]:
+    pruners = [params.pruners[pruned.pruner] for pruned in params.pruned.values() if pruned.model == model]
+    trained = {p.budget for p in pruners if isinstance(p, Budget) and not isinstance(p, Continued)}
+    controls = {p.budget for p in pruners if isinstance(p, Continued)}
+    for epochs, factor, distillation, temperature in sorted(trained - controls):
+        softened = f", distillation {distillation} and temperature {temperature}" if distillation else ""
+        yield (
+            f"models.{model}: a pruner trains for {epochs} epochs at learning_rate_factor {factor}{softened}: list a"
+            " pruner of method continued with the same settings for this model (the control)"
+        )
+
+
+def missing_files(params: Params, path: Path) -> Iterator[str]:
+    """Paths in the file, relative to its folder, at which there is nothing."""
+    root = path.parent / params.root
+    if not (root / "stages/params/whole.py").is_file():
+        yield (
+            f"root = {params.root!r}: {root.resolve()} holds no folder `stages` with the code (../.. in"
+            " profiles/<name>/params.yaml, . at the top)"
+        )
+    for name, model in params.models.items():
+        if model.weights not in ("none", "pretrained") and not (path.parent / model.weights).is_file():
+            yield (
+                f"models.{name}.weights = {model.weights!r}: no such file (seen from the folder of params.yaml), and"
+                " neither none nor pretrained"
+            )
+    if params.report.claims is not None and not (path.parent / params.report.claims).is_file():
+        yield f"report.claims = {params.report.claims!r}: no such file (seen from the folder of params.yaml)"
+
+
+def bad_networks(params: Params) -> Iterator[str]:
+    """Networks that cannot be built, or that take no images of their size."""
+    from stages.networks.architectures import refused, unknown
+
+    for name, model in params.models.items():
+        sizes = {"input_size": model.input_size}
+        if (early := params.finetune.progressive_resize) and starts_from_random_weights(params, name):
+            sizes["finetune.progressive_resize.input_size"] = early.input_size
+        if problem := unknown(model.library, model.architecture):
+            yield f"models.{name}.architecture = {model.architecture!r}: {problem}"
+        elif found := refused(model.library, model.architecture, model.arguments, sizes):
+            key, reason = found
+            yield f"models.{name}{key}: {reason}"
+
+
+def plan(params: Params) -> str:
+    """What `dvc repro` makes, for a person to read."""
+    lines = [f"data      {params.data.name} from {params.data.source}, {params.data.image_size} px"]
+    for name, model in params.models.items():
+        lines.append(
+            f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px,"
+            f" weights {model.weights}, seed {params.seed_of(name)}, {params.finetune.epochs} epochs"
+        )
+    for key, pruned in params.pruned.items():
+        pruner = params.pruners[pruned.pruner]
+        settings = ", ".join(f"{k} {v}" for k, v in pruner.model_dump(exclude={"method"}, exclude_unset=True).items())
+        lines.append(f"pruned    {key}: {pruner.method}" + (f" ({settings})" if settings else ""))
+    for key, variant in params.variants.items():
+        lines.append(f"variant   {key}: {params.quantizers[variant.quantizer].method}")
+    used = {variant.pruned for variant in params.variants.values()}
+    lines += [f"remark    pruned.{key}: no variant uses it" for key in params.pruned if key not in used]
+    location = params.data.location
+    if location and "://" not in location and not Path(location).expanduser().exists():
+        lines.append(
+            f"remark    data.location: {location} does not exist (seen from {Path.cwd()}): download would stop"
+        )
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, default=paths.PARAMS, help="the params file (params.yaml)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    print(plan(check(arguments.file)))

@@ -1,0 +1,32 @@
+"""The section `data`: where the images come from and how they are stored."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.params.section import Section, Seed
+
+
+class Data(Section):
+    name: str
+    """Name of the data set in reports."""
+    source: Literal["digits", "cifar10", "parquet", "folder"]
+    """`digits`: scikit-learn's handwritten digits, without network access. `cifar10`: the official archive. `parquet`:
+    the column layout of Hugging Face image data sets. `folder`: one folder for each class, or an archive of it."""
+    location: str | None = None
+    """Folder, file or URL of the images. `parquet` and `folder` require it; `cifar10` takes the official archive or a
+    folder of parquet files from there instead of downloading."""
+    sha256: dict[str, str] = {}
+    """Expected SHA-256 checksums by file name. Files that are not listed are not checked."""
+    image_size: Annotated[int, Field(ge=4, le=1024)]
+    """Side of the stored images, which are square RGB; this is also the input of `model.onnx`. Unit: pixels."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Fraction of the training images that becomes the validation part, stratified by class, if the source has no
+    validation part of its own. It selects the best epoch and the variant to ship."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Fraction of the images that becomes the test part, stratified by class, if the source has no test part of its own.
+    No stage before `profile` reads it."""
+    split_seed: Seed = 0
+    """Seed of the split into parts."""
+    allow_unreadable: bool = False
+    """Leave out unreadable images and list them, instead of stopping at the first."""

@@ -1,0 +1,24 @@
+"""The base class of every section of `params.yaml`, and the types that its fields share.
+
+A field's docstring is its documentation: `python -m stages.params.document` writes `docs/parameters.md` from it. A
+docstring may name its unit after "Unit:", and the setting that the field needs after "Only with" (the field is
+refused without it) or "Applies with".
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, le=10)]
+Count = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=8, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that every random generator accepts
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names become folders and DVC keys: no dots
+
+
+class Section(BaseModel):
+    """A mapping with known keys and strict types. Rules that join several keys are in `stages.params.rules`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
