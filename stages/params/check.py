@@ -41,8 +41,8 @@ def bad_settings(params: Params) -> Iterator[str]:
         )
     if (padding := params.finetune.crop_padding) >= params.data.image_size:
         yield (
-            f"finetune.crop_padding = {padding}: must be less than data.image_size = {params.data.image_size}, or a crop"
-            " would show nothing of its image"
+            f"finetune.crop_padding = {padding}: must be less than data.image_size = {params.data.image_size}, or a"
+            " crop would show nothing of its image"
         )
     for key, section in [("soak", params.edge_benchmark.soak), ("printed", params.edge_benchmark.printed)]:
         if section is not None and section.variant not in params.variants:
@@ -137,9 +137,7 @@ def plan(params: Params) -> str:
     lines += [f"remark    pruned.{key}: no variant uses it" for key in params.pruned if key not in used]
     location = params.data.location
     if location and "://" not in location and not Path(location).expanduser().exists():
-        lines.append(
-            f"remark    data.location: {location} does not exist (seen from {Path.cwd()}): download would stop"
-        )
+        lines.append(f"remark    data.location: {location} does not exist (seen from {Path.cwd()})")
     return "\n".join(lines)
 
 

@@ -140,11 +140,9 @@ def _flat(text: str) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, Section):
         return "see below"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value)
-        if value in (None, True, False) and not (isinstance(value, int | float) and not isinstance(value, bool))
-        else f"`{value}`".replace("'", "")
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "`null`", True: "`true`", False: "`false`"}[value]
+    return f"`{value}`".replace("'", "")
 
 
 def _type(annotation: Any, metadata: list[Any]) -> str:

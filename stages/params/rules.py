@@ -191,8 +191,8 @@ def _allocated_bits(section: AllocatedBits) -> Iterator[str]:
         )
     elif section.average_bits >= highest:
         yield (
-            f"average_bits = {section.average_bits} leaves nothing to choose, since every layer may have {highest} bits,"
-            " the most in choices: lower it, or use uniform_bits"
+            f"average_bits = {section.average_bits} leaves nothing to choose, since every layer may have {highest}"
+            " bits, the most in choices: lower it, or use uniform_bits"
         )
 
 
