@@ -24,8 +24,8 @@ class Data(Section):
     """Fraction of the training images that becomes the validation part, stratified by class, if the source has no
     validation part of its own. It selects the best epoch and the variant to ship."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Fraction of the images that becomes the test part, stratified by class, if the source has no test part of its own.
-    No stage before `profile` reads it."""
+    """Fraction of the images that becomes the test part, stratified by class, if the source has no test part of its
+    own. No stage before `profile` reads it."""
     split_seed: Seed = 0
     """Seed of the split into parts."""
     allow_unreadable: bool = False

@@ -42,15 +42,16 @@ class Finetune(Section):
     label_smoothing: Fraction = 0.1
     """Probability mass that cross entropy spreads over all classes."""
     horizontal_flip: bool = True
-    """Mirror half of the training images at random. Use false if a mirrored image has another meaning, as with digits."""
+    """Mirror half of the training images at random. Use false if a mirrored image has another meaning, as with
+    digits."""
     crop_padding: Annotated[int, Field(ge=0)] = 4
     """Largest random shift of a training image in each direction, with reflection at the border. Unit: stored
     pixels."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Parameter of the Beta distribution of mixup (arXiv 1710.09412); 0 switches it off."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """Parameter of the Beta distribution of CutMix (arXiv 1905.04899); 0 switches it off. If mixup is on too, each batch
-    uses one of the two."""
+    """Parameter of the Beta distribution of CutMix (arXiv 1905.04899); 0 switches it off. If mixup is on too, each
+    batch uses one of the two."""
     trivial_augment: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of the training images that TrivialAugment changes (arXiv 2103.10158, wide space): one random operation
     at one random strength."""

@@ -100,8 +100,8 @@ class Oto(Structured, Scheduled):
     penalty_limit: Positive = 200.0
     """Largest penalty (lambda). Only with `optimizer: dhspg`."""
     half_space: Fraction = 0.0
-    """Threshold (epsilon) of the half-space projection: a step sets a channel to zero if it leaves at most this fraction
-    of the channel's own direction. Only with `optimizer: dhspg`."""
+    """Threshold (epsilon) of the half-space projection: a step sets a channel to zero if it leaves at most this
+    fraction of the channel's own direction. Only with `optimizer: dhspg`."""
 
 
 class RandomStructured(Structured):

@@ -11,7 +11,7 @@ class Report(Section):
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """Confidence level of the intervals of accuracies."""
     headline_max_drop: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest drop of validation top-1 below the best dense network, as a fraction (0.01 is 1 point). The headline is the
-    smallest variant within it."""
+    """Largest drop of validation top-1 below the best dense network, as a fraction (0.01 is 1 point). The headline is
+    the smallest variant within it."""
     claims: str | None = None
     """File with the claims of a published study, which the report checks; the path is relative to `params.yaml`."""

@@ -132,7 +132,7 @@ def _oto(section: Oto) -> Iterator[str]:
     yield from _idle(section, f"optimizer: {section.optimizer}", *others)
     if section.inexact and any(section.target.values()):
         yield from _needs_recovery(section)
-    if section.penalty > section.penalty_limit:
+    if section.optimizer == "dhspg" and section.penalty > section.penalty_limit:
         yield (
             f"penalty {section.penalty} is above penalty_limit {section.penalty_limit}: lower the penalty or raise the"
             " limit"
