@@ -20,7 +20,7 @@ def check(path: Path = paths.PARAMS) -> Params:
     Raises:
         UserError: with one line for each problem.
     """
-    params = load_params(Params, path)
+    params = load_params(Params, path, whole=True)
     refuse(path, sorted([*left_out(params), *bad_settings(params), *missing_files(params, path)]))
     refuse(path, list(bad_networks(params)))  # last, since it imports the libraries
     return params

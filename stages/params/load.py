@@ -14,15 +14,15 @@ from stages.params.section import Section
 Sections = TypeVar("Sections", bound=Section)
 
 
-def load_params(kind: type[Sections], path: Path = paths.PARAMS) -> Sections:
-    """Read and check the sections that `kind` names; other sections of the file are not looked at.
+def load_params(kind: type[Sections], path: Path = paths.PARAMS, *, whole: bool = False) -> Sections:
+    """Read and check the sections that `kind` names. Other sections are ignored, or refused if the file is `whole`.
 
     Raises:
         UserError: with one line for each problem: the key's path, its value, what is allowed.
     """
     raw = read_yaml(path)
     try:
-        params = kind.model_validate({name: raw[name] for name in kind.model_fields if name in raw})
+        params = kind.model_validate({name: raw[name] for name in raw if whole or name in kind.model_fields})
     except ValidationError as error:
         from stages.params.messages import readable  # only on a failure: wording changes no result
 

@@ -43,6 +43,8 @@ def readable(error: ValidationError, kind: type[Section], raw: dict[str, Any]) -
         renamed = [key for key, new in RENAMED.items() if new == _pattern(where)]
         if detail["type"] == "missing" and (last in replaced or any(_holds(raw, parent, key) for key in renamed)):
             continue  # the line of the old name says it
+        if detail["type"] == "extra_forbidden" and not parent and last in old:
+            continue
         lines.append(_line(detail, where, value, kind, raw))
     return lines
 

@@ -424,7 +424,7 @@ def test_dvc_changes_a_value_of_the_default_and_no_other_line(tmp_path):
     path = written(committed("params.yaml"), tmp_path)
     with modify_yaml(str(path)) as data:
         data["base"]["seed"] = 17
-    assert path.read_text() == re.sub("(?m)^  seed: 0 ", "  seed: 17", committed("params.yaml"), count=1)
+    assert path.read_text() == re.sub("(?m)^  seed: 0$", "  seed: 17", committed("params.yaml"), count=1)
 
 
 def test_the_page_of_parameters_is_that_of_the_sections():
