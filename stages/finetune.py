@@ -21,9 +21,9 @@ from stages.params.load import key_argument, load_params
 from stages.params.models import Model
 from stages.params.section import Name, Section
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
 from stages.training.loop import CURVE_COLUMNS, train
-from stages.training.processes import is_first, joined, launch
 
 
 class Params(Section):
@@ -94,7 +94,7 @@ def finetune(params: Params, key: str) -> None:
             checkpoints=checkpoints,
         )
         description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
-        if is_first():
+        if is_main_process():
             save_artifact(paths.dense(key), trained.network, description)
             write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
     print(
@@ -107,7 +107,7 @@ def main() -> None:
     params = load_params(Params)
     key = key_argument("models", params.models)
     launch(params.base)
-    with joined(prepare_host(params.base)):
+    with process_group(prepare_host(params.base)):
         finetune(params, key)
 
 

@@ -17,7 +17,7 @@ import torch
 import stages
 from stages.common.errors import UserError
 from stages.common.files import atomic_file, clear_disk_errors
-from stages.training import processes
+from stages.training import distributed
 from stages.training.host import precision_kept_in
 
 CODE = (
@@ -51,8 +51,8 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     key = hashlib.sha256(json.dumps([identity, versions, _code_hash()], sort_keys=True).encode()).hexdigest()
     folder = parent / key[:16]
-    if not processes.is_first():
-        processes.wait_for_all()
+    if not distributed.is_main_process():
+        distributed.barrier()
         yield folder
         return
     with clear_disk_errors(folder):
@@ -72,7 +72,7 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
         for other in parent.iterdir():
             if other != folder and (other / FINISHED).exists():
                 shutil.rmtree(other, ignore_errors=True)
-        processes.wait_for_all()
+        distributed.barrier()
         with precision_kept_in(folder):
             yield folder
         (folder / FINISHED).touch()

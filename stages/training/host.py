@@ -15,7 +15,7 @@ from stages.common.cores import threads_for
 from stages.common.errors import UserError
 from stages.common.files import atomic_file
 from stages.params.base import Base
-from stages.training import processes
+from stages.training import distributed
 
 WORTH_IT = 0.8
 """Of float32's time for a product, what bfloat16's may take at most: autocast's conversions want their share."""
@@ -56,7 +56,7 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
         return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return processes.from_first(_faster_in_bfloat16)
+    return distributed.broadcast(_faster_in_bfloat16)
 
 
 @contextlib.contextmanager

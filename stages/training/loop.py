@@ -31,7 +31,7 @@ from stages.params.base import Base
 from stages.params.budget import Budget
 from stages.params.finetune import Finetune
 from stages.params.quantizers import Bits
-from stages.training import processes
+from stages.training import distributed
 from stages.training.augment import Augmentation, share_of
 from stages.training.average import WeightAverage
 from stages.training.batches import Images
@@ -172,7 +172,7 @@ def train(
                     weights = {name: tensor.detach().cpu().clone() for name, tensor in candidate.state_dict().items()}
                     chosen = {"epoch": epoch + 1, "score": score, "weights": weights}
                 finished = epoch + 1 == last
-                if checkpoints is not None and processes.is_first() and (finished or spacing.due()):
+                if checkpoints is not None and distributed.is_main_process() and (finished or spacing.due()):
                     state = {"epochs": [first, last], "curve": curve, "chosen": chosen}
                     with spacing.measured():
                         save_checkpoint(checkpoints, state | {"run": run.state_dict(finished)})
@@ -233,11 +233,11 @@ class _Run:
             _classes(network, recipe.early_input_size, title, "finetune.early_input_size")
         self.classes = _classes(network, preprocess.input_size, title)
         self.augment = Augmentation(recipe, len(part), self.classes, seed)
-        self.call = processes.with_mean_gradients(network, device)
+        self.call = distributed.data_parallel(network, device)
         if recipe.compile:
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # it gives constants
             self.call = torch.compile(self.call, dynamic=False)  # early_input_size makes two sizes: code for each
-        elif device.type == "cuda" and processes.count() == 1:
+        elif device.type == "cuda" and distributed.world_size() == 1:
             self.call = Graphed(network, title)
 
     def train_epoch(self, epoch: int, progress: EpochProgress) -> float:
@@ -250,7 +250,7 @@ class _Run:
         for batch, (x, targets) in enumerate(self.batches_of(epoch)):
             total += self.step(epoch * self.batches + batch, x, targets)
             progress.step()
-        mean = processes.summed(total).item() / processes.count() / self.batches
+        mean = distributed.all_reduce(total).item() / distributed.world_size() / self.batches
         if not np.isfinite(mean):
             rates = f"{self.rate_key} or {MUON_RATE}" if self.recipe.optimizer == "muon" else self.rate_key
             raise UserError(
@@ -267,7 +267,7 @@ class _Run:
         order = torch.randperm(len(self.part), generator=generator).numpy()
         size = self.recipe.batch_size
         indices = [order[batch * size : (batch + 1) * size] for batch in range(self.batches)]
-        share = share_of(len(indices[0]), processes.rank(), processes.count())
+        share = share_of(len(indices[0]), distributed.rank(), distributed.world_size())
         batches = self.images.batches(index[share.numpy()] for index in indices)
         for index, (pixels, labels) in zip(indices, batches, strict=True):
             more = {"index": index, "share": share, "epoch": epoch, "generator": generator}
@@ -338,14 +338,14 @@ class _Run:
     def predict(self, network: nn.Module, part: Part, autocast: bool) -> np.ndarray:
         """Logits `[N, classes]`, in bfloat16 or in float32; every process computes some of them and gets all."""
         classifier = Classifier(self.preprocess, network)
-        bounds = [len(part) * rank // processes.count() for rank in range(processes.count() + 1)]
-        mine = slice(bounds[processes.rank()], bounds[processes.rank() + 1])
+        bounds = [len(part) * rank // distributed.world_size() for rank in range(distributed.world_size() + 1)]
+        mine = slice(bounds[distributed.rank()], bounds[distributed.rank() + 1])
         batch_size = EVALUATION_BATCH * (4 if self.device.type == "cuda" else 1)  # there launches take the time
         logits = torch.zeros(len(part), self.classes, device=self.device)
         if mine.start < mine.stop:
             found = predict_logits(classifier, part.images[mine], batch_size, self.device, autocast)
             logits[mine] = torch.from_numpy(found).to(self.device)
-        return processes.summed(logits).cpu().numpy()
+        return distributed.all_reduce(logits).cpu().numpy()
 
     def state_dict(self, finished: bool) -> dict[str, Any]:
         """All that an unfinished training goes on from; of a finished one only where the constraint came to."""
@@ -401,5 +401,5 @@ def _seed_epoch(seed: int, epoch: int) -> torch.Generator:
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
-    torch.manual_seed(mixed + processes.rank())
+    torch.manual_seed(mixed + distributed.rank())
     return torch.Generator().manual_seed(mixed)
