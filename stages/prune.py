@@ -26,7 +26,7 @@ from stages.pruning.session import Session
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
-from stages.training.loop import CURVE_COLUMNS
+from stages.training.trainer import CURVE_COLUMNS
 
 
 def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:

@@ -32,7 +32,7 @@ from stages.quantization.methods import Quantized, Task, quantize
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
-from stages.training.loop import CURVE_COLUMNS
+from stages.training.trainer import CURVE_COLUMNS
 
 LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
 ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
