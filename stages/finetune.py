@@ -1,8 +1,8 @@
-"""Fine-tune a dense classifier on the images: the network that everything else is compared with.
+"""Fine-tune a dense classifier on the images: the network with which all others are compared.
 
-In: `data/images` (train and validation parts; never test), the params sections `base`, `finetune`, `models.<model>`.
+In: `data/images` (train and validation parts, never test), the params sections `base`, `finetune`, `models.<model>`.
 Out: the artifact `models/dense/<model>/` with the weights of the best epoch by validation top-1, and its training
-curve `reports/curves/dense/<model>.csv`. Killed at any moment, the next run goes on from the last checkpoint.
+curve `reports/curves/dense/<model>.csv`. After a kill, the next run resumes from the last checkpoint.
 
     python -m stages.finetune <model>
 """
@@ -21,9 +21,9 @@ from stages.params.load import key_argument, load_params
 from stages.params.models import Model
 from stages.params.section import Name, Section
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
-from stages.training.loop import CURVE_COLUMNS, train
-from stages.training.processes import is_first, joined, launch
+from stages.training.trainer import CURVE_COLUMNS, train
 
 
 class Params(Section):
@@ -56,11 +56,11 @@ def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Descrip
 
 
 def refuse_large_batch(batch_size: int, images: int) -> None:
-    """Raise a `UserError` where the training part does not fill one batch: the recipe would not be the one chosen."""
+    """Raise a `UserError` if the training part does not fill one batch, which would change the recipe silently."""
     if batch_size > images:
         raise UserError(
-            f"finetune.batch_size = {batch_size}: the training part of {paths.IMAGES} has only {images} images: lower"
-            " it, to a tenth of them or less, so that an epoch has some steps"
+            f"finetune.batch_size = {batch_size}: the training part of {paths.IMAGES} has only {images} images: use"
+            " a tenth of them or less, so that an epoch has several steps"
         )
 
 
@@ -87,14 +87,14 @@ def finetune(params: Params, key: str) -> None:
             open_part(paths.IMAGES, "train"),
             open_part(paths.IMAGES, "validation"),
             description.preprocess(),
-            params.finetune if weights == "none" else params.finetune.model_copy(update={"early_input_size": None}),
+            params.finetune if weights == "none" else params.finetune.model_copy(update={"progressive_resize": None}),
             base=params.base,
             seed=description.seed,
             title=f"finetune {key}",
             checkpoints=checkpoints,
         )
         description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
-        if is_first():
+        if is_main_process():
             save_artifact(paths.dense(key), trained.network, description)
             write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
     print(
@@ -107,7 +107,7 @@ def main() -> None:
     params = load_params(Params)
     key = key_argument("models", params.models)
     launch(params.base)
-    with joined(prepare_host(params.base)):
+    with process_group(prepare_host(params.base)):
         finetune(params, key)
 
 

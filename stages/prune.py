@@ -24,9 +24,9 @@ from stages.params.whole import Params
 from stages.pruning.methods import prune
 from stages.pruning.session import Session
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
-from stages.training.loop import CURVE_COLUMNS
-from stages.training.processes import is_first, joined, launch
+from stages.training.trainer import CURVE_COLUMNS
 
 
 def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:
@@ -62,7 +62,7 @@ def prune_one(params: Params, key: str) -> None:
             parent=parent_of(folder, parent),
             metrics=pruned.metrics | {"params_dense": before, "params": after},
         )
-        if is_first():
+        if is_main_process():
             save_artifact(paths.pruned(key), pruned.network, description)
             write_csv(paths.pruned_curve(key), pruned.curve, CURVE_COLUMNS)
     print(
@@ -79,7 +79,7 @@ def main() -> None:
     key = key_argument("pruned", params.pruned)
     if isinstance(params.pruners[params.pruned[key].pruner], Budget):
         launch(params.base)
-    with joined(prepare_host(params.base)):
+    with process_group(prepare_host(params.base)):
         prune_one(params, key)
 
 

@@ -30,9 +30,9 @@ from stages.params.quantizers import Bits
 from stages.params.whole import Params
 from stages.quantization.methods import Quantized, Task, quantize
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
-from stages.training.loop import CURVE_COLUMNS
-from stages.training.processes import is_first, joined, launch
+from stages.training.trainer import CURVE_COLUMNS
 
 LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
 ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
@@ -88,7 +88,7 @@ def compress(
     task = Task(params, variant, network, parent, open_part(images, "train"), open_part(images, "validation"))
     with checkpoint_folder(paths.SCRATCH / "quantize" / variant, task.identity()) as task.checkpoints:
         quantized = quantize(task)
-        if not is_first():
+        if not is_main_process():
             return quantized, None
         return quantized, save(task, quantized, parent_of(parent_folder, parent), folder, threads)
 
@@ -154,7 +154,7 @@ def main() -> None:
         quantize_one(params, variant)
         return
     launch(params.base)
-    with joined(prepare_host(params.base)):
+    with process_group(prepare_host(params.base)):
         quantize_one(params, variant)
 
 

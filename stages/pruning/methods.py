@@ -26,7 +26,7 @@ from stages.pruning.only_train_once_adapter import exact_groups
 from stages.pruning.session import Pruned, Session
 from stages.pruning.targets import choose_channels
 from stages.pruning.unstructured import KeepZeros, left_dense, sparsity_of
-from stages.training.loop import Trained
+from stages.training.trainer import Trained
 
 CUT_TOLERANCE = 1e-3
 """Largest difference between zeroed network and subnet, relative to the logits' scale."""

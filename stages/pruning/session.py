@@ -20,8 +20,8 @@ from stages.params.whole import Params
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
 from stages.training.host import prepare_host
-from stages.training.loop import Trained, recipe_for, steps_in, steps_per_epoch, train
-from stages.training.optimizers import schedule
+from stages.training.recipe import recipe_for, schedule, steps_in, steps_per_epoch
+from stages.training.trainer import Trained, train
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Session:
         phase: str = "",
         recipe: Finetune | None = None,
     ) -> Trained:
-        """Train `network` in place by the pruner's recipe, or another one (see `training.loop.train`).
+        """Train `network` in place by the pruner's recipe, or another one (see `training.trainer.train`).
 
         Args:
             phase: names the checkpoints of a training that is one of several.

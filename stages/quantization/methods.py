@@ -43,7 +43,7 @@ from stages.quantization.searches import (
     search_greedily,
 )
 from stages.quantization.static import int8_static
-from stages.training.processes import from_first
+from stages.training.distributed import broadcast
 
 
 @dataclass
@@ -137,7 +137,7 @@ def quantize_to_bits(task: Task) -> Quantized:
         rounded = {name: by_bits[quantizer.bits] for name, by_bits in round_all(task, layers, [quantizer.bits]).items()}
     else:
         by_bits = round_all(task, layers, quantizer.choices)
-        bits, search = from_first(lambda: allocate(task, layers, by_bits))
+        bits, search = broadcast(lambda: allocate(task, layers, by_bits))
         rounded = {name: by_bits[name][bits[name]] for name in bits}
     curve: list[dict[str, float]] = []
     if quantizer.epochs:

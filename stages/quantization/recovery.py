@@ -20,7 +20,8 @@ from stages.params.quantizers import Bits
 from stages.params.whole import Params
 from stages.quantization.rounding import Rounded
 from stages.training.distillation import Distillation
-from stages.training.loop import Trained, recipe_for, train
+from stages.training.recipe import recipe_for
+from stages.training.trainer import Trained, train
 
 
 class _RoundingWeight:

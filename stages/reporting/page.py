@@ -81,7 +81,7 @@ def render_page(
         variants=[(row, _cells(run, row, groups[row["group"]]), row["variant"] == choices.headline) for row in rows],
         several_threads=(run.edge.get("protocol") or {}).get("threads", 1) > 1,
         groups=_seed_rows(run, rows, groups),
-        early_input_size=run.params.finetune.early_input_size,
+        progressive_resize=run.params.finetune.progressive_resize,
         **_levels(run, rows, groups),
         **_bits(run, rows, groups),
         **_accuracy(run, rows, groups, choices),

@@ -1,1 +1,1 @@
-"""The one training loop: finetune, pruning and recovery share it."""
+"""The trainer that fine-tuning, pruning and recovery share."""

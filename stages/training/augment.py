@@ -1,8 +1,8 @@
-"""Augmentation of whole batches on the device, the same in one process as shared out over several.
+"""Augmentation of whole batches on the device, with the same result in one process as in several.
 
-What is random is drawn on the CPU for the whole batch, whichever of its images a process works on. Flip and crop are
-one gather, TrivialAugment and erasing are ours, as the libraries' change one image at a time or all alike; mixup and
-cutmix are timm's.
+All random numbers are drawn on the CPU for the whole batch, whichever of its images a process works on. Flip and crop
+are one gather. TrivialAugment and random erasing are our own because the libraries' versions change one image at a
+time, or all images alike; mixup and CutMix are timm's.
 """
 
 import math
@@ -17,16 +17,16 @@ from stages.params.finetune import Finetune
 from stages.training.trivial_augment import draw, trivial_augment
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
-"""Of a rectangle to erase: share of the image, height over width."""
+"""Ranges of an erased rectangle: fraction of the image's area, and height over width."""
 
 
 class Augmentation:
-    """From a batch of stored images to what the network sees, by the recipe's settings.
+    """Turns a batch of stored images into the network's input, as the recipe says.
 
     Args:
-        images: in the training part.
-        classes: of the network's output.
-        seed: of the order of flips.
+        images: number of images in the training part.
+        classes: number of logits.
+        seed: seed of the flips.
     """
 
     def __init__(self, recipe: Finetune, images: int, classes: int, seed: int) -> None:
@@ -43,57 +43,56 @@ class Augmentation:
         preprocess: Preprocess,
         *,
         index: np.ndarray,
-        share: torch.Tensor,
+        positions: torch.Tensor,
         epoch: int,
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            pixels: uint8 `[N, H, W, 3]`: the share of this process in the batch, with its labels int64 `[N]`.
-            preprocess: for normalisation.
-            index: int64 `[B]`: the whole batch's images in the training part.
-            share: int64 `[N]`: which of the batch these are.
+            pixels: uint8 `[N, H, W, 3]`: this process's part of the batch, with its labels int64 `[N]`.
+            index: int64 `[B]`: the images of the whole batch, as numbers in the training part.
+            positions: int64 `[N]`: the positions of this process's images in the batch.
             epoch: counted from 0.
-            generator: on the CPU, in the same state in every process; timm's mixing draws from NumPy's global one.
+            generator: on the CPU, in the same state in every process. timm's mixing uses NumPy's global one.
 
         Returns:
-            Images `[N, 3, H, W]`, normalised; labels int64 `[N]` as they are, or mixed to `[N, classes]`.
+            Normalized images `[N, 3, H, W]`, and labels int64 `[N]` or mixed `[N, classes]`.
         """
         recipe, batch = self.recipe, len(index)
         shifts = torch.randint(-recipe.crop_padding, recipe.crop_padding + 1, (2, batch, 1), generator=generator)
-        pixels = flip_and_crop(pixels, self.flip(index, epoch)[share], shifts[:, share])
+        pixels = flip_and_crop(pixels, self.flip(index, epoch)[positions], shifts[:, positions])
         if recipe.trivial_augment:
-            draws = draw(batch, recipe.trivial_augment, generator)[share]
+            draws = draw(batch, recipe.trivial_augment, generator)[positions]
             pixels = trivial_augment(pixels.permute(0, 3, 1, 2), draws).permute(0, 2, 3, 1)
         x = preprocess.normalise(pixels)
         if recipe.random_erasing:
             rectangles = draw_rectangles(batch, x.shape[2:], recipe.random_erasing, generator)
-            x = erase(x, rectangles[share].to(x.device, non_blocking=True))
+            x = erase(x, rectangles[positions].to(x.device, non_blocking=True))
         if self.mix is not None and len(x) % 2 == 0:
             x, labels = self.mix(x, labels)
         return x, labels
 
 
-def share_of(batch: int, rank: int, processes: int) -> torch.Tensor:
-    """int64 `[batch / processes]`: the images of a batch that a process works on.
+def positions_of(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
+    """int64 `[batch_size / world_size]`: the positions in a batch of the images that a process works on.
 
-    Mixing pairs the first image with the last, the second with the last but one, and so on: pairs stay together, and in
-    this order.
+    Mixing pairs the first image with the last, the second with the last but one, and so on: a process gets whole pairs,
+    in this order.
 
     Raises:
-        UserError: if the pairs cannot be shared out evenly.
+        UserError: if the pairs do not divide evenly.
     """
-    if processes > 1 and batch % (2 * processes):
+    if world_size > 1 and batch_size % (2 * world_size):
         raise UserError(
-            f"finetune.batch_size: {batch} images are not to be shared out evenly over {processes} processes: make it a"
-            f" multiple of {2 * processes} (images are shared out by pairs, as mixing needs them)"
+            f"finetune.batch_size: {batch_size} images do not divide evenly over {world_size} processes: use a multiple"
+            f" of {2 * world_size} (mixing needs whole pairs of images)"
         )
-    position = torch.arange(batch)
-    return position[torch.minimum(position, batch - 1 - position) % processes == rank]
+    position = torch.arange(batch_size)
+    return position[torch.minimum(position, batch_size - 1 - position) % world_size == rank]
 
 
 def flip_and_crop(pixels: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Mirror the images that `flips` marks and shift each, reflecting at the border.
+    """Mirror the images that `flips` marks and shift every image, with reflection at the border.
 
     Args:
         pixels: uint8 `[N, H, W, 3]`.
@@ -102,16 +101,15 @@ def flip_and_crop(pixels: torch.Tensor, flips: torch.Tensor, shifts: torch.Tenso
     """
     n, height, width, _ = pixels.shape
     flips, shifts = (tensor.to(pixels.device, non_blocking=True) for tensor in (flips, shifts))
-    first, row, column = (torch.arange(size, device=pixels.device) for size in (n, height, width))
-    rows = _reflected(row + shifts[0], height)
-    columns = _reflected(column + shifts[1], width)
+    image, row, column = (torch.arange(size, device=pixels.device) for size in (n, height, width))
+    rows, columns = _reflect(row + shifts[0], height), _reflect(column + shifts[1], width)
     columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    flat = (first[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    flat = (image[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
     return pixels.reshape(-1, 3).index_select(0, flat.flatten()).view(n, height, width, 3)
 
 
-def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Fold an index that runs over the border back into `[0, size)`, without repeating the border pixel."""
+def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
+    """Reflect an index beyond the border back into `[0, size)`, without repeating the border pixel."""
     index = index.abs()
     return torch.where(index >= size, 2 * (size - 1) - index, index).clamp(0, size - 1)
 
@@ -119,7 +117,7 @@ def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
 def draw_rectangles(
     images: int, size: torch.Size | tuple[int, int], probability: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """A rectangle in each image, empty where nothing is to be erased: top, left, bottom, right, int64 `[images, 4]`."""
+    """A rectangle for each image, empty if none is erased: top, left, bottom, right, int64 `[images, 4]`."""
     height, width = size
 
     def uniform(low: float, high: float) -> torch.Tensor:
@@ -136,7 +134,7 @@ def draw_rectangles(
 
 
 def erase(x: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
-    """Set `rectangles` (int64 `[N, 4]`, as drawn) of the normalised images `[N, 3, H, W]` to the data's mean: zero."""
+    """Set `rectangles` (int64 `[N, 4]`) of normalized images `[N, 3, H, W]` to 0, the mean of the data."""
     top, left, bottom, right = rectangles.t()[:, :, None, None]
     row = torch.arange(x.shape[2], device=x.device).view(1, -1, 1)
     column = torch.arange(x.shape[3], device=x.device).view(1, 1, -1)
@@ -145,9 +143,9 @@ def erase(x: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
 
 
 class AlternatingFlip:
-    """Which images to mirror: a random half in the first epoch, the other half in the next, and so on.
+    """Mirrors a random half of the images in the first epoch, the other half in the next, and so on.
 
-    Every image is seen both ways within two epochs, where a coin for each epoch repeats half of them.
+    Two epochs show every image both ways; independent draws for each epoch would repeat half of them.
     """
 
     def __init__(self, images: int, enabled: bool, seed: int) -> None:
@@ -155,6 +153,6 @@ class AlternatingFlip:
         self.first = torch.rand(images, generator=torch.Generator().manual_seed(seed)) < 0.5
 
     def __call__(self, index: np.ndarray, epoch: int) -> torch.Tensor:
-        """bool `[N]` for the images at `index` int64 `[N]`."""
+        """bool `[N]`: which of the images at `index` (int64 `[N]`) to mirror."""
         flips = self.first[torch.from_numpy(index)]
         return flips.logical_xor(torch.tensor(bool(epoch % 2))) if self.enabled else torch.zeros_like(flips)

@@ -1,4 +1,4 @@
-"""Checkpoints of unfinished training: outside DVC's outs, keyed by all that determines the result, locked."""
+"""Checkpoints of unfinished trainings: outside the outputs of DVC, keyed by everything that determines the result."""
 
 import contextlib
 import fcntl
@@ -17,42 +17,42 @@ import torch
 import stages
 from stages.common.errors import UserError
 from stages.common.files import atomic_file, clear_disk_errors
-from stages.training import processes
-from stages.training.host import precision_kept_in
+from stages.training import distributed
+from stages.training.host import precision_stored_in
 
 CODE = (
     *("common", "datasets", "networks", "pruning", "quantization", "training"),
     *("finetune.py", "prune.py", "quantize.py"),
 )
-"""What makes a checkpoint stale when it changes."""
+"""Sources whose change makes a checkpoint stale."""
 LIBRARIES = ("torch", "torchvision", "timm", "only-train-once", "torch-pruning")
 CHECKPOINT = "checkpoint.pt"
 FINISHED = "finished"
-LARGEST_SHARE, CHEAP_SECONDS = 0.05, 0.3
-"""Of the time, for checkpoints; those that are written as fast as this are written after every epoch."""
+LARGEST_FRACTION, CHEAP_SECONDS = 0.05, 0.3
+"""Largest fraction of the time for writing checkpoints. A checkpoint that takes no more than `CHEAP_SECONDS` is written
+after every epoch."""
 
 
 @contextlib.contextmanager
 def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """A folder for this very training, found again after a kill.
+    """The folder of one training, which a run after a kill finds again.
 
-    Of several processes the first one locks the folder and writes into it; it must be the same disk for all.
-
-    When the block ends well the folder stays, with the finished training in it: DVC may be killed before it has taken
-    the outputs over, and then runs the stage again. The next training of the same parent removes it.
+    The main process locks it and writes into it; all processes must see the same disk. After success the folder stays:
+    if DVC is killed before it caches the outputs, it runs the stage again, which then only loads the finished training.
+    The next training with the same parent removes it.
 
     Args:
-        parent: one for each stage and key, under `.scratch`.
+        parent: one folder for each stage and key, under `.scratch`.
         identity: everything that determines the result: data, network, recipe, seed.
 
     Raises:
-        UserError: if another process is training the same thing, or the folder cannot be written.
+        UserError: if another process trains the same, or the folder cannot be written.
     """
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     key = hashlib.sha256(json.dumps([identity, versions, _code_hash()], sort_keys=True).encode()).hexdigest()
     folder = parent / key[:16]
-    if not processes.is_first():
-        processes.wait_for_all()
+    if not distributed.is_main_process():
+        distributed.barrier()
         yield folder
         return
     with clear_disk_errors(folder):
@@ -68,21 +68,18 @@ def checkpoint_folder(parent: Path, identity: dict[str, Any]) -> Iterator[Path]:
             ) from None
         with clear_disk_errors(folder):
             os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), str(os.getpid()).encode())  # unbuffered: closing must not fail a second time
+            os.write(lock.fileno(), str(os.getpid()).encode())  # unbuffered, so that close() cannot fail again
         for other in parent.iterdir():
             if other != folder and (other / FINISHED).exists():
                 shutil.rmtree(other, ignore_errors=True)
-        processes.wait_for_all()
-        with precision_kept_in(folder):
+        distributed.barrier()
+        with precision_stored_in(folder):
             yield folder
         (folder / FINISHED).touch()
 
 
 class Spacing:
-    """Says after which epochs of a training a checkpoint is due, so that writing them never slows it much.
-
-    Large networks with fast epochs would else wait for the disk after each.
-    """
+    """Decides after which epochs to write a checkpoint: large networks with fast epochs would wait for the disk."""
 
     def __init__(self) -> None:
         self._next = time.perf_counter()
@@ -92,22 +89,22 @@ class Spacing:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Around the writing of one."""
+        """Measure the time that a checkpoint takes, and postpone the next one accordingly."""
         started = time.perf_counter()
         yield
         self._next = time.perf_counter()
         if (seconds := self._next - started) > CHEAP_SECONDS:
-            self._next += seconds / LARGEST_SHARE
+            self._next += seconds / LARGEST_FRACTION
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the last checkpoint by `state`, whole or not at all."""
+    """Replace the last checkpoint atomically."""
     try:
         with atomic_file(folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
     except (UserError, OSError, RuntimeError) as error:
         reason = error
-        if isinstance(error, RuntimeError):  # torch's word for a full disk
+        if isinstance(error, RuntimeError):  # torch raises it for a full disk
             reason = f"cannot write {folder / CHECKPOINT}: torch could not finish it, as on a full disk ({error}):"
             reason += " make room, then run again"
         kept = "; the checkpoint before it is kept" if (folder / CHECKPOINT).exists() else ""
@@ -115,17 +112,17 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint; None where there is none, or none that can be read."""
+    """The last checkpoint, or None if there is none or it cannot be read."""
     path = folder / CHECKPOINT
     if not path.exists():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"epochs", "curve", "chosen", "run"} - state.keys():
+        if missing := {"epochs", "curve", "chosen", "trainer"} - state.keys():
             raise ValueError(f"it holds no {', '.join(sorted(missing))}")
         return state
-    except Exception as error:  # torch has many words for a broken file
-        print(f"{path} is broken ({str(error).splitlines()[0]}): starting again", flush=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        print(f"{path} is broken ({str(error).splitlines()[0]}): training starts again", flush=True)
         return None
 
 

@@ -1,12 +1,12 @@
-"""Weight gradients that oneDNN is slow at, or computes wrongly, on CPUs.
+"""Weight gradients of convolutions that oneDNN computes slowly, or wrongly, on CPUs.
 
-Those of depthwise convolutions are fast for 3x3 kernels on maps of at least 3x3. On small maps, as small images leave
-them in the last stages of a ConvNeXt, those of larger kernels, and of kernels larger than the map, take about ten times
-as long: here they are matrix products.
+oneDNN is fast at depthwise 3x3 kernels on maps of at least 3x3. For larger kernels on small maps, which the last stages
+of a ConvNeXt have on small images, and for kernels larger than the map, it takes about ten times as long: this module
+computes these weight gradients as matrix products.
 
-A pointwise convolution that strides over a large map of fewer than 16 channels in channels-last memory, as RepVGG's
-first one does, writes its gradient beside the memory that is there for it (torch 2.15, AVX2 and AVX-512): the process
-crashes, or goes on with a wrong gradient. Here it is given only the pixels that it reads.
+A pointwise convolution with a stride on a large channels-last map of fewer than 16 channels, such as RepVGG's first,
+writes its gradient outside its memory (torch 2.15, AVX2 and AVX-512): the process crashes, or continues with a wrong
+gradient. This module passes such a convolution only the pixels that it reads.
 """
 
 import functools
@@ -20,18 +20,18 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 LARGEST_MAP = 36
-"""Pixels: the products' work grows with their square, a convolution's with their number."""
+"""Largest map in pixels: the work of the products grows with the square of it, that of a convolution linearly."""
 FAST_KERNEL = 3
 FEW_CHANNELS = 16
 
 
 def mended_convolutions(device: torch.device) -> AbstractContextManager:
-    """Within it, convolutions have the weight gradients of this module on CPUs; torch.compile traces them too."""
+    """A context in which convolutions on a CPU use the weight gradients of this module, also under `torch.compile`."""
     return MendedConvolutions() if device.type == "cpu" else nullcontext()
 
 
 class Call(NamedTuple):
-    """The arguments of `conv2d`, as `nn.Conv2d` gives them."""
+    """The arguments of `conv2d` as `nn.Conv2d` passes them."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 
 class MendedConvolutions(TorchFunctionMode):
-    """Replaces the calls of `conv2d` that oneDNN is slow at or gets wrong; results are equal up to rounding."""
+    """Replaces the calls of `conv2d` that oneDNN computes slowly or wrongly; results are equal up to rounding."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.conv2d and len(args) == 7 and torch.is_grad_enabled():
@@ -57,7 +57,7 @@ class MendedConvolutions(TorchFunctionMode):
 
 
 def slow(call: Call) -> bool:
-    """Whether oneDNN is slow at the weight gradient of this convolution, and `_Depthwise` computes the same one."""
+    """True if oneDNN is slow at the weight gradient of this convolution and `_Depthwise` can compute it."""
     x, weight, _, stride, padding, dilation, groups = call
     channels, depth, *kernel = weight.shape
     keeps_size = all(side % 2 for side in kernel) and padding == tuple(side // 2 for side in kernel)
@@ -69,7 +69,7 @@ def slow(call: Call) -> bool:
 
 
 def skips_pixels(call: Call) -> bool:
-    """Whether it is a pointwise convolution of few channels with a stride, and has a weight gradient."""
+    """True for a pointwise convolution of few channels with a stride and a weight gradient."""
     few = call.x.dim() == 4 and call.x.shape[1] < FEW_CHANNELS and call.weight.requires_grad
     pointwise = call.weight.shape[2:] == (1, 1) and call.padding == (0, 0) and call.groups == 1
     return few and pointwise and call.stride != (1, 1)
@@ -99,19 +99,21 @@ class _Depthwise(torch.autograd.Function):
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = F.conv2d(gradient, weight.flip(2, 3), padding=padding, groups=channels)
-        if ctx.needs_input_grad[2]:  # asked for it, oneDNN would compute the weights' gradient too
+        if ctx.needs_input_grad[2]:  # oneDNN would compute the gradient of the weight too
             of_bias = gradient.sum((0, 2, 3))
         of_weight = torch.empty_like(weight).copy_(weight_gradient(x, gradient, weight.shape[2:]))
         return of_x, of_weight, of_bias
 
 
 def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, int]) -> torch.Tensor:
-    """Of a depthwise convolution, by two products: of all pairs of pixels, summed over the batch, then of those pairs
-    that one weight connects.
+    """The weight gradient of a depthwise convolution by two matrix products.
+
+    The first multiplies all pairs of input and output pixels and sums over the batch; the second sums the pairs that
+    each weight connects.
 
     Args:
-        x, gradient: `[N, C, H, W]`, of the input and of the output.
-        kernel: height and width, odd.
+        x, gradient: the input and the gradient of the output, `[N, C, H, W]`.
+        kernel: odd height and width.
 
     Returns:
         float32 `[C, 1, *kernel]`.
@@ -124,7 +126,7 @@ def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, 
 
 @functools.lru_cache(maxsize=16)
 def _connected(height: int, width: int, kernel: tuple[int, int]) -> torch.Tensor:
-    """float32 `[(H W)^2, kernel]`: one where the weight leads from the second pixel of the pair to the first."""
+    """float32 `[(H W)^2, kernel]`: 1 if the weight connects the second pixel of the pair to the first, else 0."""
     rows, columns = torch.arange(height), torch.arange(width)
     down = (rows[None, :] - rows[:, None] + kernel[0] // 2)[:, None, :, None].expand(height, width, height, width)
     right = (columns[None, :] - columns[:, None] + kernel[1] // 2)[None, :, None, :].expand_as(down)

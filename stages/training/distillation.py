@@ -9,35 +9,35 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Distillation:
-    """Who teaches, and how much of the loss listens: (1 - w) * cross entropy + w * T^2 * KL(teacher || student)."""
+    """A teacher and its part in the loss: (1 - w) * cross entropy + w * T^2 * KL(teacher || student)."""
 
     teacher: nn.Module
-    """Takes the student's inputs and gives logits of the same classes; shares no parameter with the student."""
+    """Maps the student's inputs to logits of the same classes. It shares no parameter with the student."""
     weight: float
-    """w, in [0, 1]; at 0 the teacher is not asked."""
+    """w, in [0, 1]; at 0 the teacher is not called."""
     temperature: float
-    """T, above 0: the higher, the more the teacher's small probabilities count."""
+    """T, above 0. A higher temperature gives the teacher's small probabilities more weight."""
 
 
 def freeze(teacher: nn.Module, student: nn.Module) -> None:
-    """Put the teacher into evaluation mode for good, without gradients.
+    """Put the teacher into evaluation mode, without gradients.
 
     Raises:
         ValueError: if it shares parameters with the student, which would be frozen too.
     """
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
-        raise ValueError("the teacher shares parameters with the network that is trained: give a copy")
+        raise ValueError("the teacher shares parameters with the network that is trained: pass a copy")
     teacher.eval().requires_grad_(False)
 
 
 def soft_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch.
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch, in float32.
 
-    T^2 undoes what the temperature does to the size of the gradients (section 2 of the paper). The KL divergence has
-    the gradient of the paper's cross entropy with soft targets, and is 0 where student and teacher agree.
+    T^2 compensates the effect of the temperature on the size of the gradients (section 2 of the paper). The KL
+    divergence has the gradient of the paper's cross entropy with soft targets, and is 0 if student and teacher agree.
 
     Args:
-        logits, teacher_logits: `[N, classes]`; computed in float32.
+        logits, teacher_logits: `[N, classes]`.
     """
     student = F.log_softmax(logits.float() / temperature, 1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, 1)

@@ -1,4 +1,4 @@
-"""The machine that trains: device, threads, precision, and an allocator that keeps its memory."""
+"""The machine that trains: device, threads, precision, an allocator that keeps its memory, and errors of memory."""
 
 import contextlib
 import contextvars
@@ -10,27 +10,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from stages.common.cores import threads_for
 from stages.common.errors import UserError
 from stages.common.files import atomic_file
 from stages.params.base import Base
-from stages.training import processes
+from stages.training import distributed
 
-WORTH_IT = 0.8
-"""Of float32's time for a product, what bfloat16's may take at most: autocast's conversions want their share."""
-FASTER = "bfloat16_is_faster"
-_keeper: contextvars.ContextVar[Path | None] = contextvars.ContextVar("keeper", default=None)
+WORTHWHILE = 0.8
+"""Largest time of a bfloat16 product, as a fraction of float32's, at which bfloat16 trains faster: autocast also spends
+time on conversions."""
+MEASURED = "bfloat16_is_faster"
+"""File in the checkpoint folder that holds the result of the measurement."""
+_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("folder", default=None)
 
 
 def prepare_host(base: Base) -> torch.device:
-    """Set threads and allocator as `base` says, and name the device to train on: this process's own.
+    """Set threads and allocator as `base` says, and return the device on which this process trains.
 
     Raises:
-        UserError: if `base.device` asks for CUDA where there is none.
+        UserError: if `base` needs more CUDA devices than there are.
     """
     torch.set_num_threads(threads_for(base.threads))
-    _keep_memory()
+    _keep_freed_memory()
     if base.device == "cuda" and not torch.cuda.is_available():
         raise UserError("base.device = 'cuda': this machine has no usable CUDA device; set it to auto or cpu")
     if base.device == "cpu" or not torch.cuda.is_available():
@@ -42,48 +45,47 @@ def prepare_host(base: Base) -> torch.device:
             " --nproc-per-node"
         )
     torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True  # the batches of a training are of one shape, or two
+    torch.backends.cudnn.benchmark = True  # a training has batches of one or two shapes
     return device
 
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether to train under bfloat16 autocast; all processes of a training call this and get the same answer.
+    """True if training uses bfloat16 autocast, with the same answer in all processes, which must all call this.
 
-    `auto` says yes where the hardware multiplies bfloat16 itself, and on a CPU only if it does so faster: AVX-512's
-    instructions take half of float32's time on some processors and twice as long on others.
+    `auto` requires hardware that multiplies bfloat16, and on a CPU also that it is faster: the instructions of AVX-512
+    take half of float32's time on some processors and twice as long on others.
     """
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return processes.from_first(_faster_in_bfloat16)
+    return distributed.broadcast(_is_faster)
 
 
 @contextlib.contextmanager
-def precision_kept_in(folder: Path) -> Iterator[None]:
-    """Let all trainings in this block go by what the first of them measured, in whichever process that was."""
-    token = _keeper.set(folder)
+def precision_stored_in(folder: Path) -> Iterator[None]:
+    """Make all trainings in this block, also after a kill, use what the first of them measured."""
+    token = _folder.set(folder)
     try:
         yield
     finally:
-        _keeper.reset(token)
+        _folder.reset(token)
 
 
-def _faster_in_bfloat16() -> bool:
-    folder = _keeper.get()
+def _is_faster() -> bool:
+    folder = _folder.get()
     if folder is None:
-        return _measured_faster()
-    file = folder / FASTER
-    if not file.exists():
+        return _measure_faster()
+    if not (file := folder / MEASURED).exists():
         with atomic_file(file) as temporary:
-            temporary.write_text(f"{_measured_faster()}\n")
+            temporary.write_text(f"{_measure_faster()}\n")
     return file.read_text().strip() == str(True)
 
 
 @functools.cache
-def _measured_faster() -> bool:
-    """By the fastest of some products of a linear layer each, taken in turns: what else is running slows both."""
-    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # absent names: not known to this torch
+def _measure_faster() -> bool:
+    """Compare the fastest products of a linear layer in both types, measured in turns since other load slows both."""
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch may lack them: then count as unsupported
     if not any(getattr(torch.cpu, name, bool)() for name in native):
         return False
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
@@ -92,18 +94,14 @@ def _measured_faster() -> bool:
         for _ in range(8):
             for kind, (x, weight) in operands.items():
                 started = time.perf_counter()
-                torch.nn.functional.linear(x, weight)
+                F.linear(x, weight)
                 seconds[kind].append(time.perf_counter() - started)
-    return min(seconds[torch.bfloat16]) <= WORTH_IT * min(seconds[torch.float32])
+    return min(seconds[torch.bfloat16]) <= WORTHWHILE * min(seconds[torch.float32])
 
 
 @contextlib.contextmanager
 def clear_memory_errors(what: str) -> Iterator[None]:
-    """Turn the ways in which torch and Python run out of memory into one clear error.
-
-    Raises:
-        UserError: naming `what` did not fit.
-    """
+    """Turn every error by which torch or Python runs out of memory into a `UserError` that names `what`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -114,11 +112,7 @@ def clear_memory_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def clear_compile_errors(title: str) -> Iterator[None]:
-    """Turn what `torch.compile` cannot do with this network, or without a C++ compiler, into one clear error.
-
-    Raises:
-        UserError: with torch's own reason.
-    """
+    """Turn a failure of `torch.compile`, or a missing C++ compiler, into a `UserError` with torch's reason."""
     try:
         yield
     except RuntimeError as error:
@@ -130,10 +124,10 @@ def clear_compile_errors(title: str) -> Iterator[None]:
         raise UserError(f"{title}: finetune.compile = true does not work here ({reason}): set it to false") from None
 
 
-def _keep_memory() -> None:
-    """Let glibc keep freed memory: each step allocates the same large tensors, and returning them costs page faults."""
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt's parameters in malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to set, training is only slower
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory: each step allocates the same large tensors, and new pages cost page faults."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt's parameters in malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library: training is only slower
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)

@@ -1,6 +1,5 @@
-"""The optimizers of a recipe behind one small face, and the learning-rate schedule."""
+"""The optimizers of a recipe behind one interface."""
 
-import math
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from stages.training.muon import Muon
 
 
 class Optimizers:
-    """AdamW, SGD, or Muon for the hidden matrices with AdamW for all else.
+    """AdamW, SGD, or Muon for the hidden matrices with AdamW for all other parameters.
 
-    What has one number for each channel (biases, norms, layer scales in whichever shape) gets no weight decay.
+    Parameters with one number for each channel (biases, norms, layer scales of any shape) have no weight decay.
     """
 
     def __init__(self, network: nn.Module, recipe: Finetune) -> None:
@@ -30,39 +29,39 @@ class Optimizers:
         else:
             betas = (0.9, 0.99) if recipe.optimizer == "muon" else (0.9, 0.999)
             main = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
-        self._all: list[torch.optim.Optimizer] = [main]
+        self.all: list[torch.optim.Optimizer] = [main]
         self._flat: list[tuple[nn.Parameter, nn.Parameter]] = []
         if matrices:
             self._flat = [(p, nn.Parameter(_as_matrix(p.data))) for p in matrices]
             if copied := [p for p, flat in self._flat if flat.data_ptr() != p.data_ptr()]:
-                raise RuntimeError(f"{len(copied)} weights are not dense in memory: Muon would train copies of them")
+                raise RuntimeError(f"{len(copied)} weights are not contiguous: Muon would train copies")
             rate, decay, iterations = recipe.muon_learning_rate, recipe.muon_weight_decay, recipe.muon_iterations
             flats = [flat for _, flat in self._flat]
-            self._all.append(Muon(flats, lr=rate, weight_decay=decay, momentum=0.95, ns_steps=iterations))
-        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._all]
+            self.all.append(Muon(flats, lr=rate, weight_decay=decay, momentum=0.95, ns_steps=iterations))
+        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
 
     def set_factor(self, factor: float) -> None:
-        """Scale every learning rate to `factor` of its peak."""
-        for optimizer, peaks in zip(self._all, self._peaks, strict=True):
+        """Set every learning rate to `factor` times its peak."""
+        for optimizer, peaks in zip(self.all, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
     def step(self) -> None:
         for parameter, flat in self._flat:
             flat.grad = None if parameter.grad is None else _as_matrix(parameter.grad)
-        for optimizer in self._all:
+        for optimizer in self.all:
             optimizer.step()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [optimizer.state_dict() for optimizer in self._all]
+        return [optimizer.state_dict() for optimizer in self.all]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self._all, states, strict=True):
+        for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: weights of Linear layers and ungrouped convolutions, but for the first and the last layer.
+    """The weights that Muon moves: those of Linear layers and ungrouped convolutions, except the first and last layer.
 
     Raises:
         UserError: if there are none.
@@ -74,16 +73,7 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 
 
 def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """`[out, in * kernel]` over the same memory (torch's Muon takes two dimensions only)."""
+    """View as `[out, in * kernel]` on the same memory: torch's Muon takes 2-D parameters only."""
     if weight.dim() == 4 and not weight.is_contiguous():
-        weight = weight.permute(0, 2, 3, 1)  # channels-last memory is dense in this order
+        weight = weight.permute(0, 2, 3, 1)  # channels-last memory is contiguous in this order
     return weight.reshape(weight.shape[0], -1)
-
-
-def schedule(step: int, steps: int, recipe: Finetune) -> float:
-    """Factor of the peak learning rate: linear warm-up, then cosine or linear decay to 0 at the end."""
-    warmup = max(1, round(recipe.warmup_fraction * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup + 1) / max(1, steps - warmup + 1)
-    return 1 - progress if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

@@ -5,8 +5,8 @@ order, one segment of steps at a time:
 
 - `plain`: float32, torchvision's transforms in a DataLoader of two workers that decode JPEG, AdamW, the default
   allocator, the loss read at every step.
-- `loop`: steps of `stages/training` at full size; `early` those at the recipe's `early_input_size`, if it has one, and
-  `recipe` the mean over both in the recipe's proportion.
+- `loop`: steps of `stages/training` at full size; `early`: steps at the size of `progressive_resize`, if the recipe has
+  it; `recipe`: the mean over both in the recipe's proportion.
 - `bare` is forward, backward and step with the same settings on a fixed batch; `silent` the loop without averaging and
   logging, `averaged and logged` with both; `hesso` prunes on top of `silent`. `silent again` tells the noise.
 
@@ -53,7 +53,8 @@ from stages.pruning.costs import costs_of
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
 from stages.training.host import prepare_host, use_bfloat16
-from stages.training.loop import _Run, steps_in, steps_per_epoch
+from stages.training.recipe import steps_in, steps_per_epoch
+from stages.training.trainer import Trainer, TrainingData
 
 PLAIN = ("plain",)
 OURS = ("loop", "bare", "silent", "silent again", "averaged and logged", "hesso")
@@ -130,50 +131,50 @@ def plain(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.d
 def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.device, steps: int) -> dict:
     """The segments to time, by name."""
     info, part = read_info(paths.IMAGES), open_part(paths.IMAGES, "train")
-    preprocess = Preprocess(info.mean, info.std, size)
+    data = TrainingData(part, open_part(paths.IMAGES, "validation"), Preprocess(info.mean, info.std, size))
 
-    def run_of(recipe: Finetune, network: torch.nn.Module, constraint: Hesso | None = None) -> _Run:
-        return _Run(network, part, preprocess, recipe, device, 0, "benchmark", constraint, None, "learning_rate")
+    def trainer_of(recipe: Finetune, network: torch.nn.Module, constraint: Hesso | None = None) -> Trainer:
+        return Trainer(network, data, recipe, device, constraint=constraint, title="benchmark")
 
-    def segment(run: _Run, logged: bool, first: int = 0) -> Callable[[], float]:
+    def segment(trainer: Trainer, logged: bool, first: int = 0) -> Callable[[], float]:
         at = first
 
         def timed() -> float:
             nonlocal at
-            batches = run.batches_of(0)
+            batches = trainer.batches_of(0)
             x, targets = next(batches)
-            run.step(at, x, targets)
+            trainer.step(at, x, targets)
             _wait(device)
-            with open(os.devnull, "w") as silence, epoch_progress("benchmark", 1, run.batches) as progress:
+            with open(os.devnull, "w") as silence, epoch_progress("benchmark", 1, trainer.steps_per_epoch) as progress:
                 started = time.perf_counter()
                 for _ in range(steps):
                     x, targets = next(batches)
                     at += 1
-                    run.step(at, x, targets)
+                    trainer.step(at, x, targets)
                     if logged:
                         progress.step()
                 if logged:
-                    print(f"{at} of {run.steps}", file=silence, flush=True)
+                    print(f"{at} of {trainer.steps}", file=silence, flush=True)
                 _wait(device)
                 return time.perf_counter() - started
 
         return timed
 
-    def bare(run: _Run) -> Callable[[], float]:
-        x, targets = next(run.batches_of(0))
+    def bare(trainer: Trainer) -> Callable[[], float]:
+        x, targets = next(trainer.batches_of(0))
 
         def timed() -> float:
-            run.step(0, x, targets)
+            trainer.step(0, x, targets)
             _wait(device)
             started = time.perf_counter()
             for step in range(steps):
-                run.step(step, x, targets)
+                trainer.step(step, x, targets)
             _wait(device)
             return time.perf_counter() - started
 
         return timed
 
-    early, recipe = recipe, recipe.model_copy(update={"early_input_size": None})
+    early, recipe = recipe, recipe.model_copy(update={"progressive_resize": None})
     silent, averaged = (recipe.model_copy(update={"ema_decay": decay}) for decay in (0.0, 0.999))
     pruned = copy.deepcopy(network)
     fold_layer_scale(pruned)
@@ -183,17 +184,17 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
     if steps >= (most := steps_per_epoch(recipe, len(part))):
         raise UserError(f"--steps {steps}: an epoch has {most} of {recipe.batch_size} images: lower it or --batch")
     hesso = Hesso(pruned, groups, costs_of(pruned, groups, size), pruner, total, "pruners.benchmark")
-    quiet = run_of(silent, copy.deepcopy(network))
-    pruning = run_of(silent, pruned, hesso)
+    quiet = trainer_of(silent, copy.deepcopy(network))
+    pruning = trainer_of(silent, pruned, hesso)
     x, targets = next(pruning.batches_of(0))
     pruning.step(hesso.schedule.start, x, targets)  # the first period's channels are chosen here
-    smaller = {EARLY: segment(run_of(early, copy.deepcopy(network)), True)} if early.early_input_size else {}
+    smaller = {EARLY: segment(trainer_of(early, copy.deepcopy(network)), True)} if early.progressive_resize else {}
     return smaller | {
-        "loop": segment(run_of(recipe, copy.deepcopy(network)), True),
-        "bare": bare(run_of(silent, copy.deepcopy(network))),
+        "loop": segment(trainer_of(recipe, copy.deepcopy(network)), True),
+        "bare": bare(trainer_of(silent, copy.deepcopy(network))),
         "silent": segment(quiet, False),
         "silent again": segment(quiet, False),
-        "averaged and logged": segment(run_of(averaged, copy.deepcopy(network)), True),
+        "averaged and logged": segment(trainer_of(averaged, copy.deepcopy(network)), True),
         "hesso": segment(pruning, False, hesso.schedule.start + 1),
     }
 
@@ -211,7 +212,7 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
         model = Model(library="timm", architecture=arguments.architecture, input_size=64)
     recipe = params.finetune.model_copy(update={"batch_size": arguments.batch})
     if arguments.architecture:
-        recipe = recipe.model_copy(update={"early_input_size": None})
+        recipe = recipe.model_copy(update={"progressive_resize": None})
     base = params.base.model_copy(update={"threads": arguments.threads, "device": arguments.device})
     torch.manual_seed(0)
     network = build_network(spec_of(model, len(read_info(paths.IMAGES).classes)))
@@ -229,7 +230,7 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     precision = "bfloat16" if names != PLAIN and use_bfloat16(recipe.precision, device) else "float32"
     host = {"device": name, "threads": torch.get_num_threads(), "precision": precision}
     if EARLY in segments:
-        host |= recipe.model_dump(include={"early_input_size", "early_fraction"})
+        host |= recipe.model_dump(include={"progressive_resize"})
     print(json.dumps(host), flush=True)
     for line in sys.stdin:
         print(segments[line.strip()](), flush=True)
@@ -274,7 +275,7 @@ def main() -> None:
         return
     machine = describe_machine()
     (theirs, _), (own, host) = (start(names, sys.argv[1:]) for names in (PLAIN, OURS))
-    early = host.get("early_fraction")
+    early = (host.get("progressive_resize") or {}).get("fraction")
     workers = dict.fromkeys(PLAIN, theirs) | dict.fromkeys(OURS if early is None else (*OURS, EARLY), own)
     generator, times = random.Random(arguments.seed), {name: [] for name in workers}
     for _ in range(arguments.rounds):

@@ -30,7 +30,7 @@ from stages.pruning import methods, session
 from stages.pruning.costs import costs_of
 from stages.quantize import compress
 from stages.training import loop
-from stages.training.loop import CURVE_COLUMNS
+from stages.training.trainer import CURVE_COLUMNS
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.1, "drop_path_rate": 0.2}
 BUDGET = {"epochs": 2, "learning_rate_factor": 0.5}

@@ -14,7 +14,7 @@ from stages.params.quantizers import UniformBits
 from stages.params.whole import Params
 from stages.quantization.recovery import RoundingConv2d, RoundingLinear, recover
 from stages.quantization.rounding import Rounded, round_nearest
-from stages.training.loop import train
+from stages.training.trainer import train
 
 
 def rounding_of(layer: nn.Module, bits: int) -> nn.Module:

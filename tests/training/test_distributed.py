@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 import yaml
 from safetensors.torch import load_file
 from test_loop import BASE
-from torch import distributed
 from toy_project import PARAMS, pruned_project
 
 import stages
@@ -29,7 +29,7 @@ from stages.pruning.costs import costs_of
 from stages.pruning.dhspg import Dhspg
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
-from stages.training import processes
+from stages.training import distributed
 from stages.training.host import prepare_host
 from stages.training.loop import steps_in, train
 
@@ -72,13 +72,13 @@ def _work(rank: int, folder: str, given: dict) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     given = copy.deepcopy(given)  # weights come in memory that both processes share
     torch.save({case: trained(case, **arguments) for case, arguments in given.items()}, f"{folder}/{rank}.pt")
     asked: list[int] = []
-    answer = processes.from_first(lambda: asked.append(rank) or f"of process {rank}")
+    answer = distributed.broadcast(lambda: asked.append(rank) or f"of process {rank}")
     Path(folder, f"{rank}.json").write_text(json.dumps([asked, answer]))
-    distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
@@ -229,7 +229,7 @@ def test_an_error_of_one_process_is_told_in_one_line(project: Path):
         ("--nproc-per-node abc", "torchrun refuses it"),
         ("--nope 2", "torchrun refuses it: unrecognized arguments: --nope"),
         ("--nproc-per-node", "torchrun refuses it: argument --nproc"),
-        ("--nproc-per-node 2 other.py", "other.py is no option of it"),
+        ("--nproc-per-node 2 other.py", "other.py is not an option"),
     ],
 )
 def test_options_that_torchrun_does_not_take_are_told_in_one_line(project: Path, options: str, told: str):
@@ -275,7 +275,7 @@ def test_a_pruner_that_trains_nothing_starts_no_processes(project: Path):
 
 
 def test_alone_a_process_is_the_first_and_only_one(network):
-    assert processes.is_first()
-    assert processes.count() == 1
-    assert processes.with_mean_gradients(network, torch.device("cpu")) is network
-    assert processes.summed(torch.ones(2)).tolist() == [1, 1]
+    assert distributed.is_main_process()
+    assert distributed.world_size() == 1
+    assert distributed.data_parallel(network, torch.device("cpu")) is network
+    assert distributed.all_reduce(torch.ones(2)).tolist() == [1, 1]

@@ -1,0 +1,397 @@
+"""The trainer that fine-tuning, pruning and recovery share: epochs over stored images, resumable after any kill.
+
+All random numbers of an epoch come from generators seeded by (seed, epoch), so that a resumed training ends, on the
+CPU, bit for bit where the uninterrupted one does. Several processes (`training.distributed`) together take the steps
+of one process, up to rounding and the random numbers of dropout.
+"""
+
+import copy
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stages.common.errors import UserError
+from stages.common.progress import EpochProgress, epoch_progress
+from stages.datasets.store import Part
+from stages.networks.architectures import more_than_logits
+from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
+from stages.networks.preprocess import Classifier, Preprocess
+from stages.networks.tensors import load_tensors
+from stages.params.base import Base
+from stages.params.finetune import Finetune
+from stages.training import distributed
+from stages.training.augment import Augmentation, positions_of
+from stages.training.batches import Images
+from stages.training.checkpoint import Spacing, load_checkpoint, save_checkpoint
+from stages.training.constraint import Constraint
+from stages.training.convolutions import mended_convolutions
+from stages.training.distillation import Distillation, freeze, soft_loss
+from stages.training.ema import Ema
+from stages.training.host import clear_compile_errors, clear_memory_errors, prepare_host, use_bfloat16
+from stages.training.optimizers import Optimizers
+from stages.training.recipe import schedule, steps_in, steps_per_epoch
+
+CURVE_COLUMNS = (
+    "epoch",
+    "learning_rate",
+    "training_loss",
+    "validation_loss",
+    "validation_top1",
+    "images_per_second",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a training and the preprocessing of its network."""
+
+    train: Part
+    validation: Part
+    preprocess: Preprocess
+
+
+@dataclass
+class Trained:
+    """A trained network and the history of its training."""
+
+    network: nn.Module
+    """The network on the CPU, in evaluation mode, with the weights of the chosen epoch."""
+    curve: list[dict[str, float]]
+    """One row of `CURVE_COLUMNS` for each epoch."""
+    validation_top1: float
+    """Top-1 accuracy of the chosen weights in float32."""
+    epoch: int
+    """The chosen epoch, counted from 1."""
+
+
+def train(
+    network: nn.Module,
+    train_part: Part,
+    validation_part: Part,
+    preprocess: Preprocess,
+    recipe: Finetune,
+    *,
+    base: Base,
+    seed: int,
+    title: str,
+    constraint: Constraint | None = None,
+    distillation: Distillation | None = None,
+    epochs: tuple[int, int] | None = None,
+    keep: Literal["best", "last"] = "best",
+    checkpoints: Path | None = None,
+    rate_key: str = "finetune.learning_rate",
+) -> Trained:
+    """Construct a `Trainer` on the device of `base` and `fit` it.
+
+    Raises:
+        UserError: as `Trainer` and `fit` do, and if memory runs out or `torch.compile` fails.
+    """
+    data = TrainingData(train_part, validation_part, preprocess)
+    settings = {"seed": seed, "constraint": constraint, "distillation": distillation, "rate_key": rate_key}
+    with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"), clear_compile_errors(title):
+        return Trainer(network, data, recipe, prepare_host(base), title=title, **settings).fit(
+            epochs, keep, checkpoints
+        )
+
+
+class Trainer:
+    """Trains a network in place: the network, the optimizers that move it, and the batches that it sees.
+
+    Args:
+        network: maps `[N, 3, S, S]` to logits `[N, classes]`; it is moved to `device`.
+        constraint: a pruner's; only an epoch at whose end it is met may be chosen.
+        distillation: its teacher is moved to `device`, frozen, and sees the same batches as the network.
+        title: names the training in messages.
+        rate_key: names the learning rate in messages.
+
+    Raises:
+        UserError: if the network does not take images of this size, or does not return logits.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: TrainingData,
+        recipe: Finetune,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        constraint: Constraint | None = None,
+        distillation: Distillation | None = None,
+        title: str = "training",
+        rate_key: str = "finetune.learning_rate",
+    ) -> None:
+        self.network, self.data, self.recipe, self.device, self.seed = network, data, recipe, device, seed
+        self.constraint, self.title, self.rate_key = constraint, title, rate_key
+        self.distillation = distillation if distillation is not None and distillation.weight else None
+        self.bfloat16 = use_bfloat16(recipe.precision, device)
+        _to_channels_last(network.train().to(device))
+        if self.distillation is not None:
+            freeze(self.distillation.teacher, network)
+            _to_channels_last(self.distillation.teacher.to(device))
+        self.preprocess = copy.deepcopy(data.preprocess).to(device)
+        images = len(data.train)
+        self.steps_per_epoch, self.steps = steps_per_epoch(recipe, images), steps_in(recipe, images)
+        self.optimizers = Optimizers(network, recipe)
+        self.ema = Ema(network, recipe.ema_decay) if recipe.ema_decay else None
+        self.images = Images(data.train, device)
+        if recipe.progressive_resize:
+            _count_classes(
+                network, recipe.progressive_resize.input_size, title, "finetune.progressive_resize.input_size"
+            )
+        self.classes = _count_classes(network, self.preprocess.input_size, title, "input_size")
+        self.augment = Augmentation(recipe, images, self.classes, seed)
+        self.call = distributed.data_parallel(network, device)
+        if recipe.compile:
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # it gives constants
+            # CUDA graphs start the hundreds of small kernels of a network on small images in one launch.
+            graphs = device.type == "cuda" and distributed.world_size() == 1
+            mode = "reduce-overhead" if graphs else "default"
+            self.call = torch.compile(self.call, dynamic=False, mode=mode)  # progressive_resize has two fixed shapes
+
+    def fit(
+        self,
+        epochs: tuple[int, int] | None = None,
+        keep: Literal["best", "last"] = "best",
+        checkpoints: Path | None = None,
+    ) -> Trained:
+        """Train and return the weights of the best epoch by validation top-1; the lower loss breaks ties.
+
+        Args:
+            epochs: `(first, last)` trains only the epochs [first, last) of the recipe, counted from 0, with the
+                learning rates, images and step numbers of an uninterrupted training. A caller may so train in phases
+                and change the network in between; each phase has a new trainer, hence a new optimizer and EMA.
+            keep: `last` returns the weights after the last epoch, from which training would continue, not their EMA.
+            checkpoints: a folder of this training from `checkpoint_folder`; training resumes from its checkpoint.
+
+        Raises:
+            UserError: if the loss becomes NaN or infinite, if no epoch meets the constraint, or if a checkpoint cannot
+                be written.
+        """
+        first, last = epochs or (0, self.recipe.epochs)
+        if not 0 <= first < last <= self.recipe.epochs:
+            raise ValueError(f"epochs [{first}, {last}) do not lie within the recipe's {self.recipe.epochs}")
+        curve: list[dict[str, float]] = []
+        chosen: dict[str, Any] = {}
+        if checkpoints is not None and (saved := load_checkpoint(checkpoints)):
+            if saved["epochs"] != [first, last]:
+                raise ValueError(f"{checkpoints} belongs to epochs {saved['epochs']}: each phase needs its own folder")
+            curve, chosen = saved["curve"], saved["chosen"]
+            self.load_state_dict(saved["trainer"])
+
+        done, spacing = first + len(curve), Spacing()
+        progress_of = epoch_progress(
+            self.title, self.recipe.epochs, self.steps_per_epoch, done, self._cost_of_small_images()
+        )
+        with progress_of as progress, _interruption_names_progress(progress):
+            for epoch in range(done, last):
+                row, candidate = self._run_epoch(epoch, progress)
+                curve.append(row)
+                finished, end = epoch + 1 == last, (epoch + 1) * self.steps_per_epoch - 1
+                score = [row["validation_top1"], -row["validation_loss"]]
+                wanted = finished if keep == "last" else not chosen or score > chosen["score"]
+                if wanted and (self.constraint is None or self.constraint.met_after(end)):
+                    kept = self.network if keep == "last" else candidate
+                    weights = {name: tensor.detach().cpu().clone() for name, tensor in kept.state_dict().items()}
+                    chosen = {"epoch": epoch + 1, "score": score, "weights": weights}
+                if checkpoints is not None and distributed.is_main_process() and (finished or spacing.due()):
+                    state = {"epochs": [first, last], "curve": curve, "chosen": chosen}
+                    with spacing.measured():
+                        save_checkpoint(checkpoints, state | {"trainer": self.state_dict(finished)})
+                    progress.kept = epoch + 1
+                progress.epoch(row["training_loss"], row["validation_top1"], row["images_per_second"])
+
+        if not chosen:
+            raise UserError(
+                f"{self.title}: no epoch ended with the pruning target met: use more epochs or an earlier end_fraction"
+            )
+        load_tensors(self.network, chosen["weights"])
+        self.network.to(memory_format=torch.contiguous_format).eval()
+        logits = self.predict(self.network, self.data.validation)
+        return Trained(self.network.cpu(), curve, top1(logits, self.data.validation.labels), chosen["epoch"])
+
+    def _run_epoch(self, epoch: int, progress: EpochProgress) -> tuple[dict[str, float], nn.Module]:
+        """Train one epoch and validate: the row of `CURVE_COLUMNS`, and the network (or its EMA) that it describes."""
+        started = time.perf_counter()
+        first = epoch * self.steps_per_epoch
+        total = torch.zeros((), device=self.device)
+        for step, (x, targets) in enumerate(self.batches_of(epoch), first):
+            total += self.step(step, x, targets)
+            progress.step()
+        loss = distributed.all_reduce(total).item() / distributed.world_size() / self.steps_per_epoch
+        if not np.isfinite(loss):
+            muon = " or finetune.muon_learning_rate" if self.recipe.optimizer == "muon" else ""
+            raise UserError(
+                f"{self.title}: the loss became {loss} in epoch {epoch + 1}: lower {self.rate_key}{muon}; nothing was"
+                " saved"
+            )
+        seconds = time.perf_counter() - started
+        candidate, labels = self._candidate(), self.data.validation.labels
+        logits = self.predict(candidate, self.data.validation, self.bfloat16)
+        validation_loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+        images = self.steps_per_epoch * min(self.recipe.batch_size, len(self.data.train))
+        row = {
+            "epoch": epoch + 1,
+            "learning_rate": round(
+                self.recipe.learning_rate * self.learning_rate_factor(first + self.steps_per_epoch - 1), 8
+            ),
+            "training_loss": round(loss, 6),
+            "validation_loss": round(validation_loss, 6),
+            "validation_top1": round(top1(logits, labels), 6),
+            "images_per_second": round(images / seconds, 1),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        return row, candidate
+
+    def batches_of(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's part of every batch of an epoch, augmented, in the random order of that epoch.
+
+        Images `[N, 3, H, W]`, and labels `[N]` or mixed `[N, classes]`; N is the batch size over the world size.
+        """
+        generator = seed_epoch(self.seed, epoch)
+        order, size = torch.randperm(len(self.data.train), generator=generator).numpy(), self.recipe.batch_size
+        indices = [order[batch * size : (batch + 1) * size] for batch in range(self.steps_per_epoch)]
+        positions = positions_of(len(indices[0]), distributed.rank(), distributed.world_size())
+        batches = self.images.batches(index[positions.numpy()] for index in indices)
+        for index, (pixels, labels) in zip(indices, batches, strict=True):
+            more = {"index": index, "positions": positions, "epoch": epoch, "generator": generator}
+            yield self.augment(pixels, labels, self.preprocess, **more)
+
+    def step(self, step: int, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Take one optimizer step on a batch of `batches_of`; return the loss, still on the device."""
+        self.optimizers.set_factor(self.learning_rate_factor(step))
+        self.network.zero_grad(set_to_none=True)
+        loss = self.loss(x, targets, self.input_size(step))
+        loss.backward()
+        if self.constraint is not None:
+            self.constraint.before_step(step)
+        self.optimizers.step()
+        if self.constraint is not None:
+            self.constraint.after_step(step)
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        return loss.detach()
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, input_size: int) -> torch.Tensor:
+        """Cross entropy with the targets, and with a teacher also the distillation loss."""
+        teacher_logits = None
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
+        with autocast, mended_convolutions(self.device):
+            x = self.preprocess.resize(x, input_size)
+            if self.distillation is not None:
+                with torch.no_grad():
+                    teacher_logits = self.distillation.teacher(x)
+            logits = self.call(x)
+        smoothing = self.recipe.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are smoothed already
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        if teacher_logits is None:
+            return loss
+        weight, temperature = self.distillation.weight, self.distillation.temperature
+        return (1 - weight) * loss + weight * soft_loss(logits, teacher_logits, temperature)
+
+    def input_size(self, step: int) -> int:
+        """Side in pixels to which the images of this step are scaled."""
+        small = self.recipe.progressive_resize
+        return small.input_size if small and step < small.fraction * self.steps else self.preprocess.input_size
+
+    def _cost_of_small_images(self) -> tuple[float, float]:
+        """The number of epochs with smaller images, and their pixels as a fraction of the full size's."""
+        small = self.recipe.progressive_resize
+        if not small:
+            return 0, 1
+        return small.fraction * self.recipe.epochs, (small.input_size / self.preprocess.input_size) ** 2
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor of the peak learning rates in this step."""
+        return schedule(step, self.steps, self.recipe)
+
+    def _candidate(self) -> nn.Module:
+        """The network as an epoch would be kept now: the weights, or their EMA put on the constraint."""
+        if self.ema is None:
+            return self.network
+        if self.constraint is None:
+            return self.ema.module
+        average = copy.deepcopy(self.ema.module)
+        self.constraint.project(average)
+        return average
+
+    def predict(self, network: nn.Module, part: Part, bfloat16: bool = False) -> np.ndarray:
+        """Logits `[N, classes]` of a part; the processes share its images, and each returns all logits."""
+        classifier, world_size = Classifier(self.preprocess, network), distributed.world_size()
+        start, stop = (len(part) * rank // world_size for rank in (distributed.rank(), distributed.rank() + 1))
+        batch_size = EVALUATION_BATCH * (4 if self.device.type == "cuda" else 1)  # kernel launches take the time there
+        logits = torch.zeros(len(part), self.classes, device=self.device)
+        if start < stop:
+            found = predict_logits(classifier, part.images[start:stop], batch_size, self.device, bfloat16)
+            logits[start:stop] = torch.from_numpy(found).to(self.device)
+        return distributed.all_reduce(logits).cpu().numpy()
+
+    def state_dict(self, finished: bool = False) -> dict[str, Any]:
+        """The state from which training resumes; a finished training needs only the constraint's."""
+        parts = {"constraint": self.constraint}
+        if not finished:
+            parts |= {"network": self.network, "optimizers": self.optimizers, "ema": self.ema}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+@contextmanager
+def _interruption_names_progress(progress: EpochProgress) -> Iterator[None]:
+    """Give a `KeyboardInterrupt` the message with which the stage ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"{progress.title}: {progress.kept} of {progress.epochs} epochs are finished and kept"
+        raise KeyboardInterrupt(kept) from None
+
+
+def _to_channels_last(network: nn.Module) -> None:
+    """Convert 4-D weights to channels-last memory; `Module.to` fails on networks with 3-D convolutions."""
+    for weights in network.parameters():
+        if weights.dim() == 4:
+            weights.data = weights.data.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _count_classes(network: nn.Module, input_size: int, title: str, key: str) -> int:
+    """The number of logits, from one pass in evaluation mode, which does not move running statistics.
+
+    Raises:
+        UserError: if the network does not take images of this size, or does not return logits.
+    """
+    network.eval()
+    try:
+        logits = network(torch.zeros(2, 3, input_size, input_size, device=next(network.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{title}: the network does not take {key} {input_size} ({reason}): choose another") from None
+    network.train()
+    if problem := more_than_logits(network, logits):
+        raise UserError(f"{title}: the network {problem}")
+    return logits.shape[1]
+
+
+def seed_epoch(seed: int, epoch: int) -> torch.Generator:
+    """Seed all global generators (dropout, timm's mixing) and return one for order and augmentation.
+
+    All draws are the same in every process but for those of dropout.
+    """
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed + distributed.rank())
+    return torch.Generator().manual_seed(mixed)
