@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from stages.training.average import WeightAverage
+from torch import nn
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from stages.training.loop import train
 from torch import nn
 
 from stages.common.errors import UserError
@@ -11,7 +12,6 @@ from stages.params.base import Base
 from stages.training import loop
 from stages.training.checkpoint import load_checkpoint
 from stages.training.distillation import Distillation, freeze, soft_loss
-from stages.training.loop import train
 
 BASE = Base(device="cpu", threads=1)
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 import yaml
 from safetensors.torch import load_file
+from stages.training.loop import steps_in, train
 from test_loop import BASE
 from toy_project import PARAMS, pruned_project
 
@@ -31,7 +32,6 @@ from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
 from stages.training import distributed
 from stages.training.host import prepare_host
-from stages.training.loop import steps_in, train
 
 CASES = {"sgd": 1e-3, "adamw": 1e-2, "muon": 1e-2, "hesso": 1e-3, "dhspg": 1e-3}
 """Largest difference as a share of a tensor's largest entry: Adam divides small gradients by themselves. Muon makes a

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from stages.training.loop import train
 from torch import nn
 
 from stages.networks.build import NetworkSpec, build_network
 from stages.params.base import Base
-from stages.training.loop import train
 
 CLASSES = 2
 NETWORKS = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stages.training.loop import _Run, recipe_for, steps_in, train
 
 from stages.common.errors import UserError
 from stages.datasets.store import Part
@@ -16,7 +17,6 @@ from stages.params.base import Base
 from stages.params.pruners import Continued
 from stages.training import checkpoint, host, loop, processes
 from stages.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
-from stages.training.loop import _Run, recipe_for, steps_in, train
 
 BASE = Base(device="cpu", threads=1)
 
