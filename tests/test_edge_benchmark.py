@@ -184,8 +184,10 @@ def test_a_core_that_is_not_there_is_refused_before_anything_is_timed(project, m
 
 
 def test_the_protocol_comes_from_the_params():
-    section = EdgeBenchmark(threads=2, warmup_runs=7, windows=3, window_seconds=0.5, seed=4, batch=2, minimum_runs=9)
-    protocol = edge_benchmark.protocol_of(section, 0.9)
+    section = EdgeBenchmark(
+        threads=2, warmup_runs=7, windows=3, window_seconds=0.5, seed=4, batch=2, minimum_runs=9, confidence=0.9
+    )
+    protocol = edge_benchmark.protocol_of(section)
     assert protocol.confidence == 0.9
     assert (protocol.threads, protocol.warmup_runs, protocol.windows, protocol.minimum_runs) == (2, 7, 3, 9)
     assert (protocol.window_seconds, protocol.seed, protocol.batch) == (0.5, 4, 2)
