@@ -1,118 +1,165 @@
-"""From what `data.location` says (a folder, a file, an archive, a URL) to a folder or file on this disk."""
+"""Turn `data.location` (a folder, a file, an archive or a URL) into a checked folder or file on this disk."""
 
-import gzip
+import hashlib
 import lzma
 import shutil
 import stat
+import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
 from stages.common.errors import UserError
-from stages.datasets.checksums import Checksum, check_listed
-from stages.datasets.fetch import fetch, file_name
+from stages.common.files import clear_disk_errors
 
-MAGIC = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # zip, gzip, bzip2, xz
+ZIP = b"PK\x03\x04"
+MAGIC = (ZIP, b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+CHUNK_BYTES = 1 << 20
+DOWNLOAD_BY_HAND = "download it elsewhere and give its path as data.location"
+PACK_AGAIN = "pack the files again, without it"
 
 
-def obtain(location: str, sha256: dict[str, str], scratch: Path, checksum: Checksum | None = None) -> Path:
-    """The folder or file that `location` names, fetched if it is a URL, checked, and unpacked if it is an archive.
+def obtain(location: str, sha256: dict[str, str], scratch: Path, known_hash: str | None = None) -> Path:
+    """The folder or file that `location` names: downloaded if it is a URL, checked, and unpacked if it is an archive.
 
-    Downloads are kept in `scratch/downloads`; archives are unpacked into `scratch/unpacked`, which the caller removes.
-    `sha256` lists expected checksums by file name, within a folder by the path below it; `checksum` is one that the
-    publisher of a single file tells.
+    Downloads stay in `scratch/downloads`. Archives are unpacked into `scratch/unpacked`, which the caller removes.
+
+    Args:
+        sha256: expected checksums by file name; in a folder, by the path relative to it.
+        known_hash: the published checksum of a single file, as in "md5:0123...".
 
     Raises:
         UserError: if there is nothing there, a checksum is wrong, or an archive is broken or unsafe.
     """
     if "://" in location:
         name = file_name(location)
-        listed = Checksum("sha256", sha256[name]) if name in sha256 else None
-        path = fetch(location, scratch / "downloads", checksum or listed)
+        listed = f"sha256:{sha256[name]}" if name in sha256 else None
+        path = fetch(location, scratch / "downloads", known_hash or listed)
     else:
         path = Path(location).expanduser()
         if not path.exists():
             raise UserError(f"data.location: {path.absolute()} does not exist: give a folder, a file or a URL")
-        if checksum is not None and path.is_file():
-            checksum.check(path)
-    if path.is_dir():
-        check_listed(sha256, {name: path / name for name in sha256}, str(path))
-        return path
-    check_listed(sha256, {path.name: path}, str(path))
-    if not is_archive(path):
-        if _begins_as_archive(path):
-            raise UserError(f"{path}: broken or cut-off archive: delete it and get it again")
+        if known_hash and path.is_file():
+            check(path, known_hash)
+    for name in sha256:
+        file = path / name if path.is_dir() else path.with_name(name)
+        if not file.is_file() or (path.is_file() and name != path.name):
+            raise UserError(f"data.sha256 lists {name!r}, which {path} does not have: correct the name or remove it")
+        check(file, f"sha256:{sha256[name]}")
+    if path.is_dir() or not _is_archive(path):
         return path
     folder = scratch / "unpacked" / path.name
     unpack(path, folder)
     return folder
 
 
-def is_archive(path: Path) -> bool:
-    try:
-        return _is_zip(path) or tarfile.is_tarfile(path)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):  # cut off within the first entry
-        return False
-
-
-def _is_zip(path: Path) -> bool:
-    # `is_zipfile` alone looks at the end of the file, where a parquet file may hold any image's bytes.
+def check(path: Path, known_hash: str) -> None:
+    """Raise a `UserError` if `path` does not have the checksum `known_hash` ("sha256:..." or "md5:...")."""
+    algorithm, _, expected = known_hash.partition(":")
     with path.open("rb") as file:
-        return file.read(2) == b"PK" and zipfile.is_zipfile(path)
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if found != expected.lower():
+        raise UserError(
+            f"{path}: wrong checksum: {algorithm} is {found}, expected {expected}: the file is damaged or another"
+            " version; get it again, or correct data.sha256 if it lists this file"
+        )
 
 
-def _begins_as_archive(path: Path) -> bool:
-    """By its first bytes, which a download that was cut off still has, or by its name."""
+def file_name(url: str) -> str:
+    """The name of the downloaded file."""
+    return Path(unquote(urlsplit(url).path)).name
+
+
+def fetch(url: str, folder: Path, known_hash: str | None = None) -> Path:
+    """Download `url` below `folder`, or return the file of an earlier download if its checksum is right.
+
+    The file gets its name only when it is complete and has the checksum `known_hash`.
+
+    Raises:
+        UserError: for a URL that is not http, no connection, an error of the server, a wrong checksum or a full disk.
+    """
+    import pooch  # imports for 0.3 s what only a download needs
+    from requests import HTTPError, RequestException
+
+    name = file_name(url)
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UserError(f"data.location = {url!r}: only http and https URLs can be fetched: {DOWNLOAD_BY_HAND}")
+    if not name:
+        raise UserError(f"data.location = {url!r}: the URL names no file")
+    target = folder / hashlib.sha256(url.encode()).hexdigest()[:12] / name  # two URLs may end in the same name
+    pooch.get_logger().setLevel("WARNING")
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(), chunk_size=CHUNK_BYTES, headers={"Accept-Encoding": "identity"}
+    )
+    try:
+        with clear_disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pooch.retrieve(url, known_hash, name, target.parent, downloader=downloader)
+    except HTTPError as error:
+        answer = f"{error.response.status_code} {error.response.reason}"
+        raise UserError(f"{url}: the server answers {answer}: check data.location, or {DOWNLOAD_BY_HAND}") from None
+    except RequestException as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:  # the system's error, below several layers of wrapping
+            cause = cause.__context__
+        raise UserError(
+            f"{url}: the download failed ({cause}): check the network and run again, or {DOWNLOAD_BY_HAND}"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{url}: wrong checksum: {error} Correct data.sha256 if it lists this file, or {DOWNLOAD_BY_HAND}"
+        ) from None
+    return target
+
+
+def _is_archive(path: Path) -> bool:
+    """True by the first bytes or the name, which a file that was cut off still has, or if it is a plain tar."""
     with path.open("rb") as file:
         begins = file.read(6).startswith(MAGIC)
-    return begins or path.name.lower().endswith(ARCHIVES)
+    return begins or path.name.lower().endswith(ARCHIVES) or tarfile.is_tarfile(path)
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar (also compressed) archive into the new folder `folder`.
+    """Unpack a zip or tar archive, compressed or not, into the new folder `folder`.
 
     Raises:
-        UserError: if an entry would leave the folder or is neither a file nor a folder, or the archive is broken.
+        UserError: if the archive is broken or encrypted, or if an entry is a link, a device or outside the folder.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        for name, content in _zip_files(archive) if _is_zip(archive) else _tar_files(archive):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with content, target.open("wb") as file:
-                shutil.copyfileobj(content, file)
+        with archive.open("rb") as file:
+            is_zip = file.read(4) == ZIP
+        if is_zip:
+            with zipfile.ZipFile(archive) as opened:
+                for entry in opened.infolist():
+                    _check_zip_entry(entry, archive)
+                opened.extractall(folder)
+        else:
+            with tarfile.open(archive) as opened:
+                opened.extractall(folder, filter=_only_plain_files)
+    except tarfile.FilterError as error:
+        raise UserError(f"{archive}: unsafe entry: {error}: {PACK_AGAIN}") from None
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
-        # RuntimeError is how zipfile says that an entry is encrypted or compressed in an unknown way.
-        raise UserError(f"{archive}: broken or encrypted archive ({error}): get it again") from None
-    except OSError as error:  # a full disk, but also gzip's and bzip2's word for broken data
+        # zipfile raises RuntimeError for an encrypted entry and for an unknown compression.
+        reason = str(error).partition(":\n")[0]  # tarfile goes on with a line for each format that it tried
+        raise UserError(f"{archive}: broken or encrypted archive ({reason}): get it again") from None
+    except OSError as error:  # a full disk, but gzip and bzip2 raise it for broken data too
         raise UserError(f"{archive}: cannot be unpacked into {folder} ({error}): make room, or get it again") from None
 
 
-def _zip_files(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
-    with zipfile.ZipFile(archive) as opened:
-        for entry in opened.infolist():
-            kind = stat.S_IFMT(entry.external_attr >> 16)  # 0 where the archive was not made on Unix
-            _refuse_unsafe(archive, entry.filename, plain=kind in (0, stat.S_IFREG, stat.S_IFDIR))
-            if not entry.is_dir():
-                yield entry.filename, opened.open(entry)
+def _check_zip_entry(entry: zipfile.ZipInfo, archive: Path) -> None:
+    if entry.filename.startswith(("/", "\\")) or ".." in entry.filename.replace("\\", "/").split("/"):
+        raise UserError(f"{archive}: unsafe entry: {entry.filename!r} is outside the destination: {PACK_AGAIN}")
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):  # 0: not packed on Unix
+        raise UserError(f"{archive}: unsafe entry: {entry.filename!r} is a link or device: {PACK_AGAIN}")
 
 
-def _tar_files(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
-    with tarfile.open(archive) as opened:
-        for entry in opened:
-            _refuse_unsafe(archive, entry.name, plain=entry.isreg() or entry.isdir())
-            if entry.isreg():
-                yield entry.name, opened.extractfile(entry)
-
-
-def _refuse_unsafe(archive: Path, name: str, plain: bool) -> None:
-    remedy = "make the archive anew from plain files, without it"
-    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-        raise UserError(f"{archive}: entry {name!r} would be written outside the folder: {remedy}")
-    if not plain:
-        raise UserError(f"{archive}: entry {name!r} is a link or device, not a file: {remedy}")
+def _only_plain_files(entry: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """The filter "data" of tarfile, but without links: several versions of Python let them lead outside."""
+    if not (entry.isreg() or entry.isdir()):
+        raise tarfile.SpecialFileError(entry)
+    return tarfile.data_filter(entry, folder)

@@ -29,7 +29,6 @@ from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_csv
-from stages.common.without_dvc import TERMINATED, commit
 from stages.datasets.store import read_info
 from stages.edge.machine import describe_machine
 from stages.params.load import load_params
@@ -43,6 +42,16 @@ COLUMNS = (
     *("change", "epochs", "seed", "validation_images", "validation_top1", "seconds", "images_per_second", "threads"),
     *("cpu", "commit"),
 )
+
+
+def commit() -> str:
+    """The commit of the code, with "-dirty" if stages/ or the params have changes that it does not hold."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True).stdout.strip()
+
+    changes = git("status", "--porcelain", "stages", str(paths.PARAMS.resolve()))
+    return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
 
 
 def changed(raw: dict, changes: list[str], seed: int, sections_read: tuple[str, ...]) -> dict:
@@ -131,7 +140,7 @@ def tried(changes: list[str], seed: int, model: str | None, pruning: str | None)
         "images_per_second": round(sum(float(row["images_per_second"]) for row in rows) / len(rows)),
         "threads": threads_for(params.base.threads),
         "cpu": describe_machine(())["cpu"],
-        "commit": commit(paths.PARAMS),
+        "commit": commit(),
     }
 
 
@@ -169,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--log", type=Path, default=LOG)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # which ends the training and its folder too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the training and removes its folder
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     written(arguments.log)  # refuses another file before hours of training
     for seed in arguments.seeds:

@@ -4,19 +4,18 @@ import json
 import pickle
 import tarfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from stages.common.errors import UserError
 from stages.datasets.decode import decode
-from stages.datasets.sources.cifar10 import Release, cifar10_source, load_plain, official_release
+from stages.datasets.sources.cifar10 import CLASSES, cifar10_source
 from stages.datasets.sources.digits import digits_source
 from stages.datasets.sources.folder import folder_source
 from stages.datasets.sources.parquet import parquet_source
@@ -48,124 +47,55 @@ def test_digits_are_the_1797_of_scikit_learn_from_black_to_white() -> None:
 
 
 def test_digits_have_no_files_whose_checksum_could_be_listed() -> None:
-    with pytest.raises(UserError, match=r"data.sha256 lists 'digits.csv', which source digits does not have"):
+    with pytest.raises(UserError, match=r"data.sha256 lists 'digits.csv', but source digits has no files"):
         digits_source({"digits.csv": "0" * 64})
 
 
 # cifar10
 
 
-class _Python2Pickler(pickle._Pickler):
-    """Writes what Python 2 wrote: the published batches hold its byte strings, where Python 3 has text and bytes."""
-
-    dispatch: ClassVar[dict] = dict(pickle._Pickler.dispatch)
-
-    def save_bytes_as_python2(self, value: bytes) -> None:
-        self.write(pickle.BINSTRING + len(value).to_bytes(4, "little") + value)
-
-    def save_text_as_python2(self, value: str) -> None:
-        self.save_bytes_as_python2(value.encode("latin1"))
-
-    dispatch[bytes] = save_bytes_as_python2
-    dispatch[str] = save_text_as_python2
-
-
-def python2_pickle(value: object) -> bytes:
-    buffer = io.BytesIO()
-    _Python2Pickler(buffer, protocol=2).dump(value)
-    return buffer.getvalue().replace(b"numpy._core", b"numpy.core")
-
-
-@pytest.fixture(scope="module")
-def cifar_pixels() -> np.ndarray:
-    return RNG.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
-
-
 @pytest.fixture
-def cifar(tmp_path: Path, cifar_pixels: np.ndarray) -> tuple[Release, Path]:
-    """A release in miniature, packed as the official one is: two train batches and one test batch of 20 images."""
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, np.ndarray]:
+    """A release in miniature, packed as the official one: two train batches and a test batch of 20 images each."""
+    pixels = RNG.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
     folder = tmp_path / "published/cifar-10-batches-py"
     folder.mkdir(parents=True)
-    files = {"batches.meta": {"label_names": ["airplane", "automobile"], "num_vis": 3072}}
+    files = {"batches.meta": {"label_names": CLASSES}}
     for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
-        chosen = cifar_pixels[number * 20 : number * 20 + 20]
-        planes = chosen.transpose(0, 3, 1, 2).reshape(20, 3072)
-        files[name] = {"data": planes, "labels": [index % 2 for index in range(20)], "batch_label": "testing"}
+        planes = pixels[number * 20 : number * 20 + 20].transpose(0, 3, 1, 2).reshape(20, 3072)
+        files[name] = {"data": planes, "labels": [index % 10 for index in range(20)]}
     md5 = {}
     for name, value in files.items():
-        (folder / name).write_bytes(python2_pickle(value))
+        (folder / name).write_bytes(pickle.dumps(value))
         md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     archive = tmp_path / "published/cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as opened:
         opened.add(folder, folder.name)
-    release = Release(
-        url="http://127.0.0.1:9/cifar-10-python.tar.gz",
-        archive_md5=hashlib.md5(archive.read_bytes()).hexdigest(),
-        folder=folder.name,
-        train=[(name, md5[name]) for name in ("data_batch_1", "data_batch_2")],
-        test=[("test_batch", md5["test_batch"])],
-        meta=("batches.meta", md5["batches.meta"]),
-    )
-    return release, archive
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in ("data_batch_1", "data_batch_2")])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
+    return archive, pixels
 
 
-def test_cifar_is_read_from_its_archive_or_what_it_unpacks_to(
-    cifar: tuple[Release, Path], cifar_pixels: np.ndarray, tmp_path: Path
-) -> None:
-    release, archive = cifar
-    unpacked = archive.parent / release.folder
+def test_cifar_is_read_from_its_archive_or_from_the_unpacked_folder(cifar, tmp_path: Path) -> None:
+    archive, pixels = cifar
     alone = tmp_path / "alone"
     alone.mkdir()
     (alone / archive.name).hardlink_to(archive)
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    (archive.parent / "cifar-10-batches-py").rename(unpacked / "cifar-10-batches-py")
 
-    for location in (archive, alone, unpacked):
-        source = cifar10_source(str(location), {}, tmp_path / "scratch", release)
+    for location in (archive, alone, unpacked, unpacked / "cifar-10-batches-py"):
+        source = cifar10_source(str(location), {}, tmp_path / "scratch")
 
-        assert source.classes == ["airplane", "automobile"]
-        assert source.labels["train"].tolist() == [0, 1] * 20
-        assert source.labels["test"].tolist() == [0, 1] * 10
-        np.testing.assert_array_equal([image.content for image in source.images("train")], cifar_pixels[:40])
-        np.testing.assert_array_equal([image.content for image in source.images("test")], cifar_pixels[40:])
-
-
-def test_the_official_release_is_torchvisions() -> None:
-    release = official_release()
-
-    assert release.url == "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-    assert release.archive_md5 == "c58f30108f718f92721af3b95e74349a"
-    assert [name for name, _ in release.train] == [f"data_batch_{number}" for number in range(1, 6)]
-    assert [name for name, _ in release.test] == ["test_batch"]
-
-
-def test_a_cifar_archive_with_a_wrong_checksum_is_not_even_unpacked(
-    cifar: tuple[Release, Path], tmp_path: Path
-) -> None:
-    _, archive = cifar
-
-    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: wrong checksum: md5 is .*expected c58f3010"):
-        cifar10_source(str(archive), {}, tmp_path / "scratch")
-    assert not (tmp_path / "scratch").exists()
-
-
-def test_a_changed_or_missing_batch_is_named(cifar: tuple[Release, Path], tmp_path: Path) -> None:
-    release, archive = cifar
-    batch = archive.parent / release.folder / "data_batch_2"
-    batch.write_bytes(batch.read_bytes()[:-1])
-
-    with pytest.raises(UserError, match="data_batch_2: wrong checksum: md5"):
-        cifar10_source(str(batch.parent), {}, tmp_path / "scratch", release)
-    batch.unlink()
-    with pytest.raises(UserError, match=r"data_batch_2 is missing: data.location must be the CIFAR-10 python archive"):
-        cifar10_source(str(batch.parent), {}, tmp_path / "scratch", release)
-
-
-def test_without_network_cifar_tells_how_to_give_the_archive(
-    cifar: tuple[Release, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-
-    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: cannot be reached .*give its path as data.location"):
-        cifar10_source(None, {}, tmp_path / "scratch", cifar[0])
+        assert source.classes == CLASSES
+        assert source.labels["train"].tolist() == [*range(10)] * 4
+        assert source.labels["test"].tolist() == [*range(10)] * 2
+        np.testing.assert_array_equal([image.content for image in source.images("train")], pixels[:40])
+        np.testing.assert_array_equal([image.content for image in source.images("test")], pixels[40:])
 
 
 class _Attack:
@@ -173,27 +103,46 @@ class _Attack:
         return Path.touch, (Path("attacked"),)
 
 
-def test_a_pickle_that_asks_for_code_is_refused_before_anything_runs(
-    cifar: tuple[Release, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forged_archive_or_batch_is_refused_before_it_is_unpickled(cifar, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    release, archive = cifar
-    batch = archive.parent / release.folder / "data_batch_1"
-    batch.write_bytes(pickle.dumps({"data": 0, "labels": [_Attack()]}))
-    forged = replace(release, train=[("data_batch_1", hashlib.md5(batch.read_bytes()).hexdigest())])
+    archive, _ = cifar
+    folder = archive.parent / "cifar-10-batches-py"
+    (folder / "data_batch_2").write_bytes(pickle.dumps({"data": 0, "labels": [_Attack()]}))
+    with tarfile.open(archive, "w:gz") as opened:
+        opened.add(folder, folder.name)
 
-    with pytest.raises(UserError, match=r"data_batch_1: no CIFAR batch .*asks for (builtins.getattr|pathlib)"):
-        cifar10_source(str(batch.parent), {}, tmp_path / "scratch", forged)
+    with pytest.raises(UserError, match=r"cifar-10-python.tar.gz: wrong checksum: md5 is "):
+        cifar10_source(str(archive), {}, tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
+    for remove in (False, True):
+        if remove:
+            (folder / "data_batch_2").unlink()
+        with pytest.raises(UserError, match=r"cifar-10-batches-py: a batch is missing or has a wrong checksum"):
+            cifar10_source(str(folder), {}, tmp_path / "scratch")
     assert not Path("attacked").exists()
 
 
-@pytest.mark.parametrize("name", ["os system", "builtins eval", "numpy.core.multiarray scalar", "numpy load"])
-def test_the_unpickler_admits_arrays_and_nothing_else(name: str) -> None:
-    content = b"c" + name.replace(" ", "\n").encode() + b"\n."
+def test_without_network_cifar_says_how_to_give_the_archive(cifar, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
 
-    with pytest.raises(pickle.UnpicklingError, match="which no batch needs"):
-        load_plain(content)
-    np.testing.assert_array_equal(load_plain(pickle.dumps(np.arange(3, dtype=np.uint8), protocol=4)), [0, 1, 2])
+    with pytest.raises(UserError, match=r"10-python.tar.gz: the download failed .*give its path as data.location"):
+        cifar10_source(None, {}, tmp_path / "scratch")
+
+
+def test_cifar_may_be_given_as_parquet_files_of_the_same_classes(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        parquet(tmp_path / f"cifar/plain_text/{part}-00000-of-00001.parquet", [*range(10)], CLASSES)
+
+    source = cifar10_source(str(tmp_path / "cifar"), {}, tmp_path / "scratch")
+    assert source.description == "CIFAR-10 (parquet)"
+    assert {part: labels.tolist() for part, labels in source.labels.items()} == {
+        "train": [*range(10)],
+        "test": [*range(10)],
+    }
+
+    pets = parquet(tmp_path / "pets/train.parquet", [0, 1], ["cat", "dog"])
+    with pytest.raises(UserError, match=r"is not CIFAR-10: .*source: parquet"):
+        cifar10_source(str(pets), {}, tmp_path / "scratch")
 
 
 # parquet
@@ -297,7 +246,7 @@ def test_parquet_with_other_columns_says_what_it_needs_and_has(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1, -1], r"test.parquet\): row 2 has label -1, the classes are 0 to 1: .*leave out an unlabelled part"),
+        ([0, 1, -1], r"test.parquet\): row 2 has label -1, the classes are 0 to 1: .*leave out an unlabeled part"),
         ([0, 2], r"row 1 has label 2, the classes are 0 to 1"),
         ([0, None], r"test.parquet: 1 rows have no label"),
     ],

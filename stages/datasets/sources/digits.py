@@ -1,19 +1,20 @@
-"""scikit-learn's handwritten digits: real images that need no network."""
+"""scikit-learn's handwritten digits: real images without network access."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from stages.datasets.checksums import check_listed
-from stages.datasets.source import RawImage, Source
+from stages.common.errors import UserError
+from stages.datasets.sources import RawImage, Source
 from stages.datasets.store import PartName
 
 
 def digits_source(sha256: dict[str, str]) -> Source:
-    """1,797 grey digits of 8x8 pixels, without a test part of their own."""
+    """1,797 grey digits of 8x8 pixels, without a test part."""
     from sklearn.datasets import load_digits
 
-    check_listed(sha256, {}, "source digits")
+    if sha256:
+        raise UserError(f"data.sha256 lists {next(iter(sha256))!r}, but source digits has no files: remove it")
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # the values count ink, 0 to 16
 

@@ -1,6 +1,7 @@
-"""Parquet files in the column layout of Hugging Face's image data sets."""
+"""Parquet files in the column layout of Hugging Face image data sets."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,29 +11,34 @@ import numpy as np
 
 from stages.common.errors import UserError
 from stages.datasets.obtain import obtain
-from stages.datasets.source import PART_NAMES, RawImage, Source
+from stages.datasets.sources import PART_NAMES, RawImage, Source
 from stages.datasets.store import PARTS, PartName
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-ROWS = 64  # that are read together
+ROWS = 64  # read at once
 
 
 def parquet_source(location: str, sha256: dict[str, str], scratch: Path) -> Source:
-    """Images from a parquet file, a folder of them (or an archive of one), or the URL of either.
+    """Images from a Parquet file, a folder of them (or an archive of one), or the URL of either.
 
-    Columns: `img` or `image`, a struct with `bytes` (an encoded image) and `path`; `label`, an integer. Class names
-    come from the `huggingface` metadata, else the numbers stand for them. Files belong to the part that their name
-    begins with (`train-00000-of-00002.parquet`), else that their folder is called, as `PART_NAMES` lists; else to
-    train. A test or validation part need not hold every class.
+    Columns: `img` or `image`, a struct with `bytes` (an encoded image) and `path`; `label`, an integer. The class names
+    are in the `huggingface` metadata; without it the numbers are the names. The beginning of a file's name tells its
+    part (`train-00000-of-00002.parquet`), otherwise the name of its folder, with the names in `PART_NAMES`; other files
+    belong to train. A test or validation part need not hold every class.
 
     Raises:
-        UserError: as `obtain`; also for broken files, missing columns, labels that are no class, classes that differ
-            between files, and a class without a training image.
+        UserError: as `obtain`; also for broken files, missing columns, labels outside the classes, and classes that
+            differ between files.
     """
     path = obtain(location, sha256, scratch)
-    root, paths = (path.parent, [path]) if path.is_file() else (path, _parquet_files(path))
+    root, paths = (path.parent, [path]) if path.is_file() else (path, parquet_files(path))
+    if not paths:
+        raise UserError(f"{path} holds no .parquet files: check data.location")
+    homes = sorted({file.parent.name for file in paths})
+    if len(homes) > 1 and not all(home in PART_NAMES for home in homes):
+        raise UserError(f"{path} holds several data sets ({', '.join(homes)}): name one of them in data.location")
     files: dict[PartName, list[Path]] = {}
     for file in paths:
         files.setdefault(_part_of(file), []).append(file)
@@ -40,7 +46,7 @@ def parquet_source(location: str, sha256: dict[str, str], scratch: Path) -> Sour
         raise UserError(f"{location}: there is no train part: its parquet files are named for {', '.join(files)}")
     files = {part: files[part] for part in PARTS if part in files}
 
-    names, licence = _metadata([file for group in files.values() for file in group])
+    names, licence = _names_and_licence([file for group in files.values() for file in group])
     labels = {part: np.concatenate([_labels(file) for file in group]) for part, group in files.items()}
     highest = max(int(values.max(initial=-1)) for values in labels.values())
     classes = names or [str(label) for label in range(highest + 1)]
@@ -51,31 +57,19 @@ def parquet_source(location: str, sha256: dict[str, str], scratch: Path) -> Sour
         for file in files[part]:
             yield from _images(file, file.relative_to(root).as_posix())
 
-    return Source(
-        description="parquet",
-        licence=licence,
-        classes=classes,
-        labels=labels,
-        images=images,
-        remark=_remark(labels, classes),
-    )
+    remark = _missing_classes(labels, classes)
+    return Source(description="parquet", licence=licence, classes=classes, labels=labels, images=images, remark=remark)
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    """Those in the folder; else those one level below, if they belong together."""
-    if direct := sorted(folder.glob("*.parquet")):
-        return direct
-    below = sorted(folder.glob("*/*.parquet"))
-    homes = sorted({path.parent.name for path in below})
-    if not below:
-        raise UserError(f"{folder} holds no .parquet files: check data.location")
-    if len(homes) > 1 and not all(home in PART_NAMES for home in homes):
-        raise UserError(f"{folder} holds several data sets ({', '.join(homes)}): name one of them in data.location")
-    return below
+def parquet_files(path: Path) -> list[Path]:
+    """The file itself, or those in the folder, or else those in its sub-folders; empty if there are none."""
+    if path.suffix == ".parquet":
+        return [path]
+    return sorted(path.glob("*.parquet")) or sorted(path.glob("*/*.parquet"))
 
 
 def _part_of(file: Path) -> PartName:
-    begin = file.stem.lower().replace("_", "-").replace(".", "-").partition("-")[0]
+    begin = re.split("[-_.]", file.stem.lower())[0]
     return PART_NAMES.get(begin) or PART_NAMES.get(file.parent.name.lower()) or "train"
 
 
@@ -85,7 +79,7 @@ def _reading(path: Path) -> Iterator["ParquetFile"]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Buffered, not read ahead: a row group of photographs can be larger than memory.
+        # Buffered reads without pre-buffering: a row group of photographs can be larger than memory.
         with ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
@@ -93,26 +87,22 @@ def _reading(path: Path) -> Iterator["ParquetFile"]:
         raise UserError(f"{path}: broken parquet file ({first_line}): get it again") from None
 
 
-def _metadata(paths: list[Path]) -> tuple[list[str], str]:
-    """Class names (none where the files do not tell) and licence."""
-    told: list[tuple[list[str], str]] = []
+def _names_and_licence(paths: list[Path]) -> tuple[list[str], str]:
+    """The class names (empty without metadata) and the licence."""
+    found: list[tuple[list[str], str]] = []
     for path in paths:
         with _reading(path) as file:
             _check_columns(file, path)
             metadata = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
-        told.append(_names_and_licence(metadata, path))
-        if told[-1][0] != told[0][0]:
+        try:
+            info: dict[str, Any] = json.loads(metadata).get("info", {})
+            names = info.get("features", {}).get("label", {}).get("names") or []
+            found.append(([str(name) for name in names], str(info.get("license") or "not stated")))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: its huggingface metadata cannot be read ({error}): write it anew") from None
+        if found[-1][0] != found[0][0]:
             raise UserError(f"{path} names other classes than {paths[0]}: they are not parts of one data set")
-    return told[0]
-
-
-def _names_and_licence(metadata: bytes, path: Path) -> tuple[list[str], str]:
-    try:
-        info: dict[str, Any] = json.loads(metadata).get("info", {})
-        names = info.get("features", {}).get("label", {}).get("names") or []
-        return [str(name) for name in names], str(info.get("license") or "not stated")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its huggingface metadata cannot be read ({error}): write it anew") from None
+    return found[0]
 
 
 def _image_column(file: "ParquetFile") -> str | None:
@@ -145,7 +135,7 @@ def _check_labels(labels: np.ndarray, classes: int, where: str) -> None:
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):
         raise UserError(
             f"{where}: row {wrong[0]} has label {labels[wrong[0]]}, the classes are 0 to {classes - 1}:"
-            " mend the labels, or leave out an unlabelled part"
+            " correct the labels, or leave out an unlabeled part"
         )
 
 
@@ -160,7 +150,7 @@ def _images(path: Path, name: str) -> Iterator[RawImage]:
                 row += 1
 
 
-def _remark(labels: dict[PartName, np.ndarray], classes: list[str]) -> str:
+def _missing_classes(labels: dict[PartName, np.ndarray], classes: list[str]) -> str:
     lacking = [
         f"{part} lacks images of {len(missing)} of {len(classes)} classes, such as {classes[missing[0]]!r}"
         for part, values in labels.items()
