@@ -29,8 +29,7 @@ from stages.params.whole import Params
 from stages.pruning import methods, session
 from stages.pruning.costs import costs_of
 from stages.quantize import compress
-from stages.training import loop
-from stages.training.trainer import CURVE_COLUMNS
+from stages.training.trainer import CURVE_COLUMNS, Trainer
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20], "ls_init_value": 0.1, "drop_path_rate": 0.2}
 BUDGET = {"epochs": 2, "learning_rate_factor": 0.5}
@@ -486,18 +485,18 @@ def test_training_killed_on_the_way_goes_on_to_the_same_artifact(workspace, monk
     _, whole = run(monkeypatch, key)
     shutil.rmtree(paths.pruned(key))
     shutil.rmtree(paths.SCRATCH)  # which keeps the finished training
-    one_step = loop._Run.step
+    one_step = Trainer.step
 
     def killed(self, step, *batch):
         if step == killed_at:
             raise KeyboardInterrupt
         return one_step(self, step, *batch)
 
-    monkeypatch.setattr(loop._Run, "step", killed)
+    monkeypatch.setattr(Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, key)
     assert not paths.pruned(key).exists()
-    monkeypatch.setattr(loop._Run, "step", one_step)
+    monkeypatch.setattr(Trainer, "step", one_step)
     _, resumed = run(monkeypatch, key)
     assert resumed.tensors == whole.tensors
     assert resumed.metrics == whole.metrics
@@ -520,8 +519,8 @@ def test_a_network_that_insists_on_its_version_is_trained_pruned_and_stored(work
     ("key", "rate"), [("l1", "pruners.l1.learning_rate_factor"), ("narrow", "finetune.learning_rate")]
 )
 def test_a_loss_that_is_not_finite_names_the_learning_rate_to_lower(workspace, monkeypatch, key, rate):
-    loss = loop._Run.loss
-    monkeypatch.setattr(loop._Run, "loss", lambda *batch: torch.inf * loss(*batch))
+    loss = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda *batch: torch.inf * loss(*batch))
     with pytest.raises(UserError, match=rf"^prune toy-{key}: the loss became \S+ in epoch 1: lower {rate}; nothing"):
         run(monkeypatch, f"toy-{key}")
 

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+import torch
 from torch import nn
+from toy_training import BASE, tiny_network
 
 from stages.datasets.store import Part
-from stages.networks.build import NetworkSpec, build_network
 from stages.networks.preprocess import Preprocess
 from stages.params.finetune import Finetune
+from stages.training.trainer import Trained, train
 
 
 @pytest.fixture
@@ -25,20 +27,25 @@ def preprocess() -> Preprocess:
 
 @pytest.fixture
 def recipe() -> Finetune:
+    """Three epochs of three steps."""
     return Finetune(
         epochs=3, batch_size=32, optimizer="adamw", learning_rate=0.005, crop_padding=1, precision="float32", mixup=0.2,
         random_erasing=0.3, ema_decay=0.9,
     )  # fmt: skip
 
 
-def tiny_network() -> nn.Module:
-    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "drop_path_rate": 0.1, "ls_init_value": None}
-    return build_network(NetworkSpec("timm", "convnext_atto", arguments, classes=2))
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_network()
 
 
 @pytest.fixture
-def network():
-    import torch
+def fit(parts, preprocess, recipe):
+    """`train` on the CPU with the other fixtures, but for what a test passes."""
 
-    torch.manual_seed(0)
-    return tiny_network()
+    def fit(network: nn.Module, recipe: Finetune = recipe, part: Part | None = None, **more) -> Trained:
+        settings = {"preprocess": preprocess, "base": BASE, "seed": 3, "title": "test"} | more
+        return train(network, part or parts[0], parts[1], recipe=recipe, **settings)
+
+    return fit

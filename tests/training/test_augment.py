@@ -7,7 +7,7 @@ from torchvision.transforms.autoaugment import _apply_op
 from stages.common.errors import UserError
 from stages.networks.preprocess import Preprocess
 from stages.params.finetune import Finetune
-from stages.training.augment import AlternatingFlip, Augmentation, draw_rectangles, erase, flip_and_crop, share_of
+from stages.training.augment import AlternatingFlip, Augmentation, draw_rectangles, erase, flip_and_crop, positions_of
 from stages.training.trivial_augment import BINS, OPERATIONS, Draws, draw, trivial_augment
 
 BASE = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "learning_rate": 0.1}
@@ -23,23 +23,19 @@ def shifts(padding: int) -> torch.Tensor:
     return torch.randint(-padding, padding + 1, (2, 16, 1), generator=torch.Generator().manual_seed(0))
 
 
-def augmented(recipe: Finetune, pixels: torch.Tensor, rank: int = 0, processes: int = 1, seed: int = 5):
-    """Images and labels of one process's share of the batch."""
+def augmented(recipe: Finetune, pixels: torch.Tensor, rank: int = 0, world_size: int = 1, seed: int = 5):
+    """Images and labels of one process's part of the batch."""
     np.random.seed(seed)
-    index, labels, share = np.arange(16), torch.arange(16) % 4, share_of(16, rank, processes)
+    index, labels, positions = np.arange(16), torch.arange(16) % 4, positions_of(16, rank, world_size)
     return Augmentation(recipe, 16, 4, seed=0)(
-        pixels[share],
-        labels[share],
+        pixels[positions],
+        labels[positions],
         PREPROCESS,
         index=index,
-        share=share,
+        positions=positions,
         epoch=1,
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def test_without_shifts_and_flips_the_pixels_stay(pixels):
-    assert torch.equal(flip_and_crop(pixels, torch.zeros(16, dtype=torch.bool), shifts(0)), pixels)
 
 
 def test_marked_images_are_mirrored_and_no_others(pixels):
@@ -58,7 +54,7 @@ def test_crops_are_windows_of_the_reflect_padded_image(pixels):
     assert len(set(map(tuple, moved[:, :, 0].t().tolist()))) > 5
 
 
-def test_every_image_is_seen_both_ways_in_two_epochs():
+def test_two_epochs_show_every_image_both_ways():
     flip, index = AlternatingFlip(1000, True, seed=0), np.arange(1000)
     assert torch.equal(flip(index, 0), ~flip(index, 1))
     assert torch.equal(flip(index, 0), flip(index, 2))
@@ -66,7 +62,7 @@ def test_every_image_is_seen_both_ways_in_two_epochs():
     assert not AlternatingFlip(1000, False, seed=0)(index, 1).any()
 
 
-def test_without_augmentation_images_are_only_normalised(pixels):
+def test_without_augmentation_images_are_only_normalized(pixels):
     x, labels = augmented(Finetune(**BASE, horizontal_flip=False, crop_padding=0), pixels)
     assert torch.equal(x, PREPROCESS.normalise(pixels))
     assert torch.equal(labels, torch.arange(16) % 4)
@@ -79,46 +75,46 @@ def test_mixing_gives_soft_targets_that_sum_to_one(pixels):
     assert ((targets > 0.1).sum(1) > 1).any()
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"mixup": 1.0}, {"cutmix": 1.0}, {"random_erasing": 0.7}, {"trivial_augment": 0.9}],
     ids=lambda settings: next(iter(settings), "plain"),
 )
-def test_processes_see_what_one_process_would(pixels, processes, settings):
+def test_several_processes_see_the_images_of_one(pixels, world_size, settings):
     pixels = pixels[:, :6, :6]
     recipe = Finetune(**BASE, **settings)
     x, labels = augmented(recipe, pixels)
     seen = []
-    for rank in range(processes):
-        share = share_of(16, rank, processes)
-        assert len(share) == 16 // processes
-        mine, targets = augmented(recipe, pixels, rank, processes)
-        assert torch.equal(mine, x[share])
-        torch.testing.assert_close(targets, labels[share])
-        seen += share.tolist()
+    for rank in range(world_size):
+        positions = positions_of(16, rank, world_size)
+        assert len(positions) == 16 // world_size
+        own, targets = augmented(recipe, pixels, rank, world_size)
+        assert torch.equal(own, x[positions])
+        torch.testing.assert_close(targets, labels[positions])
+        seen += positions.tolist()
     assert sorted(seen) == list(range(16))
     other, _ = augmented(recipe, pixels, seed=6)
     assert not torch.equal(other, x)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused():
-    assert share_of(15, 0, 1).tolist() == list(range(15))
-    with pytest.raises(UserError, match=r"finetune\.batch_size: 18 images .* 2 processes: make it a multiple of 4"):
-        share_of(18, 1, 2)
+def test_a_batch_that_does_not_divide_evenly_is_refused():
+    assert positions_of(15, 0, 1).tolist() == list(range(15))
+    with pytest.raises(UserError, match=r"finetune\.batch_size: 18 images .* 2 processes: use a multiple of 4"):
+        positions_of(18, 1, 2)
 
 
-def test_erased_rectangles_are_grey_and_of_the_size_that_is_asked_for():
+def test_erased_rectangles_are_gray_and_of_the_given_size():
     generator = torch.Generator().manual_seed(0)
     rectangles = draw_rectangles(2000, (32, 32), 0.6, generator)
     x = torch.rand(2000, 3, 32, 32, generator=generator) + 1
     out = erase(x, rectangles)
     gone = (out == 0).all(1)
     assert torch.equal(out[~gone[:, None].expand_as(out)], x[~gone[:, None].expand_as(x)])
-    share = gone.float().mean((1, 2))
-    assert 0.55 < (share > 0).float().mean() < 0.65
-    assert 0.015 < share[share > 0].min() < 0.03
-    assert 0.28 < share.max() < 0.37
+    fraction = gone.float().mean((1, 2))
+    assert 0.55 < (fraction > 0).float().mean() < 0.65
+    assert 0.015 < fraction[fraction > 0].min() < 0.03
+    assert 0.28 < fraction.max() < 0.37
     for mask, (top, left, bottom, right) in zip(gone[:50], rectangles[:50].tolist(), strict=True):
         assert mask[top:bottom, left:right].all()
         assert mask.sum() == max(0, bottom - top) * (right - left)
@@ -127,17 +123,9 @@ def test_erased_rectangles_are_grey_and_of_the_size_that_is_asked_for():
     assert hit.max() < 0.3
 
 
-NAMES = {
-    "shear_x": "ShearX", "shear_y": "ShearY", "translate_x": "TranslateX", "translate_y": "TranslateY",
-    "rotate": "Rotate", "brightness": "Brightness", "color": "Color", "contrast": "Contrast",
-    "sharpness": "Sharpness", "posterize": "Posterize", "solarize": "Solarize", "autocontrast": "AutoContrast",
-    "equalize": "Equalize", "identity": "Identity",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_is_torchvisions(name, sign):
+def test_every_operation_equals_torchvisions(name, sign):
     coarse = torch.rand(BINS, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = (torch.nn.functional.interpolate(coarse, size=32, mode="bilinear") * 255).to(torch.uint8)
     steps = torch.arange(BINS)
@@ -151,11 +139,12 @@ def test_every_operation_is_torchvisions(name, sign):
         "posterize": 8 - (steps / 5).round(),
         "solarize": torch.linspace(255, 0, BINS),
     }.get(name, 0.99 * strength)
+    theirs = "AutoContrast" if name == "autocontrast" else name.title().replace("_", "")
     draws = Draws(torch.full((BINS,), OPERATIONS.index(name)), strength)
     found = trivial_augment(images, draws).int()
     wanted = torch.stack(
         [
-            _apply_op(image, NAMES[name], float(m), InterpolationMode.NEAREST, None)
+            _apply_op(image, theirs, float(m), InterpolationMode.NEAREST, None)
             for image, m in zip(images, magnitudes, strict=True)
         ]
     ).int()

@@ -7,7 +7,7 @@ import torch
 
 from stages.datasets.store import Part
 from stages.training import batches
-from stages.training.batches import AHEAD, Images
+from stages.training.batches import AHEAD, Images, copy_in_chunks
 
 CPU = torch.device("cpu")
 
@@ -23,11 +23,11 @@ def indices() -> list[np.ndarray]:
     return list(np.random.default_rng(1).permutation(60).reshape(6, 10))
 
 
-@pytest.mark.parametrize("share", [0.5, 0.0], ids=["fits", "read ahead"])
-def test_batches_hold_the_images_that_are_asked_for_in_that_order(part, share, monkeypatch):
-    monkeypatch.setattr(batches, "SHARE", share)
+@pytest.mark.parametrize("fraction", [0.5, 0.0], ids=["fits", "read ahead"])
+def test_batches_hold_the_indexed_images_in_order(part, fraction, monkeypatch):
+    monkeypatch.setattr(batches, "FRACTION", fraction)
     images = Images(part, CPU)
-    assert images.fit == (share > 0)
+    assert images.fit == (fraction > 0)
     found = list(images.batches(iter(indices())))
     assert len(found) == 6
     for index, (pixels, labels) in zip(indices(), found, strict=True):
@@ -36,17 +36,17 @@ def test_batches_hold_the_images_that_are_asked_for_in_that_order(part, share, m
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("share", [0.5, 0.0], ids=["fits", "read ahead"])
-def test_batches_are_on_the_device(part, share, monkeypatch):
-    monkeypatch.setattr(batches, "SHARE", share)
+@pytest.mark.parametrize("fraction", [0.5, 0.0], ids=["fits", "read ahead"])
+def test_batches_are_on_the_device(part, fraction, monkeypatch):
+    monkeypatch.setattr(batches, "FRACTION", fraction)
     for index, (pixels, labels) in zip(indices(), Images(part, torch.device("cuda")).batches(indices()), strict=True):
         assert pixels.is_cuda
         assert labels.is_cuda
         assert torch.equal(pixels.cpu(), torch.from_numpy(np.array(part.images)[index]))
 
 
-def test_the_next_batches_are_read_while_one_is_used_and_no_more_than_these(part, monkeypatch):
-    monkeypatch.setattr(batches, "SHARE", 0.0)
+def test_a_thread_reads_the_next_batches_and_no_more(part, monkeypatch):
+    monkeypatch.setattr(batches, "FRACTION", 0.0)
     read, enough, threads = [], threading.Event(), set()
 
     class Watched:
@@ -69,7 +69,7 @@ def test_the_next_batches_are_read_while_one_is_used_and_no_more_than_these(part
 
 
 def test_an_error_while_reading_ahead_reaches_the_training(part, monkeypatch):
-    monkeypatch.setattr(batches, "SHARE", 0.0)
+    monkeypatch.setattr(batches, "FRACTION", 0.0)
 
     class Broken:
         nbytes = 1
@@ -81,8 +81,8 @@ def test_an_error_while_reading_ahead_reaches_the_training(part, monkeypatch):
         list(Images(Part(Broken(), part.labels), CPU).batches(indices()))
 
 
-def test_images_are_brought_to_a_device_piece_by_piece(part, monkeypatch):
-    monkeypatch.setattr(batches, "COPIED", 7)
-    held = batches._on_device(part.images, CPU)
-    assert held.dtype == torch.uint8
-    assert torch.equal(held, torch.from_numpy(np.array(part.images)))
+def test_images_are_copied_to_a_device_in_chunks(part, monkeypatch):
+    monkeypatch.setattr(batches, "CHUNK", 7)
+    copied = copy_in_chunks(part.images, CPU)
+    assert copied.dtype == torch.uint8
+    assert torch.equal(copied, torch.from_numpy(np.array(part.images)))

@@ -11,7 +11,7 @@ from stages.training.convolutions import MendedConvolutions, mended_convolutions
 
 @pytest.fixture
 def replaced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the inputs whose weight gradients were ours."""
+    """Lists the input shapes of the weight gradients that this module computed."""
     shapes: list[tuple[int, ...]] = []
 
     def recorded(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, int]) -> torch.Tensor:
@@ -23,7 +23,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def gradients(layer: nn.Conv2d, x: torch.Tensor, bfloat16: bool = False) -> list[torch.Tensor]:
-    """Output, and gradients of input, weight and bias, of a loss that weighs every output differently."""
+    """The output, and the gradients of input, weight and bias for a loss that weights every output differently."""
     layer.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", enabled=bfloat16):
@@ -37,7 +37,7 @@ def gradients(layer: nn.Conv2d, x: torch.Tensor, bfloat16: bool = False) -> list
 @pytest.mark.parametrize(
     ("kernel", "size"), [(3, (2, 2)), (3, (1, 1)), (3, (2, 5)), (5, (4, 4)), (7, (2, 3)), (7, (6, 6)), ((3, 5), (4, 2))]
 )
-def test_gradients_are_those_of_the_convolution(kernel, size, memory, bias, replaced):
+def test_gradients_equal_those_of_the_convolution(kernel, size, memory, bias, replaced):
     torch.manual_seed(0)
     padding = kernel // 2 if isinstance(kernel, int) else tuple(side // 2 for side in kernel)
     layer = nn.Conv2d(6, 6, kernel, padding=padding, groups=6, bias=bias).to(memory_format=memory)
@@ -52,8 +52,8 @@ def test_gradients_are_those_of_the_convolution(kernel, size, memory, bias, repl
         assert ours.is_contiguous(memory_format=memory) or ours.dim() != 4 or 1 in ours.shape
 
 
-def test_onednns_own_gradient_is_not_asked_for_at_all():
-    layer = nn.Conv2d(6, 6, 3, padding=1, groups=6)  # one mask for input and bias makes it compute the weights' too
+def test_onednn_computes_no_weight_gradient():
+    layer = nn.Conv2d(6, 6, 3, padding=1, groups=6)  # if asked for the bias, it computes the weight too
     with MendedConvolutions(), torch.profiler.profile() as profile:
         gradients(layer, torch.randn(5, 6, 2, 2))
     names = {event.name for event in profile.events()}
@@ -61,7 +61,7 @@ def test_onednns_own_gradient_is_not_asked_for_at_all():
     assert "aten::convolution_backward" not in names
 
 
-def test_under_autocast_they_are_those_of_the_rounded_layer(replaced):
+def test_gradients_under_autocast_equal_those_of_the_rounded_layer(replaced):
     torch.manual_seed(0)
     layer, x = nn.Conv2d(6, 6, 7, padding=3, groups=6), torch.randn(5, 6, 3, 3)
     expected = gradients(layer, x, bfloat16=True)
@@ -88,7 +88,7 @@ def test_under_autocast_they_are_those_of_the_rounded_layer(replaced):
         (nn.Conv2d(6, 6, 5, padding=2, groups=6, padding_mode="reflect"), 4),
     ],
 )
-def test_other_convolutions_stay_as_they_are(layer, size, replaced):
+def test_other_convolutions_are_not_replaced(layer, size, replaced):
     x = torch.randn(2, 6, size, size)
     expected = gradients(layer, x)
     with MendedConvolutions():
@@ -100,7 +100,7 @@ def test_other_convolutions_stay_as_they_are(layer, size, replaced):
 @pytest.mark.parametrize(
     ("layer", "size"),
     [
-        # RepVGG's first, at which torch's own crashes in channels-last memory, or ends in another gradient
+        # RepVGG's first: torch's own crashes in channels-last memory, or gives a wrong gradient
         (nn.Conv2d(3, 48, 1, stride=2, bias=False), (224, 224)),
         (nn.Conv2d(7, 24, 1, stride=2), (112, 112)),
         (nn.Conv2d(15, 8, 1, stride=(3, 1)), (90, 81)),
@@ -134,7 +134,7 @@ def test_frozen_weights_and_evaluation_call_the_convolution_itself(replaced):
     ("layer", "size"), [(nn.Conv2d(7, 24, 1, stride=2), 112), (nn.Conv2d(6, 6, 7, padding=3, groups=6), 4)]
 )
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
-def test_compiled_convolutions_have_them_too(layer, size):
+def test_compiled_convolutions_have_the_same_gradients(layer, size):
     torch.manual_seed(0)
     x = torch.randn(4, layer.in_channels, size, size)
     expected = gradients(layer, x)
@@ -146,12 +146,12 @@ def test_compiled_convolutions_have_them_too(layer, size):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
 
 
-def test_it_is_for_cpus():
+def test_only_cpus_replace_convolutions():
     assert isinstance(mended_convolutions(torch.device("cpu")), MendedConvolutions)
     assert not isinstance(mended_convolutions(torch.device("cuda")), MendedConvolutions)
 
 
-def test_functional_calls_in_other_forms_stay_as_they_are():
+def test_functional_calls_in_other_forms_are_not_replaced():
     x, weight = torch.randn(2, 6, 4, 4), torch.randn(6, 1, 7, 7, requires_grad=True)
     with MendedConvolutions():
         found = [F.conv2d(x, weight, padding=3, groups=6), F.conv2d(x, weight, None, 1, 3, 1, 6)]

@@ -8,8 +8,9 @@ from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
 from stages.params.finetune import Finetune
 from stages.training import muon
-from stages.training.muon import Muon, _by_factors, _step_by_step, orthogonalised
-from stages.training.optimizers import Optimizers, hidden_matrices, schedule
+from stages.training.muon import Muon, orthogonalize
+from stages.training.optimizers import Optimizers, hidden_matrices
+from stages.training.recipe import schedule
 
 
 def recipe_with(**changes) -> Finetune:
@@ -27,7 +28,7 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 
 def newton_schulz(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Muon's iterations, as they are written, in float64."""
+    """Muon's iterations as in the paper, in float64."""
     wanted = x.double().T if x.shape[0] > x.shape[1] else x.double()
     wanted = wanted / wanted.norm()
     for _ in range(iterations):
@@ -55,23 +56,17 @@ def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network, i
 
 @pytest.mark.parametrize(("native", "allowed"), [(False, 1e-3), (True, 3e-2)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(3, 12, 40), (1, 16, 16)])
-def test_orthogonalising_is_newton_schulz_of_each_matrix(shape, native, allowed):
+def test_orthogonalize_runs_newton_schulz_on_each_matrix(shape, native, allowed):
     torch.manual_seed(0)
     x = torch.randn(shape) @ torch.diag(torch.logspace(0, -4, shape[2]))  # singular values far apart
-    ours = orthogonalised(x, (3.4445, -4.7750, 2.0315), 5, 1e-7, native)
+    ours = orthogonalize(x, (3.4445, -4.7750, 2.0315), 5, 1e-7, native)
     assert ours.dtype == (torch.bfloat16 if native else torch.float32)
     for matrix, found in zip(x, ours, strict=True):
         torch.testing.assert_close(found.double(), newton_schulz(matrix), rtol=0, atol=allowed)
-    assert not orthogonalised(torch.zeros(shape), (3.4445, -4.7750, 2.0315), 5, 1e-7, native).any()
+    assert not orthogonalize(torch.zeros(shape), (3.4445, -4.7750, 2.0315), 5, 1e-7, native).any()
 
 
-def test_one_iteration_after_the_other_gives_what_the_multiplied_factors_give():
-    x = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 30
-    settings = (3.4445, -4.7750, 2.0315), 5
-    assert torch.allclose(_step_by_step(x, *settings), _by_factors(x, *settings), atol=1e-9)
-
-
-def test_muon_leaves_a_matrix_without_a_gradient_alone_and_takes_up_torchs_states():
+def test_muon_skips_a_matrix_without_a_gradient_and_loads_torchs_states():
     torch.manual_seed(0)
     ours, theirs = ([nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4, 6))] for _ in range(2))
     gradients = [torch.randn(4, 6) for _ in range(2)]
@@ -89,7 +84,7 @@ def test_muon_leaves_a_matrix_without_a_gradient_alone_and_takes_up_torchs_state
     assert optimizer.state[ours[1]] == {}
 
 
-def test_adamw_without_decay_on_vectors_is_torchs_own(network):
+def test_adamw_equals_torchs_without_decay_on_vectors(network):
     reference = copy.deepcopy(network)
     for each in (network, reference):
         backward(each)
@@ -103,7 +98,7 @@ def test_adamw_without_decay_on_vectors_is_torchs_own(network):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_first_and_last_layer_and_depthwise_weights_are_not_muons(network):
+def test_muon_does_not_move_the_first_and_last_layer_and_depthwise_weights(network):
     taken = {id(p) for p in hidden_matrices(network)}
     names = {name for name, p in network.named_parameters() if id(p) in taken}
     assert "stages.1.downsample.1.weight" in names
@@ -143,12 +138,12 @@ def test_the_schedule_rises_to_one_and_falls_to_zero(kind):
     assert middle == pytest.approx(0.5, abs=0.02)
 
 
-def test_only_what_has_more_than_a_number_for_each_channel_decays():
-    """A layer scale is one, of whichever shape: `[C]` in timm's ConvNeXt, `[C, 1, 1]` in torchvision's."""
+def test_parameters_with_one_number_for_each_channel_have_no_weight_decay():
+    """A layer scale is one: `[C]` in timm's ConvNeXt, `[C, 1, 1]` in torchvision's."""
     decayed = []
     for library, architecture in [("timm", "convnext_tiny"), ("torchvision", "convnext_tiny")]:
         network = build_network(NetworkSpec(library, architecture, {}, 10))
-        [main] = Optimizers(network, recipe_with(weight_decay=0.05))._all
+        [main] = Optimizers(network, recipe_with(weight_decay=0.05)).all
         groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in main.param_groups}
         for name, parameter in network.named_parameters():
             scale = name.endswith(("bias", "gamma", "layer_scale")) or "norm" in name

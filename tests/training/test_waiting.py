@@ -1,4 +1,4 @@
-"""What a step asks of a GPU, on torch's fake tensors, which have a device and a shape and no values."""
+"""What a step asks of a GPU, on torch's fake tensors, which have a device and a shape but no values."""
 
 import copy
 
@@ -9,14 +9,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.training import loop
+from stages.training import distributed
 from stages.training.distillation import Distillation
+from stages.training.trainer import Trainer, TrainingData
 
 CUDA = torch.device("cuda", 0)
 
 
 class Waits(TorchDispatchMode):
-    """Lists the operations for which the host would wait: values asked for, and copies between devices that block."""
+    """Lists the operations for which the host waits: reads of values, and blocking copies between devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ def on_fake_gpu(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 @pytest.fixture
 def mode(monkeypatch):
-    """In which a `_Run` takes what is on the fake GPU already, and gradients come without a backward pass."""
+    """A mode in which a `Trainer` accepts modules on the fake GPU, and `backward` only allocates gradients."""
 
     def backward(loss: torch.Tensor) -> None:
         for parameter in mode.trained.parameters():
@@ -54,26 +55,43 @@ def mode(monkeypatch):
     monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
-    monkeypatch.setattr(loop, "Graphed", lambda network, title: network)
     return mode
+
+
+@pytest.fixture
+def construct(network, parts, preprocess, recipe, mode):
+    def construct(changes: dict, distillation: Distillation | None = None) -> Trainer:
+        mode.trained = on_fake_gpu(network, mode)
+        data = TrainingData(*parts, on_fake_gpu(preprocess, mode))
+        return Trainer(network, data, recipe.model_copy(update=changes), CUDA, distillation=distillation)
+
+    return construct
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_no_step_on_a_gpu_waits_for_it(network, parts, preprocess, recipe, mode, optimizer):
-    recipe = recipe.model_copy(update={"optimizer": optimizer, "cutmix": 0.5})
+def test_no_step_on_a_gpu_waits_for_it(network, construct, mode, optimizer):
     with mode:
-        teacher, mode.trained = on_fake_gpu(copy.deepcopy(network), mode), on_fake_gpu(network, mode)
-        settings = recipe, CUDA, 0, "test", None, Distillation(teacher, 0.5, 2.0), "learning_rate"
-        run = loop._Run(network, parts[0], on_fake_gpu(preprocess, mode), *settings)
-        batch = {"index": np.arange(32), "share": torch.arange(32), "epoch": 0}
+        teacher = on_fake_gpu(copy.deepcopy(network), mode)
+        trainer = construct({"optimizer": optimizer, "cutmix": 0.5}, Distillation(teacher, 0.5, 2.0))
+        batch = {"index": np.arange(32), "positions": torch.arange(32), "epoch": 0}
         pixels = torch.zeros(32, 8, 8, 3, dtype=torch.uint8, device=CUDA)
         labels = torch.zeros(32, dtype=torch.int64, device=CUDA)
         with Waits() as waits:
-            x, targets = run.augment(pixels, labels, run.preprocess, generator=torch.Generator(), **batch)
-            loss = run.step(0, x, targets)
+            x, targets = trainer.augment(pixels, labels, trainer.preprocess, generator=torch.Generator(), **batch)
+            loss = trainer.step(0, x, targets)
     assert waits.found == []
     assert (loss.device, targets.shape) == (CUDA, (32, 2))
+
+
+@pytest.mark.parametrize(("world_size", "compile_mode"), [(1, "reduce-overhead"), (2, "default")])
+def test_compiled_training_on_one_gpu_uses_cuda_graphs(construct, mode, monkeypatch, world_size, compile_mode):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda network, **settings: calls.append(settings))
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    with mode:
+        construct({"compile": True})
+    assert calls == [{"dynamic": False, "mode": compile_mode}]
 
 
 def test_a_value_and_a_blocking_copy_are_seen():

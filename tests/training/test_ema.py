@@ -2,8 +2,9 @@ import copy
 
 import pytest
 import torch
-from stages.training.average import WeightAverage
 from torch import nn
+
+from stages.training.ema import Ema
 
 
 @pytest.fixture
@@ -12,8 +13,8 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
 
 
-def test_the_decay_grows_up_to_the_one_that_is_asked_for(network):
-    average, expected = WeightAverage(network, 0.3), None
+def test_the_decay_rises_to_the_given_one(network):
+    average, expected = Ema(network, 0.3), None
     for n in range(6):
         with torch.no_grad():
             network[0].weight.add_(1.0)
@@ -25,8 +26,8 @@ def test_the_decay_grows_up_to_the_one_that_is_asked_for(network):
     assert int(average.n_averaged) == 6
 
 
-def test_running_statistics_are_the_networks_last(network):
-    average = WeightAverage(network, 0.9)
+def test_buffers_are_copied(network):
+    average = Ema(network, 0.9)
     for _ in range(2):
         network(torch.randn(8, 3))
         average.update_parameters(network)
@@ -34,10 +35,10 @@ def test_running_statistics_are_the_networks_last(network):
     assert int(average.module[1].num_batches_tracked) == 2
 
 
-def test_a_loaded_average_goes_on_where_it_stood(network):
-    first = WeightAverage(network, 0.5)
+def test_a_loaded_average_continues(network):
+    first = Ema(network, 0.5)
     first.update_parameters(network)
-    second = WeightAverage(copy.deepcopy(network), 0.5)
+    second = Ema(copy.deepcopy(network), 0.5)
     second.load_state_dict(first.state_dict())
     with torch.no_grad():
         network[0].weight.mul_(3.0)
