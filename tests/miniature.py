@@ -5,7 +5,6 @@ from pathlib import Path
 
 TOP = Path(__file__).parents[1]
 PARAMS = """\
-root: .
 base:
   seed: 0
   device: cpu
@@ -57,14 +56,12 @@ report:
 
 
 def committed(name: str) -> str:
-    """A file of the repository without what its user has changed since."""
-    shown = subprocess.run(["git", "show", f"HEAD:{name}"], cwd=TOP, capture_output=True, text=True, check=True)
-    return shown.stdout
+    """A file of the repository, in a git checkout without the user's changes."""
+    if not (TOP / ".git").exists():
+        return (TOP / name).read_text()
+    return subprocess.run(["git", "show", f"HEAD:{name}"], cwd=TOP, capture_output=True, text=True, check=True).stdout
 
 
 def committed_params() -> list[str]:
     """The names of the default's params file and of each profile's."""
-    listed = subprocess.run(
-        ["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=TOP, capture_output=True, text=True, check=True
-    ).stdout
-    return [name for name in listed.splitlines() if Path(name).name == "params.yaml"]
+    return ["params.yaml", *(str(path.relative_to(TOP)) for path in sorted(TOP.glob("profiles/*/params.yaml")))]

@@ -88,12 +88,6 @@ def _missing_controls(params: Params, model: str) -> Iterator[str]:
 
 def missing_files(params: Params, path: Path) -> Iterator[str]:
     """Paths in the file, relative to its folder, at which there is nothing."""
-    root = path.parent / params.root
-    if not (root / "stages/params/whole.py").is_file():
-        yield (
-            f"root = {params.root!r}: {root.resolve()} holds no folder `stages` with the code (../.. in"
-            " profiles/<name>/params.yaml, . at the top)"
-        )
     for name, model in params.models.items():
         if model.weights not in ("none", "pretrained") and not (path.parent / model.weights).is_file():
             yield (

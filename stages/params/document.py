@@ -33,8 +33,6 @@ All settings are in `params.yaml`, one section for each part of the pipeline. Ea
 reads and refuses unknown keys, wrong types and impossible values before its work; `edgewise check` checks the whole
 file. A key that would do nothing beside another setting is refused too. `python -m stages.params.document` writes this
 page from `stages/params/`, and a test compares it.
-
-`root` is the folder of the code, relative to the folder of `params.yaml`: `.` at the top, `../..` in a profile.
 """
 CHAPTERS: list[tuple[str, str, list[type[Section]]]] = [
     ("base", "What all stages share.", [Base]),

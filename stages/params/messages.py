@@ -22,7 +22,10 @@ RENAMED = {
     "pruners.*.prunings": "pruners.*.pruning_periods",
 }
 """Keys of older params files, and their names now."""
-REMOVED = {"quantizers.*.objective": "searches always minimize the loss"}
+REMOVED = {
+    "root": "a profile finds the code through its link `stages`",
+    "quantizers.*.objective": "searches always minimize the loss",
+}
 VALUES = {
     "none_continued": "is now called continued",
     "integer_programme": "is now called ilp",

@@ -19,8 +19,6 @@ from stages.params.variants import Joins, PrunedModel, Variant
 
 
 class Params(Joins):
-    root: str = "."
-    """Folder of the code, relative to the folder of `params.yaml`: `.` at the top, `../..` in a profile."""
     base: Base
     data: Data
     finetune: Finetune

@@ -35,7 +35,7 @@ MISSING = object()
 
 @pytest.fixture
 def raw() -> dict:
-    return yaml.safe_load(PARAMS) | {"root": str(TOP)}
+    return yaml.safe_load(PARAMS)
 
 
 def written(raw: object, folder: Path) -> Path:
@@ -150,7 +150,6 @@ def refusal(raw: object, folder: Path) -> str:
         ("variants.convnext-none-fp32", MISSING, "models.convnext: its baseline is missing"),
         ("quantizers.fp32", {"method": "int8_dynamic"}, "quantizers.fp32.method: 'fp32' names the baseline"),
         ("profile", MISSING, "profile: is required and missing"),
-        ("root", "nowhere", "root = 'nowhere': "),
         ("report.claims", "none.yaml", "report.claims = 'none.yaml': no such file"),
         ("edge_benchmark.target", "pi@raspberry", "target = 'pi@raspberry': must be local or ssh://user@host[:port]"),
         ("edge_benchmark.target", "ssh://-oProxyCommand=x", "must be local or ssh://"),
@@ -315,7 +314,7 @@ def test_a_name_with_a_dot_is_refused_since_dvc_would_split_it(raw, tmp_path):
         ("- 1\n- 2\n", "must hold sections"),
         ("a: [1", "not valid YAML: line 1"),
         ("[" * 3000, "nested too deeply"),
-        (PARAMS.replace("  seed: 0\n", "  seed: 0\n  seed: 1\n", 1), "line 4: found duplicate key .seed."),
+        (PARAMS.replace("  seed: 0\n", "  seed: 0\n  seed: 1\n", 1), "line 3: found duplicate key .seed."),
     ],
 )
 def test_a_file_that_holds_no_sections_is_refused(tmp_path, text, expected):
