@@ -354,8 +354,8 @@ def test_user_and_port_are_those_of_the_target():
 
 
 def test_the_soaks_images_go_with_the_plan(project):
-    candidates = edge_benchmark.candidates_of(edge_benchmark.load_params(Params, edge_benchmark.Params))
-    section = edge_benchmark.load_params(Params, edge_benchmark.Params).edge_benchmark
+    candidates = edge_benchmark.candidates_of(edge_benchmark.load_params(edge_benchmark.Params))
+    section = edge_benchmark.load_params(edge_benchmark.Params).edge_benchmark
     images = np.arange(2 * 24 * 24 * 3, dtype=np.uint8).reshape(2, 24, 24, 3)
     protocol = edge_benchmark.protocol_of(section)
     plan, content = remote.plan_of(
