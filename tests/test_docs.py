@@ -1,0 +1,56 @@
+"""README and docs: links lead somewhere, commands name what exists, and the example of a pruner is valid."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.params.load import load_params
+from stages.params.whole import Params
+
+TOP = Path(__file__).parents[1]
+PAGES = [path.relative_to(TOP).as_posix() for path in [*sorted(TOP.glob("*.md")), *sorted(TOP.glob("docs/**/*.md"))]]
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_readme_is_short():
+    lines = (TOP / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", prose(TOP / page)) if "://" not in link]
+    targets = [((TOP / page).parent / file if file else TOP / page, anchor) for file, _, anchor in links]
+    assert [file for file, _ in targets if not file.exists()] == []
+    assert [(file, anchor) for file, anchor in targets if anchor and anchor not in anchors(file)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_in_a_command_exists(page):
+    modules = re.findall(r"python -m ((?:stages|benchmarks|studies)[\w.]*)", "\n".join(blocks(TOP / page, "bash")))
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+def test_the_example_of_a_pruner_fits_into_the_default_params(tmp_path):
+    [example] = [yaml.safe_load(block) for block in blocks(TOP / "docs/pruning.md", "yaml") if "dhspg50" in block]
+    raw = yaml.safe_load((TOP / "params.yaml").read_text())
+    merged = raw | {section: raw[section] | entries for section, entries in example.items()}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(merged))
+    assert "convnext-dhspg50-fp32" in load_params(Params, tmp_path / "params.yaml").variants
