@@ -13,7 +13,7 @@ from stages.common import paths
 from stages.common.cores import usable_cores
 from stages.common.errors import run_stage
 from stages.common.files import atomic_folder
-from stages.datasets.sources import Source
+from stages.datasets.source import Source
 from stages.datasets.sources.cifar10 import cifar10_source
 from stages.datasets.sources.digits import digits_source
 from stages.datasets.sources.folder import folder_source

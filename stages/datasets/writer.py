@@ -16,7 +16,7 @@ from PIL import UnidentifiedImageError
 from stages.common.errors import UserError
 from stages.common.files import sha256_of, write_json
 from stages.datasets.decode import decode
-from stages.datasets.sources import RawImage, Source
+from stages.datasets.source import RawImage, Source
 from stages.datasets.split import split
 from stages.datasets.store import INFO, PARTS, Info, PartName
 from stages.params.data import Data

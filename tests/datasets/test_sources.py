@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10
 
 from stages.common.errors import UserError
 from stages.datasets.decode import decode
-from stages.datasets.sources import Source
+from stages.datasets.source import Source
 from stages.datasets.sources.cifar10 import CLASSES, cifar10_source
 from stages.datasets.sources.digits import digits_source
 from stages.datasets.sources.folder import folder_source

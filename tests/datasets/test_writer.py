@@ -9,7 +9,7 @@ import pytest
 
 from stages.common.errors import UserError
 from stages.datasets import writer
-from stages.datasets.sources import RawImage, Source
+from stages.datasets.source import RawImage, Source
 from stages.datasets.store import PARTS, open_part, read_info
 from stages.datasets.writer import PartFile, mean_and_std, write_images
 from stages.params.data import Data

@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.common.errors import UserError
 from stages.datasets.obtain import obtain
-from stages.datasets.sources import PART_NAMES, RawImage, Source
+from stages.datasets.source import PART_NAMES, RawImage, Source
 from stages.datasets.store import PARTS, PartName
 
 if TYPE_CHECKING:
