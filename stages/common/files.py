@@ -42,7 +42,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which is renamed to `path` on success and removed on failure.
 
     Raises:
-        UserError: if there is no room or no access; an earlier file then stays as it is.
+        UserError: if there is no room or no access; an earlier file then stays unchanged.
     """
     with clear_disk_errors(path):
         temporary = _partial(path)
@@ -61,7 +61,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`, which replaces `path` on success and is removed on failure.
 
     Raises:
-        UserError: if there is no room or no access; an earlier folder then stays as it is.
+        UserError: if there is no room or no access; an earlier folder then stays unchanged.
     """
     with clear_disk_errors(path):
         temporary = _partial(path)
