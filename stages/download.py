@@ -1,19 +1,19 @@
 """download: bring the images into one form, once.
 
-In: the params section `data` (a name and a source). Out: `data/images/`, as `stages/datasets/store.py` describes: RGB
-uint8 arrays for train, validation and test, and `images.json` with counts, checksums and statistics.
+In: the section `data` (a name and a source). Out: `data/images/` as `stages/datasets/store.py` describes it: RGB uint8
+arrays for train, validation and test, and `images.json` with counts, checksums and statistics.
 
 Run by `dvc repro download`, or `python -m stages.download` in the folder of `params.yaml`.
 """
 
-import os
 import shutil
 from pathlib import Path
 
 from stages.common import paths
+from stages.common.cores import usable_cores
 from stages.common.errors import run_stage
 from stages.common.files import atomic_folder
-from stages.datasets.sources import Source
+from stages.datasets.source import Source
 from stages.datasets.sources.cifar10 import cifar10_source
 from stages.datasets.sources.digits import digits_source
 from stages.datasets.sources.folder import folder_source
@@ -24,17 +24,16 @@ from stages.params.data import Data
 from stages.params.load import load_params
 from stages.params.section import Section
 
+DECODERS = 4
+"""Maximum number of threads: with small images, more threads wait for Python's global lock."""
+
 
 class Params(Section):
     data: Data
 
 
-DECODERS = 4
-"""Threads at most: of small images, more of them wait for Python's lock longer than they decode."""
-
-
 def open_source(data: Data, scratch: Path) -> Source:
-    """The source that `data` names, its files fetched, checked and unpacked below `scratch`."""
+    """The source that `data` names, with its files downloaded, checked and unpacked below `scratch`."""
     match data.source:
         case "digits":
             return digits_source(data.sha256)
@@ -47,9 +46,9 @@ def open_source(data: Data, scratch: Path) -> Source:
 
 
 def download(data: Data, folder: Path, scratch: Path, threads: int) -> tuple[Info, str]:
-    """Write the images into the empty folder `folder`; also returns the source's remark for the person at the screen.
+    """Write the images into the empty folder `folder` and return their description and the remark of the source.
 
-    Finished downloads stay in `scratch/downloads`, so that another `image_size` or split does not fetch them again.
+    Downloads stay in `scratch/downloads`, so that another `image_size` or split does not download them again.
     """
     try:
         source = open_source(data, scratch)
@@ -60,21 +59,18 @@ def download(data: Data, folder: Path, scratch: Path, threads: int) -> tuple[Inf
 
 def summary(info: Info, remark: str, size_bytes: int) -> str:
     counts = ", ".join(f"{part} {count:,}" for part, count in info.counts.items())
-    notes = [f"unreadable images left out: {len(info.unreadable):,}"] if info.unreadable else []
-    return "; ".join(
-        [
-            f"{paths.IMAGES}: {info.name} ({info.source}), {len(info.classes)} classes, {counts} images"
-            f" of {info.image_size}x{info.image_size}, {size_bytes / 1e6:,.1f} MB",
-            *notes,
-            *([remark] if remark else []),
-        ]
+    line = (
+        f"{paths.IMAGES}: {info.name} ({info.source}), {len(info.classes)} classes, {counts} images of"
+        f" {info.image_size}x{info.image_size}, {size_bytes / 1e6:,.1f} MB"
     )
+    unreadable = f"unreadable images left out: {len(info.unreadable):,}" if info.unreadable else ""
+    return "; ".join(filter(None, [line, unreadable, remark]))
 
 
 def main() -> None:
-    params = load_params(Params)
+    data = load_params(Params).data
     with atomic_folder(paths.IMAGES) as folder:
-        info, remark = download(params.data, folder, paths.SCRATCH, min(DECODERS, len(os.sched_getaffinity(0))))
+        info, remark = download(data, folder, paths.SCRATCH, min(DECODERS, usable_cores()))
         size_bytes = sum(path.stat().st_size for path in folder.iterdir())
     print(summary(info, remark, size_bytes))
 

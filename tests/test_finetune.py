@@ -54,6 +54,6 @@ def test_ctrl_c_ends_a_training_in_one_line_that_tells_what_is_kept(folder: Path
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert told.startswith("interrupted: finetune toy: ")
-    assert told.endswith(" of 1000 epochs are finished and kept; the same command goes on from there\n")
+    assert told.endswith(" of 1000 epochs are finished and kept; the same command continues from there\n")
     assert told.count("\n") == 1
     assert list((folder / ".scratch/finetune/toy").glob("*/checkpoint.pt"))

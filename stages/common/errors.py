@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line and exit code 2, never a traceback."""
+"""Errors that the user can fix: one clear line and exit code 2 instead of a traceback."""
 
 import errno
 import json
@@ -13,61 +13,62 @@ from typing import NoReturn
 DISK_REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give this user access to it"),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move away the file that stands where a folder belongs"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move away the file that is in the place of a folder"),
     errno.EIO: "check the disk",
 }
-"""What helps, by `OSError.errno`; other errors of the system are the program's, and get their traceback."""
-INTERRUPTED = 130  # exit code: as a shell reports a process that SIGINT ended
-UNHEARD = 141  # as it reports one that SIGPIPE ended
-LAUNCHED = "TORCHELASTIC_ERROR_FILE"
-"""In processes that torchrun started: the file in which it looks for the reason of a failure."""
+"""Remedies by `OSError.errno`. Any other error of the system is a fault of the program and keeps its traceback."""
+INTERRUPTED = 130  # the exit code that a shell reports after SIGINT
+BROKEN_PIPE = 141  # after SIGPIPE
+TORCHRUN_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""The environment variable with which torchrun names the file for the reason of a failure."""
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do about it, in words that need no knowledge of the code."""
+    """A message that names the problem, its place and the remedy, without reference to the code."""
 
 
 def disk_error(error: OSError, path: Path | None = None) -> UserError | None:
-    """The system's refusal to read or write in words; None where it is of a kind that a user cannot mend.
+    """An error of the system as one line with a remedy; None for an error that the user cannot fix.
 
     Args:
-        path: what was being written; the error's own path otherwise (a full disk's has none).
+        path: the file being written. The default is the error's own path, which is missing for a full disk.
     """
     if error.errno not in DISK_REMEDIES:
         return None
     where = f"cannot write {path}" if path is not None else str(error.filename or Path.cwd())
-    where = re.sub(r"\.+([^/]+?)(\.\d+\.partial)+", r"\1", where)  # the final name, which the user knows
+    where = re.sub(r"\.+([^/]+?)(\.\d+\.partial)+", r"\1", where)  # the final name, without the temporary parts
     return UserError(f"{where}: {error.strerror}: {DISK_REMEDIES[error.errno]}, then run again")
 
 
 def run_stage(main: Callable[[], object]) -> None:
-    """Run a stage's `main`; what a user can mend ends the process with exit code 2 and one message on stderr.
+    """Run a stage's `main`. A `UserError` ends the process with its message on stderr and exit code 2.
 
-    An interruption ends it with exit code 130, and says what of the work is kept. Where nobody reads what it prints any
-    more (`| head`), it ends with exit code 141 and without a word.
+    An interruption ends it with exit code 130 and a line about the work that is kept. A closed pipe (`| head`) ends it
+    with exit code 141 and no message.
     """
     try:
         main()
-        sys.stdout.flush()  # or a closed pipe would show only when the interpreter ends, with a traceback
+        sys.stdout.flush()  # otherwise a closed pipe causes a traceback when the interpreter ends
     except UserError as error:
         _fail(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
-        sys.exit(UNHEARD)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes the rest of the buffer
+        sys.exit(BROKEN_PIPE)
     except OSError as error:
         if (readable := disk_error(error)) is None:
             raise
         _fail(readable)
     except KeyboardInterrupt as interruption:
-        kept = f"{interruption}; the same command goes on from there" if str(interruption) else ""
+        kept = f"{interruption}; the same command continues from there"
         if os.environ.get("RANK", "0") == "0":
-            print(f"interrupted: {kept or 'nothing half-done is kept: run the same command again'}", file=sys.stderr)
+            restart = "no partial work is kept: run the same command again"
+            print(f"interrupted: {kept if str(interruption) else restart}", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
 def _fail(error: UserError) -> NoReturn:
-    """Exit code 2, and the message on stderr: one of several processes leaves it to the one that started them."""
-    if file := os.environ.get(LAUNCHED):
+    """End with exit code 2 and the message on stderr; under torchrun, the parent process prints the message."""
+    if file := os.environ.get(TORCHRUN_ERROR_FILE):
         Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
     else:
         print(f"error: {error}", file=sys.stderr)

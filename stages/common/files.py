@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: everything is written beside its final name and renamed."""
+"""Atomic files and folders: they are written under a temporary name and renamed when complete."""
 
 import csv
 import hashlib
@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from stages.common.errors import UserError, disk_error
 
 
 def _partial(path: Path) -> Path:
-    """A temporary name beside `path`; what a killed process left under such a name is removed."""
+    """A temporary name beside `path`, after the removal of temporary files that a killed process left there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*.partial"):
+        import psutil  # rarely needed, and too slow an import for short commands
+
         pid = left.name.split(".")[-2]
         if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -26,15 +26,11 @@ def _partial(path: Path) -> Path:
 
 @contextmanager
 def clear_disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write `path` (no room, no access, a file in the way) into one clear error.
-
-    Raises:
-        UserError: naming `path` and the remedy.
-    """
+    """Turn an error of the system (no room, no access, a file in the way) into a `UserError` about `path`."""
     try:
         yield
     except OSError as error:
-        named = [Path(str(name)) for name in (error.filename, error.filename2) if name is not None]  # a copy's are two
+        named = [Path(str(name)) for name in (error.filename, error.filename2) if name is not None]  # a copy has two
         elsewhere = named and not any(name.is_relative_to(path.parent) for name in named)
         if elsewhere or (readable := disk_error(error, path)) is None:
             raise
@@ -43,17 +39,17 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it takes the name `path`, on failure it is removed.
+    """Yield a temporary path in the same folder, which is renamed to `path` on success and removed on failure.
 
     Raises:
-        UserError: if there is no room or no access; what was there before is then untouched.
+        UserError: if there is no room or no access; an earlier file then stays unchanged.
     """
     with clear_disk_errors(path):
         temporary = _partial(path)
         try:
             yield temporary
             with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
+                os.fsync(file.fileno())  # otherwise a power cut may leave an empty file under the new name
             os.replace(temporary, path)
         finally:
             with suppress(OSError):
@@ -62,10 +58,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success it takes that name (replacing what was there).
+    """Yield an empty temporary folder beside `path`, which replaces `path` on success and is removed on failure.
 
     Raises:
-        UserError: if there is no room or no access; what was there before is then untouched.
+        UserError: if there is no room or no access; an earlier folder then stays unchanged.
     """
     with clear_disk_errors(path):
         temporary = _partial(path)
@@ -74,7 +70,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             if path.exists():
-                os.replace(path, former)  # at once, where removing its files one by one might stop half-way
+                os.replace(path, former)  # one step, whereas removing its files may stop half-way
             try:
                 os.replace(temporary, path)
             except OSError:
@@ -92,12 +88,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Indented, ending in a newline; NaN and infinity are refused, since JSON has neither."""
+    """Write indented JSON with a final newline. NaN and infinity raise a `ValueError`, since JSON has neither."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict | list:
-    """The parsed file; a missing or broken one is a `UserError` that names it."""
+    """Parse a file; a missing or broken one raises a `UserError` that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,7 +105,7 @@ def read_json(path: Path) -> dict | list:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> None:
-    """Rows with one header line; `columns` is needed where `rows` may be empty."""
+    """Write rows below a header line; `columns` is required if `rows` may be empty."""
     columns = list(columns or rows[0])
     with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -118,7 +114,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequenc
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """All rows, every value a string; a missing file is a `UserError`."""
+    """All rows, with strings as values; a missing file raises a `UserError`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""Where everything lies, relative to the folder that holds `params.yaml` (the top, or `profiles/<name>`)."""
+"""Paths of inputs and outputs, relative to the folder of `params.yaml` (the top or `profiles/<name>`)."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ IMAGES = Path("data/images")
 REPORTS = Path("reports")
 EDGE = REPORTS / "edge"
 PLOTS = REPORTS / "plots"
-SCRATCH = Path(".scratch")  # checkpoints of unfinished work; ignored by git and DVC, outside all outs
+SCRATCH = Path(".scratch")  # downloads, and checkpoints of unfinished work; ignored by git and DVC
 
 
 def dense(model: str) -> Path:
     return Path("models/dense") / model
 
 
-def pruned(pruning: str) -> Path:
-    return Path("models/pruned") / pruning
+def pruned(key: str) -> Path:
+    return Path("models/pruned") / key
 
 
 def compressed(variant: str) -> Path:
@@ -26,8 +26,8 @@ def dense_curve(model: str) -> Path:
     return REPORTS / "curves/dense" / f"{model}.csv"
 
 
-def pruned_curve(pruning: str) -> Path:
-    return REPORTS / "curves/pruned" / f"{pruning}.csv"
+def pruned_curve(key: str) -> Path:
+    return REPORTS / "curves/pruned" / f"{key}.csv"
 
 
 def compressed_curve(variant: str) -> Path:

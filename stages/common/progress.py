@@ -11,17 +11,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 FIGURES_WIDTH = len("loss 0.123 validation top-1 100.00 %")
 LEFT_WIDTH = len("123:45 left")
 LINE_SECONDS = 20.0
-"""Outside a terminal, at least so long passes between the lines of a search."""
+"""Minimum time between the lines of a search outside a terminal."""
 
 
 class EpochProgress:
-    """Call `step` after each step and `epoch` after each epoch; `kept` epochs are in a checkpoint."""
+    """Call `step` after each step and `epoch` after each epoch; `kept` is the number of epochs in a checkpoint."""
 
     def __init__(
-        self, title: str, epochs: int, steps_per_epoch: int, done: int, early: tuple[float, float], bar: Progress | None
+        self, title: str, epochs: int, steps_per_epoch: int, done: int, small: tuple[float, float], bar: Progress | None
     ) -> None:
         self.title, self.epochs, self.steps, self.done, self._bar = title, epochs, steps_per_epoch, done, bar
-        self._early = early
+        self._small = small
         self.kept = done
         self._started, self._done_before, self._figures = time.monotonic(), done, ""
         if bar is not None:
@@ -44,57 +44,55 @@ class EpochProgress:
             self._bar.update(self._task, text=self._text(self.done))
 
     def _text(self, epoch: int) -> str:
-        """Beside the bar, which is as wide as this leaves room: always the same width."""
+        """The text beside the bar. Its width is constant, because it determines the width of the bar."""
         number = f"{epoch:>{len(str(self.epochs))}}/{self.epochs}"
         return f"epoch {number} {self._figures:<{FIGURES_WIDTH}} {self._left():>{LEFT_WIDTH}}"
 
     def _left(self) -> str:
-        completed = self.done
-        if self._bar is not None:
-            completed = self._bar.tasks[self._task].completed / self.steps
+        completed = self.done if self._bar is None else self._bar.tasks[self._task].completed / self.steps
         if completed <= self._done_before:
             return ""
         per_work = (time.monotonic() - self._started) / (self._work(completed) - self._work(self._done_before))
         return _left(per_work * (self._work(self.epochs) - self._work(completed)))
 
     def _work(self, epochs: float) -> float:
-        """Of the first `epochs`, in epochs of full cost."""
-        early, cost = self._early
-        return min(epochs, early) * cost + max(0.0, epochs - early)
+        """The cost of the first `epochs`, in epochs at full image size."""
+        count, cost = self._small
+        return min(epochs, count) * cost + max(0.0, epochs - count)
 
 
 @contextmanager
 def epoch_progress(
-    title: str, epochs: int, steps_per_epoch: int, done: int = 0, early: tuple[float, float] = (0, 1)
+    title: str, epochs: int, steps_per_epoch: int, done: int = 0, small: tuple[float, float] = (0, 1)
 ) -> Iterator[EpochProgress]:
-    """Progress over `epochs`, of which `done` were finished by an earlier process.
+    """Progress over `epochs`, of which an earlier process finished `done`.
 
     Args:
-        early: so many of the first epochs take this share of a later one's time.
+        small: the number of first epochs with smaller images, and their time as a fraction of a later epoch's time.
     """
     if not sys.stdout.isatty():
-        yield EpochProgress(title, epochs, steps_per_epoch, done, early, None)
+        yield EpochProgress(title, epochs, steps_per_epoch, done, small, None)
         return
     with _bar() as bar:
-        yield EpochProgress(title, epochs, steps_per_epoch, done, early, bar)
+        yield EpochProgress(title, epochs, steps_per_epoch, done, small, bar)
 
 
 @contextmanager
 def count_progress(title: str, total: int, unit: str) -> Iterator[Callable[[str], None]]:
-    """Progress over `total` parts of about equal length: call what this gives after each, with a figure to show."""
-    started, told, done = time.monotonic(), time.monotonic(), 0
+    """Progress over `total` parts of similar length. Call the yielded function after each, with a figure to show."""
+    started, printed, done = time.monotonic(), time.monotonic(), 0
 
     def text(figure: str) -> str:
         left = _left((time.monotonic() - started) / done * (total - done)) if done else ""
         return f"{unit} {done:>{len(str(total))}}/{total} {figure} {left:>{LEFT_WIDTH}}"
 
     def step(figure: str) -> None:
-        nonlocal told, done
+        nonlocal printed, done
         done += 1
         if bar is not None:
             bar.update(task, completed=done, text=text(figure))
-        elif time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
+        elif time.monotonic() - printed >= LINE_SECONDS:
+            printed = time.monotonic()
             print(f"{title}: {text(figure)}", flush=True)
 
     if not sys.stdout.isatty():

@@ -20,9 +20,9 @@ PartName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the data: `images` uint8 `[N, H, W, 3]` (memory-mapped, read only), `labels` int64 `[N]`.
+    """One part of the data: `images` uint8 `[N, H, W, 3]` (memory-mapped, read-only), `labels` int64 `[N]`.
 
-    They stand in the order of their source, which may be sorted by class: draw a sample, never take the first ones.
+    The order is that of the source, which may be sorted by class: a sample must never be the first images.
     """
 
     images: np.ndarray
@@ -32,20 +32,21 @@ class Part:
         return len(self.labels)
 
     def spread(self, count: int) -> np.ndarray:
-        """uint8 `[min(count, N), H, W, 3]`: images from all over the part, the same each time."""
+        """`count` evenly spaced images of the part (or all): uint8 `[min(count, N), H, W, 3]`."""
         return np.array(self.images[np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)])
 
 
 @dataclass(frozen=True)
 class Info:
-    """`images.json`. `mean` and `std` are those of each channel over the train part, pixels scaled to [0, 1].
+    """The content of `images.json`.
 
-    A channel that never changes gets a `std` of 1, so that it can be normalised.
+    `mean` and `std` describe each channel of the train part, with pixels scaled to [0, 1]. The `std` of a constant
+    channel is 1, so that it can be normalized.
     """
 
     name: str
     source: str
-    """In words, for reports: "JPEG CIFAR-10 (parquet)" must not pass for the lossless original."""
+    """Description for reports. It includes the file format, since JPEG files differ from the lossless original."""
     licence: str
     image_size: int
     classes: list[str]
@@ -56,9 +57,9 @@ class Info:
     files: dict[str, str]
     """sha256 of each array file."""
     sha256: str
-    """Of all arrays together (what `sha256sum *.npy | sha256sum` prints): names the data in artifacts and reports."""
+    """Checksum over all arrays, as `sha256sum *.npy | sha256sum` prints it. It identifies the data in artifacts."""
     unreadable: list[str]
-    """Images that were left out under `data.allow_unreadable`."""
+    """Images that `data.allow_unreadable` left out."""
 
     def as_parent(self) -> dict[str, str]:
         return {"name": self.name, "sha256": self.sha256}
@@ -73,10 +74,10 @@ def read_info(folder: Path) -> Info:
 
 
 def open_part(folder: Path, part: PartName) -> Part:
-    """Memory-map one part. Only what measures a chosen artifact (profile, the printed samples) may open `test`.
+    """Memory-map one part. Only code that measures a finished artifact (profile, printed samples) may open `test`.
 
     Raises:
-        UserError: if a file is missing, broken or does not have the shape that `images.json` tells.
+        UserError: if a file is missing or broken, or if its shape differs from `images.json`.
     """
     info = read_info(folder)
     arrays = []
@@ -87,10 +88,10 @@ def open_part(folder: Path, part: PartName) -> Part:
         except FileNotFoundError:
             raise UserError(f"{path} is missing: run `dvc repro download`") from None
         except ValueError as error:
-            reason = str(error).partition(" If you trust")[0]  # which nobody should
+            reason = str(error).partition(" If you trust")[0]  # unpickling is never an option
             raise UserError(f"{path} is broken ({reason}): delete {folder} and run `dvc repro download`") from None
     images, labels = arrays
     expected = (info.counts[part], info.image_size, info.image_size, 3)
     if images.shape != expected or labels.shape != expected[:1]:
-        raise UserError(f"{folder}: {part} has shapes {images.shape} and {labels.shape}, {INFO} tells {expected}")
+        raise UserError(f"{folder}: {part} has shapes {images.shape} and {labels.shape}, {INFO} says {expected}")
     return Part(images, np.array(labels))

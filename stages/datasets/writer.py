@@ -1,4 +1,4 @@
-"""Write any source in the layout of `store.py`: one pass, a few images in memory at a time."""
+"""Write a source in the layout of `store.py`, in one pass with a few images in memory at a time."""
 
 import hashlib
 import shutil
@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from stages.common.errors import UserError, disk_error
+from stages.common.errors import UserError
 from stages.common.files import sha256_of, write_json
 from stages.datasets.decode import decode
-from stages.datasets.sources import RawImage, Source
+from stages.datasets.source import RawImage, Source
 from stages.datasets.split import split
 from stages.datasets.store import INFO, PARTS, Info, PartName
 from stages.params.data import Data
 
-CHUNK = 64  # images that are decoded together
+CHUNK = 64  # images decoded at once
 
 
 class PartFile:
-    """`<part>_images.npy` while it grows. Plain appends: on a full disk a memory map would end in a bus error."""
+    """`<part>_images.npy` while it grows. It appends, because a memory map ends in a bus error on a full disk."""
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path = path
@@ -36,7 +36,7 @@ class PartFile:
         self._write_header()
 
     def _write_header(self) -> None:
-        # NumPy pads the header so that its first dimension can grow in place.
+        # NumPy pads the header, so that a larger first dimension fits in the same space.
         shape = (len(self.labels), self.image_size, self.image_size, 3)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self.file, header)
@@ -55,15 +55,15 @@ class PartFile:
 
 
 def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> Info:
-    """Decode, split and write all images of `source` into the empty folder `folder`, and describe them.
+    """Decode, split and write all images of `source` into the empty folder `folder`, with `images.json`.
 
-    A part that the source brings stays as it is; `data.test_fraction` and then `data.validation_fraction` of what is
-    left are cut from its training images, class by class. Within a part images keep the source's order. The same
-    source and `data` give the same bytes, whatever `threads` is.
+    Parts of the source stay as they are. A missing test part and then a missing validation part are cut from the
+    training images, stratified by class. Images keep the order of the source. The same source and `data` give the same
+    bytes for any number of threads.
 
     Raises:
-        UserError: on an unreadable image (unless `data.allow_unreadable`), a class that cannot fill a part, or a
-            full disk.
+        UserError: for an unreadable image (unless `data.allow_unreadable`), a class that is missing in a part, or a
+            disk with too little room.
     """
     if len(source.classes) < 2:
         raise UserError(
@@ -94,13 +94,9 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
                     files[PARTS[part]].append(pixels, int(label))
         for part, file in files.items():
             file.finish(folder / f"{part}_labels.npy")
-    except OSError as error:
-        raise disk_error(error, folder) or UserError(
-            f"cannot write {folder}: {error}: make room and run again"
-        ) from None
     finally:
         for file in files.values():
-            with suppress(OSError):  # a full disk has been told already
+            with suppress(OSError):  # closing writes what is left in the buffer: a full disk fails once more
                 file.file.close()
     _check_filled(files, source.classes, ["train", *cut], len(unreadable))
 
@@ -124,16 +120,15 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
 
 
 def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and (population) standard deviation of each channel, pixels scaled to [0, 1].
+    """Mean and population std of each channel with pixels scaled to [0, 1], from its histogram (int64 `[3, 256]`).
 
-    Args:
-        histogram: int64 `[3, 256]`, how often each value occurs. From integers, so that the order of the images
-            cannot change the result; rounded to six decimals, so that the machine cannot either.
+    Integer counts make the result independent of the order of the images; six decimals make it independent of the
+    machine.
     """
     values = np.arange(256) / 255
     mean = (histogram * values).sum(1) / histogram.sum(1)
     variance = (histogram * (values - mean[:, None]) ** 2).sum(1) / histogram.sum(1)
-    std = np.where(variance > 0, np.sqrt(variance), 1.0)  # a constant channel can then still be normalised
+    std = np.where(variance > 0, np.sqrt(variance), 1.0)  # so that a constant channel can be normalized
     return [round(float(value), 6) for value in mean], [round(float(value), 6) for value in std]
 
 
@@ -146,7 +141,7 @@ def _decoded(
 
 def _try_decode(image: RawImage, size: int) -> tuple[np.ndarray, str | None] | Exception:
     if image.content is None:
-        return ValueError("the source names it but does not hold it")
+        return ValueError("the source lists it but does not contain it")
     try:
         return decode(image.content, size)
     except MemoryError:
@@ -156,11 +151,11 @@ def _try_decode(image: RawImage, size: int) -> tuple[np.ndarray, str | None] | E
 
 
 def _unreadable(image: RawImage, error: Exception, where: str) -> UserError:
-    # Pillow's text for unknown formats ends in a memory address.
-    reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    # Pillow's message for an unknown format ends in a memory address.
+    reason = "no image format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
     return UserError(
-        f"{where}: {image.name}: unreadable image ({reason}): mend or remove it,"
-        " or set `data.allow_unreadable: true` to leave such images out and list them"
+        f"{where}: {image.name}: unreadable image ({reason}): repair or remove it,"
+        " or set `data.allow_unreadable: true` to leave out unreadable images and list them"
     )
 
 
@@ -174,11 +169,11 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
 
 
 def _check_filled(files: dict[PartName, PartFile], classes: list[str], parts: list[PartName], lost: int) -> None:
-    """Leaving out unreadable images must not leave a class without any in a part that every class has to fill."""
+    """Check that every class still has an image in `parts` after unreadable images were left out."""
     for part in parts:
         counts = np.bincount(files[part].labels, minlength=len(classes))
         if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
             raise UserError(
-                f"class {empty[0]!r} has no readable image in {part} ({lost} were left out): mend some, add images,"
-                " or draw the parts again with another data.split_seed"
+                f"class {empty[0]!r} has no readable image in {part} ({lost} were left out): repair some, add images,"
+                " or change data.split_seed"
             )

@@ -16,7 +16,7 @@ from stages.common.cores import threads_for, usable_cores
         (0, {"LOCAL_WORLD_SIZE": "8"}, 1),
     ],
 )
-def test_zero_is_this_processs_share_of_the_cores(wanted, environment, threads, monkeypatch):
+def test_zero_takes_the_cores_of_this_process(wanted, environment, threads, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -34,7 +34,7 @@ def test_a_user_error_is_its_message_and_exit_code_2(capsys):
         ),
     ],
 )
-def test_a_disk_that_refuses_is_one_line_with_path_and_remedy(error, line, capsys):
+def test_a_disk_error_is_one_line_with_path_and_remedy(error, line, capsys):
     assert ended(error, capsys) == (2, f"error: {line}\n")
 
 
@@ -49,11 +49,11 @@ def test_errors_of_the_program_keep_their_traceback():
 def test_an_interruption_is_one_line_and_exit_code_130(capsys):
     code, line = ended(KeyboardInterrupt(), capsys)
     assert code == 130
-    assert line == "interrupted: nothing half-done is kept: run the same command again\n"
+    assert line == "interrupted: no partial work is kept: run the same command again\n"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # fewer and more than the buffer holds
-def test_a_reader_who_has_left_ends_the_program_without_a_word(lines):
+def test_a_closed_pipe_ends_the_program_without_a_message(lines):
     script = f"from stages.common.errors import run_stage; run_stage(lambda: print({lines} * 'the plan\\n'))"
     command = [sys.executable, "-c", script]
     top = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ def test_in_a_terminal_the_bar_shows_epoch_figures_and_time_left():
     screen = io.StringIO()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, console=Console(file=screen, force_terminal=True, width=160)) as bar:
-        progress = EpochProgress("finetune a", 4, 10, done=1, early=(0, 1), bar=bar)
+        progress = EpochProgress("finetune a", 4, 10, done=1, small=(0, 1), bar=bar)
         texts = [bar.tasks[0].fields["text"]]
         for top1 in (0.75, 1.0):
             for _ in range(10):
@@ -32,24 +32,24 @@ def test_in_a_terminal_the_bar_shows_epoch_figures_and_time_left():
             progress.epoch(loss=0.5, top1=top1, images_per_second=10.0)
             texts.append(bar.tasks[0].fields["text"])
         assert bar.tasks[0].completed == 30
-    assert len({len(text) for text in texts}) == 1  # or the bar would change its width
+    assert len({len(text) for text in texts}) == 1  # a constant width keeps the bar's width
     assert texts[11].startswith("epoch 2/4 loss 0.500 validation top-1 75.00 %")
     assert texts[22].startswith("epoch 3/4 loss 0.500 validation top-1 100.00 %")
     assert texts[22] in screen.getvalue()
     assert "left" in screen.getvalue()
 
 
-def test_time_left_counts_epochs_on_smaller_images_as_the_shorter_ones_that_they_are(capsys, monkeypatch):
+def test_the_time_left_counts_epochs_with_small_images_by_their_cost(capsys, monkeypatch):
     clock = iter([0.0, 10.0, 20.0, 30.0, 70.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    with epoch_progress("finetune a", epochs=5, steps_per_epoch=1, early=(3.0, 0.25)) as progress:
+    with epoch_progress("finetune a", epochs=5, steps_per_epoch=1, small=(3.0, 0.25)) as progress:
         for _ in range(4):
             progress.epoch(loss=1.0, top1=0.5, images_per_second=1.0)
     ends = [line.split()[-2] for line in capsys.readouterr().out.splitlines()]
     assert ends == ["1:40", "1:30", "1:20", "0:40"]
 
 
-def test_outside_a_terminal_a_search_tells_now_and_then_how_far_it_is(capsys, monkeypatch):
+def test_outside_a_terminal_a_search_prints_occasional_lines(capsys, monkeypatch):
     clock = iter(range(0, 1000, 8))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(module, "LINE_SECONDS", 20)

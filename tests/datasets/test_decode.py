@@ -27,54 +27,49 @@ def test_white_and_black_stay_white_and_black_in_every_mode(mode: str) -> None:
     np.testing.assert_array_equal(np.asarray(rgb), np.asarray(image))
 
 
-def test_every_file_mode_becomes_rgb_uint8_at_the_chosen_size(tmp_path: Path) -> None:
-    for mode, image_format in [
-        ("1", "PNG"),
-        ("L", "JPEG"),
-        ("LA", "PNG"),
-        ("P", "GIF"),
-        ("RGBA", "WEBP"),
-        ("CMYK", "JPEG"),
-    ]:
-        path = tmp_path / f"{mode}.{image_format.lower()}"
-        Image.new("RGB", (13, 7), "white").convert(mode).save(path)
+@pytest.mark.parametrize(
+    ("mode", "image_format"),
+    [("1", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("P", "GIF"), ("RGBA", "WEBP"), ("CMYK", "JPEG")],
+)
+def test_every_file_mode_becomes_rgb_uint8_at_the_chosen_size(mode: str, image_format: str, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    Image.new("RGB", (13, 7), "white").convert(mode).save(path, image_format)
 
-        pixels, found_format = decode(path, 8)
+    pixels, found_format = decode(path, 8)
 
-        assert pixels.shape == (8, 8, 3)
-        assert pixels.dtype == np.uint8
-        assert pixels.min() >= 250, mode
-        assert found_format == image_format
+    assert (pixels.shape, pixels.dtype) == ((8, 8, 3), np.uint8)
+    assert pixels.min() >= 250
+    assert found_format == image_format
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
-def test_16_bit_grey_is_scaled_and_not_clipped(dtype: str) -> None:
-    grey = np.array([[0, 128 * 257, 65535]], dtype=np.uint16)
-    png, _ = decode(encoded(Image.fromarray(grey), "PNG"), 4)
-    image = Image.frombytes({"<u2": "I;16", ">u2": "I;16B"}[dtype], (3, 1), grey.astype(dtype).tobytes())
+def test_16_bit_gray_is_scaled_and_not_clipped(dtype: str) -> None:
+    gray = np.array([[0, 128 * 257, 65535]], dtype=np.uint16)
+    png, _ = decode(encoded(Image.fromarray(gray), "PNG"), 4)
+    image = Image.frombytes({"<u2": "I;16", ">u2": "I;16B"}[dtype], (3, 1), gray.astype(dtype).tobytes())
 
     assert [int(value) for value in np.asarray(to_rgb(image))[0, :, 0]] == [0, 128, 255]
     assert png.max() == 255
     assert 100 < png.mean() < 155
 
 
-def test_32_bit_grey_is_taken_as_16_bit_and_floats_as_fractions_or_bytes() -> None:
-    def grey(values: list[float], dtype: type) -> list[int]:
+def test_32_bit_gray_has_the_range_of_16_bits_and_floats_that_of_fractions_or_bytes() -> None:
+    def gray(values: list[float], dtype: type) -> list[int]:
         return np.asarray(to_rgb(Image.fromarray(np.array([values], dtype=dtype))))[0, :, 0].tolist()
 
-    assert grey([0, 257, 65535, 70000], np.int32) == [0, 1, 255, 255]
-    assert grey([0.0, 0.5, 1.0], np.float32) == [0, 128, 255]
-    assert grey([-3.0, 7.0, 300.0], np.float32) == [0, 7, 255]
+    assert gray([0, 257, 65535, 70000], np.int32) == [0, 1, 255, 255]
+    assert gray([0.0, 0.5, 1.0], np.float32) == [0, 128, 255]
+    assert gray([-3.0, 7.0, 300.0], np.float32) == [0, 7, 255]
 
 
-def test_lab_becomes_the_srgb_colour_that_it_means() -> None:
+def test_lab_becomes_the_same_color_in_srgb() -> None:
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     image = ImageCms.profileToProfile(Image.new("RGB", (2, 2), (200, 60, 30)), srgb, lab, outputMode="LAB")
 
     np.testing.assert_allclose(np.asarray(to_rgb(image))[0, 0], (200, 60, 30), atol=4)
 
 
-def test_transparent_pixels_show_white_whatever_colour_hides_below() -> None:
+def test_transparent_pixels_become_white_for_any_hidden_color() -> None:
     rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     rgba.putpixel((1, 0), (255, 0, 0, 255))
     palette = Image.new("P", (2, 1), 0)
@@ -90,29 +85,20 @@ def test_transparent_pixels_show_white_whatever_colour_hides_below() -> None:
     ]:
         with Image.open(io.BytesIO(content)) as image:
             assert np.asarray(to_rgb(image))[0].tolist() == [[255, 255, 255], [255, 0, 0]]
-
-
-def test_half_transparent_grey_is_mixed_with_white() -> None:
     assert to_rgb(Image.new("LA", (1, 1), (0, 128))).getpixel((0, 0)) == (127, 127, 127)
 
 
-def test_the_whole_image_is_scaled_not_a_crop_of_it() -> None:
+def test_the_whole_image_is_stretched_and_averaged_over_all_source_pixels() -> None:
     wide = np.zeros((8, 64, 3), dtype=np.uint8)
     wide[:, :32] = 255
-
     pixels, image_format = decode(wide, 8)
-
     assert image_format is None
     assert (pixels[:, :3] == 255).all()
     assert (pixels[:, 5:] == 0).all()
 
-
-def test_shrinking_averages_over_all_source_pixels() -> None:
     stripes = np.zeros((64, 64), dtype=np.uint8)
     stripes[:, ::2] = 255
-
     pixels, _ = decode(stripes, 8)
-
     assert np.abs(pixels.astype(int) - 127).max() <= 5
 
 
@@ -127,7 +113,7 @@ def test_exif_orientation_is_applied() -> None:
     assert pixels[0, 0].tolist() == [0, 0, 0]
 
 
-def test_a_truncated_file_is_an_error_and_not_half_grey() -> None:
+def test_a_truncated_file_is_an_error_and_not_half_gray() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     content = encoded(Image.fromarray(noise), "JPEG")
 

@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_made_and_a_full_disk_are_named(site: Site, tmp_
 
 
 @pytest.mark.parametrize("mode", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
-def test_an_archive_is_unpacked_whatever_its_name(mode: str, tmp_path: Path) -> None:
+def test_an_archive_is_recognized_without_its_suffix(mode: str, tmp_path: Path) -> None:
     if mode == "zip":
         path = zipped(tmp_path / "images", {"a/": b"", "a/1.png": b"data"})
     else:

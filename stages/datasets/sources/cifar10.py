@@ -8,7 +8,7 @@ import numpy as np
 
 from stages.common.errors import UserError
 from stages.datasets.obtain import obtain
-from stages.datasets.sources import RawImage, Source
+from stages.datasets.source import RawImage, Source
 from stages.datasets.sources.parquet import parquet_files, parquet_source
 from stages.datasets.store import PartName
 

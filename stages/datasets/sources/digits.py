@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from stages.common.errors import UserError
-from stages.datasets.sources import RawImage, Source
+from stages.datasets.source import RawImage, Source
 from stages.datasets.store import PartName
 
 

@@ -1,4 +1,4 @@
-"""One folder for each class, with or without folders for the parts above them."""
+"""One folder for each class, either at the top or inside a folder for each part."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import numpy as np
 
 from stages.common.errors import UserError
 from stages.datasets.obtain import obtain
-from stages.datasets.sources import PART_NAMES, RawImage, Source
+from stages.datasets.source import PART_NAMES, RawImage, Source
 from stages.datasets.store import PartName
 
 SUFFIXES = {
@@ -20,12 +20,12 @@ SUFFIXES = {
 def folder_source(location: str, sha256: dict[str, str], scratch: Path) -> Source:
     """Images in `<class>/...` or `<part>/<class>/...`, in a folder, an archive of it, or the URL of an archive.
 
-    Class folders are read to any depth, in the order of their names; hidden files and files that are no images (by
-    their suffix) are passed over, the latter counted. Parts may be called as `PART_NAMES` lists.
+    Class folders are read recursively and sorted by name; `PART_NAMES` lists the names of parts. Hidden files are
+    ignored. Files without the suffix of an image format are ignored and counted in the remark.
 
     Raises:
-        UserError: as `obtain`; also where there are no folders for classes, for a class without images, and for parts
-            whose classes differ.
+        UserError: as `obtain`; also for fewer than two class folders, a class without images, and parts whose classes
+            differ.
     """
     root = obtain(location, sha256, scratch)
     if not root.is_dir():
@@ -62,7 +62,7 @@ def folder_source(location: str, sha256: dict[str, str], scratch: Path) -> Sourc
         classes=classes,
         labels=labels,
         images=images,
-        remark=f"files passed over because they are no images: {len(ignored):,}" if ignored else "",
+        remark=f"files ignored because they are no images: {len(ignored):,}" if ignored else "",
     )
 
 
@@ -79,14 +79,14 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _descend(root: Path) -> Path:
-    """Archives mostly hold one folder, which holds the rest."""
+    """The folder that holds the classes or parts: many archives wrap it in another folder."""
     while len(inner := _subfolders(root)) == 1 and not _is_part(inner[0]) and _subfolders(inner[0]):
         root = inner[0]
     return root
 
 
 def _is_part(folder: Path) -> bool:
-    """A class may well be called `train` (there are vehicles): what tells a part is that it holds classes."""
+    """A part has the name of a part and holds only folders: a class of vehicles may be called `train` too."""
     return folder.name.lower() in PART_NAMES and bool(_subfolders(folder)) and not _holds_images(folder)
 
 
@@ -98,7 +98,7 @@ def _part_folders(root: Path, location: str) -> dict[PartName, Path]:
     for folder in inner:
         part = PART_NAMES.get(folder.name.lower())
         if part is None:
-            raise UserError(f"{location}: {folder.name!r} stands beside the parts but is none: remove or rename it")
+            raise UserError(f"{location}: {folder.name!r} lies beside the parts but is none: remove or rename it")
         if part in parts:
             raise UserError(f"{location}: {folder.name!r} and {parts[part].name!r} are both the {part} part: keep one")
         parts[part] = folder

@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.common.errors import UserError
 from stages.datasets.obtain import obtain
-from stages.datasets.sources import PART_NAMES, RawImage, Source
+from stages.datasets.source import PART_NAMES, RawImage, Source
 from stages.datasets.store import PARTS, PartName
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ def parquet_source(location: str, sha256: dict[str, str], scratch: Path) -> Sour
     """Images from a Parquet file, a folder of them (or an archive of one), or the URL of either.
 
     Columns: `img` or `image`, a struct with `bytes` (an encoded image) and `path`; `label`, an integer. The class names
-    are in the `huggingface` metadata; without it the numbers are the names. The beginning of a file's name tells its
-    part (`train-00000-of-00002.parquet`), otherwise the name of its folder, with the names in `PART_NAMES`; other files
-    belong to train. A test or validation part need not hold every class.
+    come from the `huggingface` metadata; without it the numbers are the names. A file belongs to the part that its name
+    begins with (`train-00000-of-00002.parquet`) or that its folder is named after, with the names in `PART_NAMES`;
+    other files belong to train. A test or validation part may lack classes.
 
     Raises:
         UserError: as `obtain`; also for broken files, missing columns, labels outside the classes, and classes that
