@@ -1,16 +1,16 @@
-"""Images per second of a training epoch, side by side with the loop that people write first, and what its parts cost.
+"""Images per second of a training epoch, beside a plain PyTorch loop, and what its parts cost.
 
 The network and the recipe are those of a profile (or `--architecture` at 64 pixels). Two processes take turns in random
 order, one segment of steps at a time:
 
 - `plain`: float32, torchvision's transforms in a DataLoader of two workers that decode JPEG, AdamW, the default
   allocator, the loss read at every step.
-- `loop`: steps of `stages/training` at full size; `early`: steps at the size of `progressive_resize`, if the recipe has
-  it; `recipe`: the mean over both in the recipe's proportion.
-- `bare` is forward, backward and step with the same settings on a fixed batch; `silent` the loop without averaging and
-  logging, `averaged and logged` with both; `hesso` prunes on top of `silent`. `silent again` tells the noise.
+- `loop`: steps of the `Trainer` at full size. `small`: those at the size of `progressive_resize`, if the recipe has it;
+  `recipe` is the mean over both in the recipe's proportion.
+- `bare`: forward, backward and step on one fixed batch. `silent`: the loop without EMA and progress line; `averaged and
+  logged` has both; `hesso` prunes on top of `silent`. The ratio of `silent again` to `silent` shows the noise.
 
-Run, from a profile's folder with its images: python ../../tests/benchmarks/training.py --out FILE
+Run, from a profile's folder with its images: python -m benchmarks.training --out FILE
 """
 
 import argparse
@@ -24,8 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all that Python puts there
 
 import numpy as np
 import torch
@@ -58,10 +56,10 @@ from stages.training.trainer import Trainer, TrainingData
 
 PLAIN = ("plain",)
 OURS = ("loop", "bare", "silent", "silent again", "averaged and logged", "hesso")
-EARLY = "early"  # of ours, where the recipe has smaller images
-WARM_STEPS = 8  # before each timed segment of `plain`: what its workers had prepared while they waited
+SMALL = "small"  # one of ours, if the recipe has progressive_resize
+WARM_STEPS = 8  # before each timed segment of `plain`: they use up the batches that its workers prepared while waiting
 JPEG_IMAGES, JPEG_QUALITY = 10_000, 75
-RATIOS = {  # of times in the same round: what over what
+RATIOS = {  # of times in the same round: numerator, denominator
     "plain over loop": ("plain", "loop"),
     "plain over recipe": ("plain", "recipe"),
     "bare over loop": ("bare", "loop"),
@@ -72,7 +70,7 @@ RATIOS = {  # of times in the same round: what over what
 
 
 class Jpegs(Dataset):
-    """Training images as files hold them."""
+    """Training images as encoded JPEG files."""
 
     def __init__(self, size: int) -> None:
         part, info = open_part(paths.IMAGES, "train"), read_info(paths.IMAGES)
@@ -132,11 +130,13 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
     """The segments to time, by name."""
     info, part = read_info(paths.IMAGES), open_part(paths.IMAGES, "train")
     data = TrainingData(part, open_part(paths.IMAGES, "validation"), Preprocess(info.mean, info.std, size))
+    if steps >= (most := steps_per_epoch(recipe, len(part))):
+        raise UserError(f"--steps {steps}: an epoch has {most} of {recipe.batch_size} images: lower it or --batch")
 
-    def trainer_of(recipe: Finetune, network: torch.nn.Module, constraint: Hesso | None = None) -> Trainer:
-        return Trainer(network, data, recipe, device, constraint=constraint, title="benchmark")
+    def trainer(recipe: Finetune) -> Trainer:
+        return Trainer(copy.deepcopy(network), data, recipe, device)
 
-    def segment(trainer: Trainer, logged: bool, first: int = 0) -> Callable[[], float]:
+    def segment(trainer: Trainer, logged: bool, first: int = 0, fixed_batch: bool = False) -> Callable[[], float]:
         at = first
 
         def timed() -> float:
@@ -148,7 +148,8 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
             with open(os.devnull, "w") as silence, epoch_progress("benchmark", 1, trainer.steps_per_epoch) as progress:
                 started = time.perf_counter()
                 for _ in range(steps):
-                    x, targets = next(batches)
+                    if not fixed_batch:
+                        x, targets = next(batches)
                     at += 1
                     trainer.step(at, x, targets)
                     if logged:
@@ -160,41 +161,23 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
 
         return timed
 
-    def bare(trainer: Trainer) -> Callable[[], float]:
-        x, targets = next(trainer.batches_of(0))
-
-        def timed() -> float:
-            trainer.step(0, x, targets)
-            _wait(device)
-            started = time.perf_counter()
-            for step in range(steps):
-                trainer.step(step, x, targets)
-            _wait(device)
-            return time.perf_counter() - started
-
-        return timed
-
-    early, recipe = recipe, recipe.model_copy(update={"progressive_resize": None})
-    silent, averaged = (recipe.model_copy(update={"ema_decay": decay}) for decay in (0.0, 0.999))
+    full = recipe.model_copy(update={"progressive_resize": None})
+    silent, averaged = (full.model_copy(update={"ema_decay": decay}) for decay in (0.0, 0.999))
     pruned = copy.deepcopy(network)
     fold_layer_scale(pruned)
     groups = channel_groups(pruned, size)
-    pruner = Oto(method="oto", epochs=recipe.epochs, learning_rate_factor=1.0, group_sparsity=0.5)
-    total = steps_in(recipe, len(part))
-    if steps >= (most := steps_per_epoch(recipe, len(part))):
-        raise UserError(f"--steps {steps}: an epoch has {most} of {recipe.batch_size} images: lower it or --batch")
+    pruner = Oto(method="oto", epochs=full.epochs, learning_rate_factor=1.0, group_sparsity=0.5)
+    total = steps_in(full, len(part))
     hesso = Hesso(pruned, groups, costs_of(pruned, groups, size), pruner, total, "pruners.benchmark")
-    quiet = trainer_of(silent, copy.deepcopy(network))
-    pruning = trainer_of(silent, pruned, hesso)
-    x, targets = next(pruning.batches_of(0))
-    pruning.step(hesso.schedule.start, x, targets)  # the first period's channels are chosen here
-    smaller = {EARLY: segment(trainer_of(early, copy.deepcopy(network)), True)} if early.progressive_resize else {}
-    return smaller | {
-        "loop": segment(trainer_of(recipe, copy.deepcopy(network)), True),
-        "bare": bare(trainer_of(silent, copy.deepcopy(network))),
+    quiet, pruning = trainer(silent), Trainer(pruned, data, silent, device, constraint=hesso)
+    pruning.step(hesso.schedule.start, *next(pruning.batches_of(0)))  # the first period's channels are chosen here
+    small = {SMALL: segment(trainer(recipe), True)} if recipe.progressive_resize else {}
+    return small | {
+        "loop": segment(trainer(full), True),
+        "bare": segment(trainer(silent), False, fixed_batch=True),
         "silent": segment(quiet, False),
         "silent again": segment(quiet, False),
-        "averaged and logged": segment(trainer_of(averaged, copy.deepcopy(network)), True),
+        "averaged and logged": segment(trainer(averaged), True),
         "hesso": segment(pruning, False, hesso.schedule.start + 1),
     }
 
@@ -229,7 +212,7 @@ def serve(names: tuple[str, ...], arguments: argparse.Namespace) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     precision = "bfloat16" if names != PLAIN and use_bfloat16(recipe.precision, device) else "float32"
     host = {"device": name, "threads": torch.get_num_threads(), "precision": precision}
-    if EARLY in segments:
+    if SMALL in segments:
         host |= recipe.model_dump(include={"progressive_resize"})
     print(json.dumps(host), flush=True)
     for line in sys.stdin:
@@ -242,8 +225,15 @@ def ratio_row(of_rounds: np.ndarray, seed: int) -> dict[str, float]:
 
 
 def start(names: tuple[str, ...], arguments: list[str]) -> tuple[subprocess.Popen, dict[str, object]]:
-    """A process that times segments, and what it runs on."""
-    command = [sys.executable, __file__, *arguments, "--serve", "plain" if names == PLAIN else "ours"]
+    """A process that times segments, and its device, threads and precision."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.training",
+        *arguments,
+        "--serve",
+        "plain" if names == PLAIN else "ours",
+    ]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     if not (line := worker.stdout.readline()):
         raise SystemExit(f"{names[0]}: the process ended early")
@@ -253,11 +243,11 @@ def start(names: tuple[str, ...], arguments: list[str]) -> tuple[subprocess.Pope
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--architecture", help="of timm, at 64 pixels, instead of the profile's first model")
+    parser.add_argument("--architecture", help="a timm architecture at 64 pixels instead of the profile's first model")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=12, help="of a segment")
+    parser.add_argument("--steps", type=int, default=12, help="steps in a segment")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", choices=["plain", "ours"], help=argparse.SUPPRESS)
@@ -275,8 +265,8 @@ def main() -> None:
         return
     machine = describe_machine()
     (theirs, _), (own, host) = (start(names, sys.argv[1:]) for names in (PLAIN, OURS))
-    early = (host.get("progressive_resize") or {}).get("fraction")
-    workers = dict.fromkeys(PLAIN, theirs) | dict.fromkeys(OURS if early is None else (*OURS, EARLY), own)
+    small = (host.get("progressive_resize") or {}).get("fraction")
+    workers = dict.fromkeys(PLAIN, theirs) | dict.fromkeys(OURS if small is None else (*OURS, SMALL), own)
     generator, times = random.Random(arguments.seed), {name: [] for name in workers}
     for _ in range(arguments.rounds):
         for name in generator.sample(list(workers), len(workers)):
@@ -286,8 +276,8 @@ def main() -> None:
         worker.stdin.close()
     images = arguments.steps * arguments.batch
     seconds = {name: np.array(of_rounds) for name, of_rounds in times.items()}
-    if early is not None:
-        seconds["recipe"] = early * seconds[EARLY] + (1 - early) * seconds["loop"]
+    if small is not None:
+        seconds["recipe"] = small * seconds[SMALL] + (1 - small) * seconds["loop"]
     speeds = {name: images / float(np.median(of_rounds)) for name, of_rounds in seconds.items()}
     ratios = {name: seconds[top] / seconds[below] for name, (top, below) in RATIOS.items() if below in seconds}
     rows = {name: ratio_row(of_rounds, arguments.seed) for name, of_rounds in ratios.items()}

@@ -1,28 +1,24 @@
-"""Our static int8 model.onnx in ONNX Runtime against what OpenVINO's NNCF makes of the same float network with the same
-calibration images, in OpenVINO: interleaved by the edge benchmark's protocol, one image at a time, one thread.
+"""Compares our static int8 model.onnx in ONNX Runtime with NNCF's quantization of the same float network in OpenVINO.
 
-Run, where a project lies whose variants are made (NNCF is not among the project's extras: uv pip install nncf):
+Both use the same calibration images. The edge benchmark's protocol times them interleaved, one image at a time, on one
+thread. Run it where the pipeline has made the variants (install NNCF first: uv pip install nncf):
 
-    python <here>/tests/benchmarks/static_int8.py convnext-none-int8_static convnext-oto50-int8_static --out FILE
+    python -m benchmarks.static_int8 convnext-none-int8_static convnext-oto50-int8_static --out FILE
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # a script's own folder is all that Python puts there
-
 import numpy as np
-from interleaved import timed_over
 
 from stages.artifacts.artifact import read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
 from stages.datasets.store import Part, open_part
-from stages.edge.machine import describe_machine
-from stages.edge.protocol import Contender, Protocol, random_pixels
+from stages.edge.machine import EnergyMeter, RunWatch, describe_machine
+from stages.edge.protocol import Contender, Protocol, measure, random_pixels, timed_rows
 from stages.edge.runtimes import ONNXRUNTIME, OPENVINO, TORCH_EAGER, Run
 from stages.params.load import load_params
 from stages.params.quantizers import Int8Static
@@ -33,7 +29,7 @@ PROTOCOL = Protocol(threads=1, warmup_runs=50, windows=30, window_seconds=0.3, s
 
 
 def quantize_by_nncf(float_onnx: Path, images: np.ndarray, out: Path) -> None:
-    """OpenVINO's files of the network in `float_onnx`, quantized on images uint8 `[N, H, W, 3]` by NNCF's defaults."""
+    """Quantize `float_onnx` with NNCF's defaults on images uint8 `[N, H, W, 3]`; write OpenVINO's files to `out`."""
     import nncf
     import openvino
 
@@ -46,7 +42,7 @@ def quantize_by_nncf(float_onnx: Path, images: np.ndarray, out: Path) -> None:
 
 
 def open_openvino(xml: Path) -> Run:
-    """As `OPENVINO` opens a model.onnx."""
+    """Open OpenVINO's own files with the settings that `OPENVINO` uses for a model.onnx."""
     import openvino
 
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
@@ -56,12 +52,12 @@ def open_openvino(xml: Path) -> Run:
 
 
 def classes_of(run: Run, part: Part) -> np.ndarray:
-    """int64 `[N]`, one image at a time."""
+    """Predicted classes, int64 `[N]`, one image at a time."""
     return np.array([run(np.ascontiguousarray(image[None])).argmax() for image in part.images])
 
 
 def compare(params: Params, variant: str, scratch: Path) -> dict[str, object]:
-    """Times and validation top-1 of the four, and the ratio of NNCF's time to ours (above 1: ours is faster).
+    """Times and validation top-1 of each runtime, and the ratio of its time to ours (above 1: ours is faster).
 
     Raises:
         UserError: if the variant is not static int8.
@@ -83,14 +79,19 @@ def compare(params: Params, variant: str, scratch: Path) -> dict[str, object]:
     pixels = random_pixels(1, read_description(folder).image_size, PROTOCOL.seed)
     ours = list(runs).index("ours int8, ONNX Runtime")
     contenders = [Contender(variant, name, run, pixels, ours) for name, run in runs.items()]
-    rows, marks = timed_over(contenders, PROTOCOL, "time_over_ours")
+    watch = RunWatch.start()
+    rows = timed_rows(contenders, measure(contenders, PROTOCOL, EnergyMeter()), PROTOCOL)
+    marks, state = watch.finish()
     validation = open_part(paths.IMAGES, "validation")
     predicted = {name: classes_of(run, validation) for name, run in runs.items()}
     float_classes = predicted["float, ONNX Runtime"]
-    for row in rows:
+    for row in rows:  # the protocol's ratio is the baseline's time over the contender's
+        row["time_over_ours"] = 1 / row.pop("latency_ratio")
+        row["time_over_ours_high"] = 1 / row.pop("latency_ratio_low")
+        row["time_over_ours_low"] = 1 / row.pop("latency_ratio_high")
         row["validation_top1"] = float((predicted[row["runtime"]] == validation.labels).mean())
         row["agreement_with_float"] = float((predicted[row["runtime"]] == float_classes).mean())
-    return {"variant": variant, "n_validation": len(validation), **marks, "rows": rows}
+    return {"variant": variant, "n_validation": len(validation), **marks, **state, "rows": rows}
 
 
 def main() -> None:
