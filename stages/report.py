@@ -1,8 +1,8 @@
-"""report: from what was measured to what a person reads: tables, statistics, claims, plots, cards and one page.
+"""report: tables, statistics, pictures, model cards, a page and a Markdown summary from the measurements.
 
 in    reports/profile/<variant>/ and reports/edge/ of the variants listed in params.yaml, reports/curves/
-out   reports/: metrics.json, run.json, variants.json, variants.csv, claims.json, cards/<variant>.md, plots/*.csv and
-      *.png, index.html
+out   reports/: metrics.json, run.json, variants.json, variants.csv, summary.md, index.html, cards/<variant>.md,
+      plots/*.csv and *.png
 run   python -m stages.report
 
 Nothing is written before everything is computed, so a broken input leaves the last good report whole.
@@ -11,58 +11,58 @@ Nothing is written before everything is computed, so a broken input leaves the l
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stages.common import paths
 from stages.common.errors import run_stage
 from stages.common.files import atomic_file, atomic_folder, write_csv, write_json, write_text
 from stages.params.load import load_params
-from stages.params.whole import Params
 from stages.reporting.cards import card
-from stages.reporting.claims import assess, read_claims
-from stages.reporting.inputs import Run, read_run
+from stages.reporting.edge import describe_run
+from stages.reporting.inputs import CompletedRun, Params, read_run
 from stages.reporting.page import render_page
 from stages.reporting.plots import Picture, draw_all
-from stages.reporting.rows import ROW_KEYS, assemble_groups, assemble_rows, choose, describe_run, headline_metrics
+from stages.reporting.rows import ROW_KEYS, Row, assemble_rows, choose, groups_of, headline_metrics
+from stages.reporting.summary import summary_of
 from stages.reporting.tables import Table, plot_tables
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is written, in memory."""
+    """All outputs in memory."""
 
-    metrics: dict[str, float | int | str]
-    run: dict
-    rows: list[dict]
-    claims: list[dict]
+    rows: list[Row]
+    run: dict[str, Any]
+    metrics: dict[str, Any]
+    summary: str
     cards: dict[str, str]
     tables: dict[str, Table]
     pictures: dict[str, Picture]
     page: str
 
 
-def make_report(run: Run) -> Report:
-    """Everything the report says of a run; deterministic, reads and writes nothing but its own templates."""
-    groups = assemble_groups(run)
-    rows = assemble_rows(run, groups)
-    choices = choose(run)
-    claims = assess(read_claims(), run, rows, groups)
-    pictures = draw_all(run, rows, groups, choices)
+def make_report(run: CompletedRun) -> Report:
+    """Deterministic; reads and writes nothing but its own templates."""
+    rows = assemble_rows(run)
+    choices, facts, groups = choose(run, rows), describe_run(run), groups_of(rows)
+    metrics = headline_metrics(rows, choices)
+    pictures = draw_all(run, rows, choices)
     return Report(
-        headline_metrics(run, rows, choices),
-        describe_run(run),
         rows,
-        claims,
+        facts,
+        metrics,
+        summary_of(rows, facts, metrics),
         {row["variant"]: card(run, row, groups) for row in rows},
-        plot_tables(run, rows, choices),
+        plot_tables(run, choices),
         pictures,
-        render_page(run, rows, groups, choices, claims, pictures),
+        render_page(run, rows, facts, metrics, choices, pictures),
     )
 
 
 def write_report(report: Report) -> None:
-    """All files are written before the first takes its name: a full disk leaves the last report as it was.
+    """Write all files under temporary names before the first takes its name: a full disk leaves the last report whole.
 
-    The folders hold exactly what this report has.
+    The folders hold exactly the files of this report.
     """
     with ExitStack() as stack:
 
@@ -79,8 +79,8 @@ def write_report(report: Report) -> None:
             (plots / f"{name}.png").write_bytes(picture.png)
         write_csv(unfinished("variants.csv"), report.rows, ROW_KEYS)
         write_json(unfinished("variants.json"), report.rows)
-        write_json(unfinished("claims.json"), report.claims)
         write_json(unfinished("run.json"), report.run)
+        write_text(unfinished("summary.md"), report.summary)
         write_text(unfinished("index.html"), report.page)
         write_json(unfinished("metrics.json"), report.metrics)
 

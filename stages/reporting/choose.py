@@ -1,9 +1,10 @@
-"""Choose: the variant to deploy under limits on accuracy, latency and size, picked on validation figures.
+"""Choose the variant to deploy under limits on accuracy, latency and size, by validation figures.
 
-In:  `params.yaml` and what the stages measured for the listed variants, as the report reads it.
-Out: on the terminal, the choice and why, its test figures, and the command that deploys it; or, with exit code 1, that
-     no variant fits and which is nearest.
-Run: python -m stages.reporting.choose [--max-drop POINTS] [--max-latency-ms MS] [--max-size SIZE]
+In:  `params.yaml` and the measurements of the listed variants.
+Out: on the terminal, the choice, its test figures, and the command that deploys it. If no variant fits, the nearest
+     one and exit code 1.
+Run: edgewise choose [--max-drop POINTS] [--max-latency-ms MS] [--max-size SIZE], or
+     python -m stages.reporting.choose with the same options
 """
 
 import argparse
@@ -12,180 +13,171 @@ import re
 import sys
 import textwrap
 
-from stages.common.errors import run_stage
+from stages.common.errors import UserError, run_stage
 from stages.params.load import load_params
-from stages.params.whole import Params
-from stages.reporting.cards import machine_text
-from stages.reporting.edge import marks_of
-from stages.reporting.inputs import Run, read_run
+from stages.reporting.edge import describe_run, marks_of
+from stages.reporting.inputs import CompletedRun, Params, read_run
 from stages.reporting.rows import (
-    assemble_groups,
+    Row,
     assemble_rows,
-    baseline_words,
     best_dense_top1,
+    dense_of,
+    groups_of,
     least_top1,
     most_accurate,
     smallest,
-    validation_top1,
 )
-from stages.reporting.text import (
+from stages.reporting.wording import (
     BYTE_UNITS,
-    allowance_text,
     bytes_text,
-    difference_text,
+    change_sentence,
+    drop_text,
+    fraction_text,
+    machine_text,
     percent_text,
     ratio_text,
-    share_text,
-    spread_text,
+    seeds_text,
 )
 
 DROP, LATENCY, SIZE = "--max-drop", "--max-latency-ms", "--max-size"
 RULE = (
-    f"With {DROP} the best is the smallest file that fits all limits, since accuracy within the drop is given up;"
-    " without it, the highest validation top-1 that fits. Ties go to the other of the two."
+    f"With {DROP}, the choice is the smallest file that fits all limits; without it, the highest validation top-1 that"
+    " fits. Ties go to the other of the two."
 )
 NEAREST = (
-    f"Nearest is the variant whose largest excess over a limit is the smallest share of that limit; {DROP} counts as"
-    " the error rate that it allows on validation images."
+    "If no variant fits, the nearest is the one with the smallest worst excess, as a fraction of the limit;"
+    f" {DROP} counts as the error rate that it allows on validation images. The exit code is then 1."
 )
-COLUMNS, LABEL = 100, 18  # letters in a line, and before its text
+COLUMNS, LABEL = 100, 18  # letters in a line, and width of the labels
+Limits = dict[str, float]
+"""By option, the largest of `costs` that is allowed."""
 
 
-def costs(run: Run, variant: str) -> dict[str, float]:
+def costs(row: Row) -> dict[str, float]:
     """What each option limits: the error rate on validation images (a fraction), median milliseconds, bytes."""
-    measured = run.variants[variant]
-    return {
-        DROP: 1 - validation_top1(run, variant),
-        LATENCY: measured.edge["latency_ms_p50"],
-        SIZE: measured.profile["size_bytes"],
-    }
+    return {DROP: 1 - row["validation_top1"], LATENCY: row["latency_ms_p50"], SIZE: row["size_bytes"]}
 
 
-def limits_of(run: Run, max_drop: float | None, max_latency_ms: float | None, max_size: int | None) -> dict[str, float]:
-    """The largest of `costs` that are allowed, by option; those that are not limited are left out."""
-    error = None if max_drop is None else 1 - least_top1(run, max_drop)
+def limits_of(
+    rows: list[Row], max_drop: float | None, max_latency_ms: float | None, max_size: int | None
+) -> dict[str, float]:
+    error = None if max_drop is None else 1 - least_top1(rows, max_drop)
     given = {DROP: error, LATENCY: max_latency_ms, SIZE: max_size}
     return {option: most for option, most in given.items() if most is not None}
 
 
-def excesses(run: Run, variant: str, limits: dict[str, float]) -> dict[str, float]:
-    """How far the variant is over each limit that it does not keep, in that limit's unit; empty where it fits."""
-    found = costs(run, variant)
+def excesses(row: Row, limits: Limits) -> dict[str, float]:
+    """The excess over each limit that the variant exceeds, in that limit's unit; empty if it fits."""
+    found = costs(row)
     return {option: found[option] - most for option, most in limits.items() if found[option] > most}
 
 
-def fitting(run: Run, limits: dict[str, float]) -> list[str]:
-    return [variant for variant in run.params.variants if not excesses(run, variant, limits)]
+def fitting(rows: list[Row], limits: Limits) -> list[Row]:
+    return [row for row in rows if not excesses(row, limits)]
 
 
-def best(run: Run, variants: list[str], limits: dict[str, float]) -> str:
-    """The one of those that fit that `RULE` says; a limit on cost that it keeps never makes another one the best."""
-    return smallest(run, variants) if DROP in limits else most_accurate(run, variants)
+def best(fits: list[Row], limits: Limits) -> Row:
+    """The choice by `RULE` among those that fit."""
+    return smallest(fits) if DROP in limits else most_accurate(fits)
 
 
-def distance(run: Run, variant: str, limits: dict[str, float]) -> float:
-    """The largest excess of a variant that does not fit, as a share of its limit: what `NEAREST` goes by."""
-    return max(excess / limits[option] for option, excess in excesses(run, variant, limits).items())
+def distance(row: Row, limits: Limits) -> float:
+    """The largest excess as a fraction of its limit."""
+    return max(excess / limits[option] for option, excess in excesses(row, limits).items())
 
 
-def nearest(run: Run, limits: dict[str, float]) -> str:
-    """The one that `NEAREST` says, of variants none of which fits; ties go to the higher validation top-1."""
-    return min(run.params.variants, key=lambda name: (distance(run, name, limits), -validation_top1(run, name)))
+def nearest(rows: list[Row], limits: Limits) -> Row:
+    """The choice by `NEAREST` if none fits; ties go to the higher validation top-1."""
+    return min(rows, key=lambda row: (distance(row, limits), -row["validation_top1"]))
 
 
-def answer(run: Run, limits: dict[str, float], fits: list[str]) -> str:
-    """The best of the variants that fit, and why, in words; then its test figures and the command that deploys it."""
-    chosen, of = best(run, fits, limits), f"{len(run.variants)} variants"
+def answer(run: CompletedRun, rows: list[Row], limits: Limits, fits: list[Row]) -> str:
+    """The best of the variants that fit, the reason, its test figures and the command that deploys it."""
+    chosen, total = best(fits, limits), f"{len(rows)} variants"
     if len(fits) == 1:
-        why = f"the only one of {of} that fits"
-    elif DROP in limits:
-        why = f"the smallest file (as {DROP} is given) of {len(fits)} that fit, of {of}"
+        why = f"the only one of {total} that fits"
     else:
-        why = f"the highest validation top-1 of {len(fits)} that fit, of {of}"
+        rule = f"the smallest file (because of {DROP})" if DROP in limits else "the highest validation top-1"
+        why = f"{rule} of {len(fits)} that fit, of {total}"
     lines = [
-        ("chosen", chosen),
+        ("chosen", chosen["variant"]),
         ("why", why),
-        *_figures(run, chosen, limits),
-        *_tested(run, chosen),
-        *(("take care", mark) for mark in marks_of(run, [chosen])),
+        *_figures(run, rows, chosen, limits),
+        *_tested(run, rows, chosen),
+        *(("warning", mark) for mark in marks_of(run, [chosen["variant"]])),
     ]
-    return f"{_written(lines)}\n{'deploy':<{LABEL}}uv run python -m stages.edge.bundle {chosen}"
+    return f"{_written(lines)}\n{'deploy':<{LABEL}}uv run edgewise bundle {chosen['variant']}"
 
 
-def refusal(run: Run, limits: dict[str, float]) -> str:
-    """That no variant fits, which limits cannot be met, and what is nearest, in words and validation figures."""
-    lines = [("chosen", f"none: no variant keeps {'all limits at once' if len(limits) > 1 else 'the limit'}")]
+def refusal(run: CompletedRun, rows: list[Row], limits: Limits) -> str:
+    """That no variant fits, which limits cannot be met, and the nearest variant with its validation figures."""
+    lines = [("chosen", f"none: no variant meets {'all limits at once' if len(limits) > 1 else 'the limit'}")]
     for option, most in limits.items():
-        kept, of = len(fitting(run, {option: most})), f"of {len(run.variants)} variants"
-        words = f"kept by {kept} {of}" if kept else f"cannot be met: kept by none {of}"
-        lines.append((option, f"{_limit(run, option, most)}; {words}"))
-    variant = nearest(run, limits)
-    missed = distance(run, variant, limits)
-    over = f"{percent_text(missed, 2)} over" if missed < 1 else f"{ratio_text(1 + missed)}"
+        met, total = len(fitting(rows, {option: most})), f"of {len(rows)} variants"
+        words = f"met by {met} {total}" if met else f"cannot be met: met by none {total}"
+        lines.append((option, f"{_limit(rows, option, most)}; {words}"))
+    row = nearest(rows, limits)
+    missed = distance(row, limits)
+    over = f"{percent_text(missed, 2)} over" if missed < 1 else ratio_text(1 + missed)
     note = " (a drop counts as error rate)" if DROP in limits else ""
-    lines.append(("nearest", f"{variant}: at worst {over} a limit{note}, no other by less"))
-    marks = (("take care", mark) for mark in marks_of(run, []))  # of the machine; others tell of test images
-    return _written([*lines, *_figures(run, variant, limits), *marks])
+    lines.append(("nearest", f"{row['variant']}: at worst {over} a limit{note}"))
+    marks = (("warning", mark) for mark in marks_of(run, []))  # of the machine; the others are about test images
+    return _written([*lines, *_figures(run, rows, row, limits), *marks])
 
 
-def _figures(run: Run, variant: str, limits: dict[str, float]) -> list[tuple[str, str]]:
-    """What the choice looks at: a line for each of `costs`, with its limit, and by how much it is missed."""
-    found, over = costs(run, variant), excesses(run, variant, limits)
-    bounds = {option: f"; {_limit(run, option, most)}" for option, most in limits.items()}
+def _figures(run: CompletedRun, rows: list[Row], row: Row, limits: Limits) -> list[tuple[str, str]]:
+    """A line for each of `costs` with its limit and its excess."""
+    found, over = costs(row), excesses(row, limits)
+    bounds = {option: f"; {_limit(rows, option, most)}" for option, most in limits.items()}
     for option, excess in over.items():
         bounds[option] += f", missed by {_amount(option, excess)}"
-    top1, dense = (percent_text(share, 2) for share in (validation_top1(run, variant), best_dense_top1(run)))
+    top1, dense = (percent_text(fraction, 2) for fraction in (row["validation_top1"], best_dense_top1(rows)))
     return [
         ("validation top-1", f"{top1} (best dense {dense}){bounds.get(DROP, '')}"),
         ("latency", f"{_amount(LATENCY, found[LATENCY])}{bounds.get(LATENCY, '')}"),
-        ("timed on", f"{machine_text(run)}: median in ONNX Runtime, batch {run.batch}"),
+        ("timed on", f"{machine_text(run.edge)}: median in ONNX Runtime, batch {run.batch}"),
         ("model.onnx", f"{_amount(SIZE, found[SIZE])}{bounds.get(SIZE, '')}"),
     ]
 
 
-def _limit(run: Run, option: str, most: float) -> str:
+def _limit(rows: list[Row], option: str, most: float) -> str:
     if option == DROP:
-        return f"at most {_amount(DROP, round(most - 1 + best_dense_top1(run), 9))} under dense"
+        return f"at most {_amount(DROP, round(most - 1 + best_dense_top1(rows), 9))} below dense"
     return f"at most {_amount(option, most)}"
 
 
 def _amount(option: str, amount: float) -> str:
-    """In the unit of the option's limit, to four digits of which bytes show three: `0.2877 ms`."""
+    """In the unit of the option's limit, with four digits (bytes with three): `0.2877 ms`."""
     short = float(f"{amount:.4g}")
     if option == DROP:
-        return allowance_text(short)
+        return drop_text(short)
     return f"{short:g} ms" if option == LATENCY else bytes_text(short)
 
 
-def _tested(run: Run, variant: str) -> list[tuple[str, str]]:
-    """What had no part in the choice: the test figures, and how the dense network of the same seed compares."""
-    groups = assemble_groups(run)
-    rows = {row["variant"]: row for row in assemble_rows(run, groups)}
-    row, baseline = rows[variant], run.params.baseline_of(variant)
-    group, dense = groups[row["group"]], rows[baseline]
-    top1 = share_text(row["top1"], row["top1_ci_low"], row["top1_ci_high"])
-    confidence = percent_text(run.params.report.confidence, 0)
-    if group.difference is None:
-        change = "it is the dense network itself"
-    else:
-        pooled = f", pooled over {len(group.variants)} seeds" if len(group.variants) > 1 else ""
-        change = f"{difference_text(group.difference, group.p_value)}{pooled}"
+def _tested(run: CompletedRun, rows: list[Row], row: Row) -> list[tuple[str, str]]:
+    """The test figures, which had no part in the choice, and the costs of the dense network of the same seed."""
+    group, dense = groups_of(rows)[row["group"]], dense_of(row, {one["variant"]: one for one in rows})
+    confidence = run.params.report.confidence
+    top1 = fraction_text(row["top1"], row["top1_ci_low"], row["top1_ci_high"])
+    change = "it is the dense network itself"
+    if group.change is not None:
+        change = change_sentence(group.change, "the dense network", group, confidence)
+    size, time = (ratio_text(dense[key] / row[key]) for key in ("size_bytes", "latency_ms_p50"))
     return [
-        ("test top-1", f"{top1} ({confidence} Wilson interval), n = {row['n_test']:,}"),
-        ("against dense", change),
-        ("seeds", spread_text(group, 2)),
+        ("test top-1", f"{top1} ({percent_text(confidence, 0)} Wilson interval), n = {row['n_test']:,}"),
+        ("change", change),
+        ("seeds", seeds_text(group)),
         (
             "dense costs",
-            f"{ratio_text(dense['size_bytes'] / row['size_bytes'])} the bytes ({baseline},"
-            f" {bytes_text(dense['size_bytes'])}), {ratio_text(dense['latency_ms_p50'] / row['latency_ms_p50'])} the"
-            f" time in ONNX Runtime ({_amount(LATENCY, dense['latency_ms_p50'])}), {ratio_text(row['latency_ratio'])}"
-            f" in {baseline_words(run)}",
+            f"{size} the bytes ({dense['variant']}, {bytes_text(dense['size_bytes'])}), {time} the time in ONNX Runtime"
+            f" ({_amount(LATENCY, dense['latency_ms_p50'])}), {ratio_text(row['latency_ratio'])} in"
+            f" {describe_run(run)['baseline_runtime']}",
         ),
     ]
 
 
 def _written(lines: list[tuple[str, str]]) -> str:
-    """Labels and their texts in two columns; names stay whole."""
+    """Labels and texts in two columns; names are never broken."""
     return "\n".join(
         textwrap.fill(
             text,
@@ -200,7 +192,7 @@ def _written(lines: list[tuple[str, str]]) -> str:
 
 
 def points(text: str) -> float:
-    """Points as typed, to a fraction."""
+    """Points as typed, as a fraction."""
     if not 0 <= (value := _number(text)) <= 100:
         raise argparse.ArgumentTypeError(f"{text}: give points of top-1 from 0 to 100, such as 1.0")
     return value / 100
@@ -213,7 +205,7 @@ def milliseconds(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """NaN, which keeps no bound, for what is none."""
+    """NaN, which fails every bound, if the text is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -221,7 +213,7 @@ def _number(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Bytes as typed: `300000`, `500KB`, `1.5 MB`; decimal units, as everywhere here."""
+    """Bytes as typed: `300000`, `500KB`, `1.5 MB`; decimal units."""
     match = re.fullmatch(rf"(\d+\.?\d*|\.\d+) ?({'|'.join(BYTE_UNITS)}|B|)", text, re.IGNORECASE | re.ASCII)
     value = float(match[1]) * BYTE_UNITS.get(match[2].upper(), 1) if match else 0
     if not 1 <= value < math.inf:
@@ -229,31 +221,30 @@ def size(text: str) -> int:
     return round(value)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.reporting.choose",
-        description="Choose the variant to deploy under limits, on validation figures; then tell its test figures.",
-        epilog=f"{RULE} Where none fits, the exit code is 1. {NEAREST}",
-    )
-    parser.add_argument(DROP, type=points, metavar="POINTS", help="of validation top-1 under the best dense network")
-    parser.add_argument(
-        LATENCY, type=milliseconds, metavar="MS", help="median latency in ONNX Runtime on the machine of the run"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"Give at least one limit. {RULE} {NEAREST}"
+    parser.add_argument(DROP, type=points, metavar="POINTS", help="of validation top-1 below the best dense network")
+    parser.add_argument(LATENCY, type=milliseconds, metavar="MS", help="median latency in ONNX Runtime in this run")
     parser.add_argument(SIZE, type=size, metavar="SIZE", help="of model.onnx: 300000 (bytes), 500KB, 1.5MB")
-    arguments = parser.parse_args()
-    if all(limit is None for limit in vars(arguments).values()):
-        parser.error(f"give at least one of {DROP}, {LATENCY}, {SIZE}")
-    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    given = (arguments.max_drop, arguments.max_latency_ms, arguments.max_size)
+    if all(limit is None for limit in given):
+        raise UserError(f"give at least one of {DROP}, {LATENCY}, {SIZE}")
+    completed = read_run(load_params(Params))
+    rows = assemble_rows(completed)
+    limits = limits_of(rows, *given)
+    if not (fits := fitting(rows, limits)):
+        print(refusal(completed, rows, limits), flush=True)
+        sys.exit(1)
+    print(answer(completed, rows, limits, fits))
 
 
 def main() -> None:
-    arguments = parse()
-    run = read_run(load_params(Params))
-    limits = limits_of(run, **vars(arguments))
-    if not (fits := fitting(run, limits)):
-        print(refusal(run, limits), flush=True)
-        sys.exit(1)
-    print(answer(run, limits, fits))
+    parser = argparse.ArgumentParser(prog="python -m stages.reporting.choose", description=__doc__.split("\n")[0])
+    add_arguments(parser)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,60 +1,151 @@
-"""Read what the pipeline measured for the listed variants, and refuse what does not belong together."""
+"""Read what the stages measured for the listed variants, and refuse files that do not belong together."""
 
 import csv
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import read_csv, read_json
-from stages.params.quantizers import Bits
-from stages.params.whole import Params
+from stages.params.edge_benchmark import EdgeBenchmark
+from stages.params.models import Model
+from stages.params.pruners import Pruner
+from stages.params.quantizers import Bits, Quantizer
+from stages.params.report import Report
+from stages.params.section import Name
+from stages.params.variants import Joins
 
-COUNTS = ("params", "params_nonzero", "params_visible", "macs", "macs_visible", "bops")
-BYTES = ("artifact_bytes", "size_bytes", "size_gzip_bytes", "weight_bytes", "scale_bytes", "graph_bytes")
-PROFILE_NUMBERS = (
-    "seed",
-    "n_test",
-    "top1",
-    "agreement",
-    "validation_top1",
-    "image_size",
-    "input_size",
-    *COUNTS,
-    *BYTES,
-)
-PROFILE_TEXTS = ("variant", "model", "pruner", "quantizer", "onnx_sha256", "data_sha256", "data_name", "data_source")
-EDGE_NUMBERS = (
-    "latency_ms_p50",
-    "latency_ms_p95",
-    "latency_ms_min",
-    "latency_ratio",
-    "latency_ratio_low",
-    "latency_ratio_high",
-    "load_ms",
-    "first_inference_ms",
-    "peak_rss_bytes",
-)
 ONNX_RUNTIME, EAGER = "onnxruntime", "torch-eager"
 CURVE_COLUMNS = ("epoch", "training_loss", "validation_top1")
+Text = Annotated[str, Field(min_length=1)]
+Number = int | float
+
+
+class Params(Joins):
+    """The sections of `params.yaml` that the report reads."""
+
+    models: Annotated[dict[Name, Model], Field(min_length=1)]
+    pruners: dict[Name, Pruner]
+    quantizers: dict[Name, Quantizer]
+    edge_benchmark: EdgeBenchmark = EdgeBenchmark()
+    report: Report = Report()
+
+
+class StoredFile(BaseModel):
+    """A JSON file of another stage. Keys that the report does not read may be there too."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ProfileFile(StoredFile):
+    """`profile.json`: counts and accuracy of one variant; deterministic."""
+
+    variant: Text
+    model: Text
+    pruner: Text
+    quantizer: Text
+    seed: int
+    n_test: int
+    n_validation: int
+    top1: Number
+    agreement: Number
+    validation_top1: Number
+    params: int
+    params_nonzero: int
+    params_visible: int
+    macs: Number
+    macs_visible: Number
+    bops: Number
+    artifact_bytes: int
+    size_bytes: int
+    size_gzip_bytes: int
+    weight_bytes: int
+    scale_bytes: int
+    graph_bytes: int
+    image_size: int
+    onnx_sha256: Text
+    data_sha256: Text
+    data_name: Text
+    data_source: Text
+    data_licence: str | None = None
+    data_unreadable: int = 0
+    classes: Annotated[list[str], Field(min_length=1)]
+    top1_torch: Number | None = None
+    quantized_operators: int = 0
+
+
+class TimedRow(StoredFile):
+    """A row of `edge.json`: one variant in one runtime."""
+
+    variant: Text
+    runtime: Text
+    latency_ms_p50: Annotated[float, Field(gt=0)]
+    latency_ms_p95: float
+    latency_ratio: float
+    latency_ratio_low: float
+    latency_ratio_high: float
+    load_ms: float
+    peak_rss_bytes: Number
+    onnx_sha256: str | None = None
+    baseline_runtime: str = EAGER
+    unsteady: bool = False
+
+
+class EdgeFile(StoredFile):
+    """`edge.json`: one interleaved run of all variants on one machine."""
+
+    run_id: Text
+    machine: dict[str, Any]
+    protocol: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+class PrintedFile(StoredFile):
+    """`printed.json`: accuracy on simulated prints of test images, filmed by a simulated camera."""
+
+    variant: Text
+    onnx_sha256: Text
+    n_images: int
+    seed: int
+    agreement: Number
+    top1_printed: Number
+    top1_printed_ci_low: Number
+    top1_printed_ci_high: Number
+    top1_clean: Number
+    top1_clean_ci_low: Number
+    top1_clean_ci_high: Number
+
+
+class ArtifactFile(StoredFile):
+    """`model.json` of a compressed artifact."""
+
+    parent: dict[str, Any] | None
+    versions: dict[str, Any]
+    tensors: dict[str, Any]
+    onnx: dict[str, Any] | None = None
+    float_layers: list[str] = []
+    search: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Corrupted:
-    """Of `model.onnx`, for corrupted test images; without cells where the run has none."""
+    """What `model.onnx` predicts for corrupted test images; without cells if the run tried no corruptions."""
 
     position: np.ndarray
-    """`[n]` integers: which test images."""
+    """`[n]` integers: the positions of the test images."""
     cells: list[tuple[str, int]]
     """Corruption and severity of each cell."""
     predicted: np.ndarray
     """`[cells, n]` integers."""
 
     def correct(self, labels: np.ndarray) -> np.ndarray:
-        """`[cells, n]` bool, from the labels `[n_test]` of the test images."""
+        """`[cells, n]` bool, given the labels `[n_test]` of the test images."""
         return self.predicted == labels[self.position]
 
     def top1(self, labels: np.ndarray) -> float | None:
@@ -64,49 +155,45 @@ class Corrupted:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that the stages say of one listed variant."""
+    """Everything the stages measured for one variant."""
 
-    profile: dict
-    """`profile.json`: flat, deterministic."""
+    profile: ProfileFile
     predicted: np.ndarray
-    """`[n_test]` integers: the class that `model.onnx` gives each test image."""
+    """`[n_test]` integers: the class that `model.onnx` predicts for each test image."""
     correct: np.ndarray
     """`[n_test]` bool."""
     confidence: np.ndarray
-    """`[n_test]`: the probability that it gives that class."""
+    """`[n_test]`: the probability of the predicted class."""
     corrupted: Corrupted
     layers: list[dict[str, str]]
     """`layers.csv`, one row for each layer."""
-    description: dict
-    """`model.json` of the compressed artifact."""
-    edge: dict
-    """Its row of `edge.json`."""
+    artifact: ArtifactFile
+    edge: TimedRow
+    """The variant in ONNX Runtime."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything the report is made from, checked to be of one run."""
+class CompletedRun:
+    """Everything the report is made from; all files belong to one run."""
 
     params: Params
     variants: dict[str, Measured]
     labels: np.ndarray
     """`[n_test]` integers, the same for all variants."""
     classes: list[str]
-    edge: dict
+    edge: dict[str, Any]
     """`edge.json` without its rows: run id, machine, protocol."""
-    timings: list[dict]
-    """Every row of `edge.json` of a listed variant, in whatever runtime."""
-    baselines: dict[str, dict]
-    """For each model, the row that its variants' `latency_ratio` refers to: its dense float network in PyTorch eager,
-    or on a device, where there is no PyTorch, in ONNX Runtime."""
+    timings: list[TimedRow]
+    """The rows of the listed variants in every runtime."""
+    baselines: dict[str, TimedRow]
+    """For each model, its dense float network in the runtime that every `latency_ratio` refers to: PyTorch eager, or
+    ONNX Runtime on a device without PyTorch."""
     soak: list[dict[str, float | None]]
-    """Windows of the soak; empty where there was none."""
-    printed: dict | None
-    """`printed.json`, where printed samples were made."""
+    """Time windows of the soak test; empty without one."""
+    printed: dict[str, Any] | None
+    """`printed.json`, if the params ask for printed samples."""
     curves: dict[str, list[dict[str, float]]]
-    """Training curves by run, dense models first; runs that trained nothing are left out."""
-    benchmarks: list[dict]
-    """What `tests/benchmarks/pruning.py` measured, one for each device; a machine and a time of its own."""
+    """Training curves by name, dense models first; without those that trained nothing."""
 
     @property
     def run_id(self) -> str:
@@ -117,83 +204,94 @@ class Run:
         """Images in each timed call."""
         return self.edge["protocol"].get("batch", 1)
 
+    @property
+    def first(self) -> Measured:
+        return next(iter(self.variants.values()))
 
-def read_run(params: Params) -> Run:
+    def method_of(self, variant: str) -> str:
+        """The pruning method of a variant."""
+        return self.params.pruners[self.params.pruner_of(variant)].method
+
+
+def read_run(params: Params) -> CompletedRun:
     """Read the files of the listed variants, relative to the folder of `params.yaml`.
 
     Raises:
-        UserError: if a file is missing or broken, or belongs to another data set, test set or run; it names the
-            variant and the remedy.
+        UserError: if a file is missing or broken, or belongs to another data set, test set or run. The message names
+            the variant and the remedy.
     """
-    edge = _read_edge(paths.EDGE / "edge.json")
-    timed = {(row["variant"], row["runtime"]): row for row in edge["rows"]}
-    variants, labels = {}, None
+    path = paths.EDGE / "edge.json"
+    edge = _parsed(EdgeFile, path, "edge")
+    timings = [_parsed(TimedRow, path, str(row.get("variant", "a row")), row) for row in edge.rows]
+    timed = {(row.variant, row.runtime): row for row in timings}
+
+    def timing(variant: str, runtime: str) -> TimedRow:
+        if (variant, runtime) not in timed:
+            raise UserError(f"{variant}: {path} has no {runtime} row for it: run `dvc repro`")
+        return timed[variant, runtime]
+
+    variants: dict[str, Measured] = {}
+    labels = None
     for variant in params.variants:
-        folder = paths.profile(variant)
-        profile = _read_profile(folder / "profile.json", variant, params)
-        label, predicted, confidence = _read_predictions(folder, variant)
-        corrupted = _read_corrupted(folder, variant)
+        measured, label = _read_variant(variant, params, timing(variant, ONNX_RUNTIME))
         labels = label if labels is None else labels
-        first = next(iter(variants.values()), None)
-        _refuse_other_images(variant, profile, label, predicted, labels, first)
-        _refuse_other_corruptions(variant, corrupted, len(labels), first)
-        row = timed.get((variant, ONNX_RUNTIME))
-        if row is None:
-            raise UserError(f"{variant}: {paths.EDGE / 'edge.json'} has no {ONNX_RUNTIME} row for it: run `dvc repro`")
-        description = _read_description(folder / "model.json", variant)
-        _refuse_mixed_runs(variant, profile, row, description)
-        variants[variant] = Measured(
-            profile,
-            predicted,
-            predicted == label,
-            confidence,
-            corrupted,
-            _read_layers(folder / "layers.csv", variant),
-            description,
-            row,
-        )
-    baselines, runtime = {}, _baseline_runtime(edge)
-    for model in params.models:
-        row = timed.get((f"{model}-none-fp32", runtime))
-        if row is None:
-            raise UserError(
-                f"{model}-none-fp32: {paths.EDGE / 'edge.json'} has no {runtime} row for it: run `dvc repro`"
-            )
-        baselines[model] = row
-    classes = [str(name) for name in next(iter(variants.values())).profile["classes"]]
-    header = {key: value for key, value in edge.items() if key != "rows"}
-    return Run(
+        first = next(iter(variants.values()), measured)
+        for reason in _mismatches(measured, label, labels, first):
+            raise UserError(f"{variant}: {reason}; run `dvc repro`")
+        variants[variant] = measured
+    runtime = next((row.baseline_runtime for row in timings if "baseline_runtime" in row.model_fields_set), EAGER)
+    stored = read_json(path)
+    return CompletedRun(
         params=params,
         variants=variants,
         labels=labels,
-        classes=classes,
-        edge=header,
-        timings=[row for row in edge["rows"] if row["variant"] in params.variants],
-        baselines=baselines,
-        soak=_read_soak(params, edge),
+        classes=first.profile.classes,
+        edge={key: value for key, value in stored.items() if key != "rows"},
+        timings=[row for row in timings if row.variant in params.variants],
+        baselines={model: timing(f"{model}-none-fp32", runtime) for model in params.models},
+        soak=_read_soak(params, stored),
         printed=_read_printed(params, variants),
         curves=_read_curves(params),
-        benchmarks=_read_benchmarks(params),
     )
 
 
-def _read_predictions(folder: Path, variant: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label, predicted class and its probability of every test image, as the profile stage stored them."""
-    arrays = _arrays(folder, "predictions.npz", variant, ("label", "predicted", "confidence"))
-    label, predicted, confidence = (array.ravel() for array in arrays)
-    if len(confidence) != len(predicted):
+def _read_variant(variant: str, params: Params, edge: TimedRow) -> tuple[Measured, np.ndarray]:
+    """What was measured for one variant, and the label of each test image."""
+    folder = paths.profile(variant)
+    profile = _parsed(ProfileFile, folder / "profile.json", variant)
+    expected = {"variant": variant, "model": params.model_of(variant), "pruner": params.pruner_of(variant)}
+    for key, value in (expected | {"quantizer": params.variants[variant].quantizer}).items():
+        if (found := getattr(profile, key)) != value:
+            raise UserError(
+                f"{variant}: {folder / 'profile.json'} says {key} = {found!r}, params.yaml {value!r}: run `dvc repro`"
+            )
+    label, predicted, confidence = _arrays(folder, "predictions.npz", variant, ("label", "predicted", "confidence"))
+    if not len(label) == len(predicted) == len(confidence) == profile.n_test:
         raise UserError(
-            f"{variant}: {folder / 'predictions.npz'} holds {len(predicted)} predictions and {len(confidence)}"
-            f" probabilities: delete {folder} and run `dvc repro`"
+            f"{variant}: predictions.npz holds {len(predicted)} predictions, {len(label)} labels and"
+            f" {len(confidence)} probabilities, profile.json says n_test = {profile.n_test}: delete {folder} and run"
+            " `dvc repro`"
         )
-    return label.astype(np.int64), predicted.astype(np.int64), confidence.astype(np.float64)
-
-
-def _read_corrupted(folder: Path, variant: str) -> Corrupted:
     keys = ("position", "corruption", "severity", "predicted")
-    position, corruption, severity, predicted = _arrays(folder, "corruptions.npz", variant, keys)
+    position, corruption, severity, answers = _arrays(folder, "corruptions.npz", variant, keys)
     cells = [(str(name), int(level)) for name, level in zip(corruption, severity, strict=False)]
-    return Corrupted(position.astype(np.int64), cells, predicted.astype(np.int64))
+    correct = predicted == label
+    if abs(float(correct.mean()) - profile.top1) > 0.5 / profile.n_test:
+        raise UserError(
+            f"{variant}: the stored predictions give top-1 {correct.mean():.4f}, profile.json says {profile.top1:.4f}:"
+            f" delete {folder} and run `dvc repro`"
+        )
+    measured = Measured(
+        profile,
+        predicted.astype(np.int64),
+        correct,
+        confidence.astype(np.float64),
+        Corrupted(position.astype(np.int64), cells, answers.astype(np.int64)),
+        _read_layers(folder / "layers.csv", variant),
+        _parsed(ArtifactFile, folder / "model.json", variant),
+        edge,
+    )
+    return measured, label.astype(np.int64)
 
 
 def _arrays(folder: Path, name: str, variant: str, keys: tuple[str, ...]) -> list[np.ndarray]:
@@ -202,7 +300,7 @@ def _arrays(folder: Path, name: str, variant: str, keys: tuple[str, ...]) -> lis
         with np.load(path, allow_pickle=False) as stored:
             return [np.asarray(stored[key]) for key in keys]
     except FileNotFoundError:
-        raise UserError(f"{variant}: {path} is missing: run `dvc repro` to make it") from None
+        raise UserError(f"{variant}: {path} is missing: run `dvc repro`") from None
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
         raise UserError(f"{variant}: {path} cannot be read ({error}): delete {folder} and run `dvc repro`") from None
 
@@ -217,148 +315,70 @@ def _read_layers(path: Path, variant: str) -> list[dict[str, str]]:
     return layers
 
 
-def _read_profile(path: Path, variant: str, params: Params) -> dict:
-    profile = _mapping(path, variant)
-    _require(path, variant, profile, PROFILE_NUMBERS, PROFILE_TEXTS)
-    if not isinstance(profile.get("classes"), list) or not profile["classes"]:
-        raise UserError(f"{variant}: {path} lacks its class names: delete it and run `dvc repro`")
-    expected = {
-        "variant": variant,
-        "model": params.model_of(variant),
-        "pruner": params.pruner_of(variant),
-        "quantizer": params.variants[variant].quantizer,
-    }
-    for key, value in expected.items():
-        if profile[key] != value:
-            raise UserError(f"{variant}: {path} says {key} = {profile[key]!r}, params.yaml {value!r}: run `dvc repro`")
-    return profile
-
-
-def _refuse_other_images(
-    variant: str,
-    profile: dict,
-    label: np.ndarray,
-    predicted: np.ndarray,
-    labels: np.ndarray,
-    first: Measured | None,
-) -> None:
-    n = profile["n_test"]
-    if len(label) != n or len(predicted) != n:
-        raise UserError(
-            f"{variant}: {len(predicted)} predictions and {len(label)} labels stored, profile.json says n_test = {n}:"
-            f" delete {paths.profile(variant)} and run `dvc repro`"
+def _mismatches(measured: Measured, label: np.ndarray, labels: np.ndarray, first: Measured) -> Iterator[str]:
+    """Reasons why a variant cannot be compared with the first one, or its files are of different runs."""
+    ours, theirs, name = measured.profile, first.profile, first.profile.variant
+    if ours.data_sha256 != theirs.data_sha256:
+        yield (
+            f"measured on images {ours.data_sha256[:12]}, {name} on {theirs.data_sha256[:12]}: all variants need one"
+            " data set"
         )
-    if abs(float((predicted == label).mean()) - profile["top1"]) > 0.5 / n:
-        raise UserError(
-            f"{variant}: the stored predictions give top-1 {(predicted == label).mean():.4f}, profile.json says"
-            f" {profile['top1']:.4f}: delete {paths.profile(variant)} and run `dvc repro`"
-        )
-    if first is None:
-        return
-    if profile["data_sha256"] != first.profile["data_sha256"]:
-        raise UserError(
-            f"{variant}: measured on images {profile['data_sha256'][:12]}, {first.profile['variant']} on"
-            f" {first.profile['data_sha256'][:12]}: a table holds one data set; run `dvc repro`"
-        )
-    if profile["classes"] != first.profile["classes"]:
-        raise UserError(f"{variant}: other class names than {first.profile['variant']}: run `dvc repro`")
+    if ours.classes != theirs.classes:
+        yield f"its class names differ from {name}'s"
     if len(label) != len(labels):
-        raise UserError(
-            f"{variant}: {len(label)} test images, {first.profile['variant']} has {len(labels)}: run `dvc repro`"
-        )
-    if not np.array_equal(label, labels):
-        raise UserError(
-            f"{variant}: its test labels stand in another order than {first.profile['variant']}'s, so predictions"
-            " cannot be paired: run `dvc repro`"
-        )
-
-
-def _refuse_other_corruptions(variant: str, corrupted: Corrupted, n_test: int, first: Measured | None) -> None:
+        yield f"{len(label)} test images, {name} has {len(labels)}"
+    elif not np.array_equal(label, labels):
+        yield f"its test labels are in another order than {name}'s, so predictions cannot be paired"
+    corrupted, other = measured.corrupted, first.corrupted
     position, shape = corrupted.position, (len(corrupted.cells), len(corrupted.position))
-    if corrupted.predicted.shape != shape or not ((position >= 0) & (position < n_test)).all():
-        raise UserError(
-            f"{variant}: corruptions.npz holds answers {list(corrupted.predicted.shape)} for {shape[0]} cells of"
-            f" {shape[1]} test images: delete {paths.profile(variant)} and run `dvc repro`"
+    if corrupted.predicted.shape != shape or not ((position >= 0) & (position < len(label))).all():
+        yield (
+            f"corruptions.npz holds predictions {list(corrupted.predicted.shape)} for {shape[0]} cells of {shape[1]}"
+            f" test images: delete {paths.profile(ours.variant)}"
         )
-    if first is None:
-        return
-    if corrupted.cells != first.corrupted.cells or not np.array_equal(position, first.corrupted.position):
-        raise UserError(
-            f"{variant}: answers to other corrupted images than {first.profile['variant']}'s: run `dvc repro`"
-        )
-
-
-def _refuse_mixed_runs(variant: str, profile: dict, row: dict, description: dict) -> None:
-    stored = (description.get("onnx") or {}).get("sha256", profile["onnx_sha256"])
-    for where, other in (("edge.json timed", row["onnx_sha256"]), ("model.json describes", stored)):
-        if other != profile["onnx_sha256"]:
-            raise UserError(
-                f"{variant}: profile.json measured model.onnx {profile['onnx_sha256'][:12]}, {where} {str(other)[:12]}:"
-                " mixing of runs is refused; run `dvc repro` so that all figures come from the same files"
+    if corrupted.cells != other.cells or not np.array_equal(position, other.position):
+        yield f"tested on other corrupted images than {name}"
+    described = (measured.artifact.onnx or {}).get("sha256", ours.onnx_sha256)
+    for where, found in (("edge.json timed", measured.edge.onnx_sha256), ("model.json describes", described)):
+        if found != ours.onnx_sha256:
+            yield (
+                f"profile.json measured model.onnx {ours.onnx_sha256[:12]}, {where} {str(found)[:12]}: these files are"
+                " of different runs"
             )
 
 
-def _read_edge(path: Path) -> dict:
-    edge = read_json(path)
-    kinds = {"rows": list, "run_id": str, "machine": dict, "protocol": dict}
-    if not isinstance(edge, dict) or not all(isinstance(edge.get(key), kind) for key, kind in kinds.items()):
-        raise UserError(f"{path} lacks one of {', '.join(kinds)}: delete it and run `dvc repro`")
-    for row in edge["rows"]:
-        variant = str(row.get("variant", "a row without a name")) if isinstance(row, dict) else "a broken row"
-        _require(path, variant, row if isinstance(row, dict) else {}, EDGE_NUMBERS, ("variant", "runtime"))
-        if row["latency_ms_p50"] <= 0:
-            raise UserError(f"{variant}: {path} has a latency of {row['latency_ms_p50']} ms: delete it, `dvc repro`")
-        if row["runtime"] == ONNX_RUNTIME:
-            _require(path, variant, row, (), ("onnx_sha256",))
-    return edge
-
-
-def _baseline_runtime(edge: dict) -> str:
-    """The one of the run: rows of before there were devices do not name it."""
-    return next((row["baseline_runtime"] for row in edge["rows"] if "baseline_runtime" in row), EAGER)
-
-
-def _read_soak(params: Params, edge: dict) -> list[dict[str, float | None]]:
+def _read_soak(params: Params, edge: dict[str, Any]) -> list[dict[str, float | None]]:
     if params.edge_benchmark.soak is None:
         return []
     path, variant = paths.EDGE / "soak.csv", params.edge_benchmark.soak.variant
     if not isinstance(edge.get("soak"), dict) or edge["soak"].get("variant") != variant:
-        raise UserError(f"{variant}: {paths.EDGE / 'edge.json'} holds no soak of it: run `dvc repro`")
+        raise UserError(f"{variant}: {paths.EDGE / 'edge.json'} holds no soak test of it: run `dvc repro`")
     try:
         return [{key: float(value) if value else None for key, value in row.items()} for row in read_csv(path)]
     except (TypeError, ValueError) as error:
         raise UserError(f"{variant}: {path} has a broken line ({error}): delete {paths.EDGE}, `dvc repro`") from None
 
 
-def _read_printed(params: Params, variants: dict[str, Measured]) -> dict | None:
+def _read_printed(params: Params, variants: dict[str, Measured]) -> dict[str, Any] | None:
     if params.edge_benchmark.printed is None:
         return None
     path, variant = paths.EDGE / "printed.json", params.edge_benchmark.printed.variant
-    printed = _mapping(path, variant)
-    shares = (f"{key}{end}" for key in ("top1_printed", "top1_clean") for end in ("", "_ci_low", "_ci_high"))
-    _require(path, variant, printed, ("n_images", "seed", "agreement", *shares), ("variant", "onnx_sha256"))
-    profile = variants[variant].profile
-    if printed["variant"] != variant or printed["onnx_sha256"] != profile["onnx_sha256"]:
+    printed, profiled = _parsed(PrintedFile, path, variant), variants[variant].profile.onnx_sha256
+    if printed.variant != variant or printed.onnx_sha256 != profiled:
         raise UserError(
-            f"{variant}: {path} is about {printed['variant']}, model.onnx {printed['onnx_sha256'][:12]}, the profile"
-            f" about {profile['onnx_sha256'][:12]}: run `dvc repro`"
+            f"{variant}: {path} describes {printed.variant}, model.onnx {printed.onnx_sha256[:12]}, the profile"
+            f" {profiled[:12]}: run `dvc repro`"
         )
-    return printed
-
-
-def _read_description(path: Path, variant: str) -> dict:
-    description = _mapping(path, variant)
-    for key in ("name", "parent", "seed", "classes", "versions", "tensors"):
-        if key not in description:
-            raise UserError(f"{variant}: {path} lacks {key}: delete it and run `dvc repro`")
-    return description
+    return printed.model_dump()
 
 
 def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
     files = {model: paths.dense_curve(model) for model in params.models}
-    files |= {pruning: paths.pruned_curve(pruning) for pruning in params.pruned}
-    recovered = [variant for variant in params.variants if _recovers(params, variant)]
-    files |= {variant: paths.compressed_curve(variant) for variant in recovered}
+    files |= {name: paths.pruned_curve(name) for name in params.pruned}
+    for name, variant in params.variants.items():
+        quantizer = params.quantizers[variant.quantizer]
+        if isinstance(quantizer, Bits) and quantizer.epochs > 0:
+            files[name] = paths.compressed_curve(name)
     curves = {}
     for name, path in files.items():
         rows = read_csv(path)
@@ -371,34 +391,16 @@ def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
     return {name: rows for name, rows in curves.items() if rows}
 
 
-def _recovers(params: Params, variant: str) -> bool:
-    quantizer = params.quantizers[params.variants[variant].quantizer]
-    return isinstance(quantizer, Bits) and quantizer.epochs > 0
+Parsed = TypeVar("Parsed", bound=StoredFile)
 
 
-def _read_benchmarks(params: Params) -> list[dict]:
-    found = [(path, read_json(path)) for path in sorted(params.pruning_benchmarks().glob("*.json"))]
-    for path, benchmark in found:
-        if not isinstance(benchmark, dict) or not {"machine", "step", "n", "whole_step"} <= benchmark.keys():
-            raise UserError(f"{path} is not what tests/benchmarks/pruning.py writes: run it again with --out {path}")
-    return [benchmark for _, benchmark in found]
-
-
-def _mapping(path: Path, variant: str) -> dict:
+def _parsed(kind: type[Parsed], path: Path, variant: str, value: object = None) -> Parsed:
+    """The file (or a part of it, where `value` is given), checked; errors name variant, file and key."""
     try:
-        value = read_json(path)
+        return kind.model_validate(read_json(path) if value is None else value)
     except UserError as error:
         raise UserError(f"{variant}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{variant}: {path} must hold an object: delete it and run `dvc repro`")
-    return value
-
-
-def _require(path: Path, variant: str, value: dict, numbers: tuple[str, ...], texts: tuple[str, ...]) -> None:
-    for key in numbers:
-        number = value.get(key)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not np.isfinite(number):
-            raise UserError(f"{variant}: {path} has {key} = {number!r}, not a number: delete it and run `dvc repro`")
-    for key in texts:
-        if not isinstance(value.get(key), str) or not value[key]:
-            raise UserError(f"{variant}: {path} lacks {key}: delete it and run `dvc repro`")
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "its content"
+        raise UserError(f"{variant}: {path}: {key}: {first['msg'].lower()}: delete it and run `dvc repro`") from None

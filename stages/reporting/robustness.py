@@ -1,40 +1,37 @@
-"""What corrupted test images do to each variant, against the dense baselines on the very same pixels."""
+"""Accuracy on corrupted test images, compared with the dense networks on the same pixels."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from stages.reporting.inputs import Run
-from stages.reporting.rows import Choices, Group, small_dense
+from stages.reporting.inputs import CompletedRun
+from stages.reporting.rows import Change, Choices, Group
 from stages.reporting.statistics import PairedDifference, holm, paired_difference
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """Of one group, means over its seeds; accuracies are fractions."""
+    """Means of one group over its seeds; accuracies are fractions."""
 
     group: Group
     clean: float
-    """Top-1 on the same images as they are."""
+    """Top-1 on the same images without corruption."""
     corrupted: float
     """Mean top-1 over all corruptions and severities."""
-    difference: PairedDifference | None
-    """Of the corrupted top-1 against the baselines', an image being the unit; None for the baselines themselves."""
-    p_value: float | None
-    """Holm-corrected over the groups."""
+    change: Change | None
+    """Corrupted top-1 minus the dense networks', with an image as the unit and p-values Holm-corrected over the
+    groups; None for the dense networks themselves."""
 
 
-def robustness_of(run: Run, groups: dict[str, Group]) -> list[Robustness]:
-    """In the order of the groups; empty where the run tried no corruptions."""
-    first = next(iter(run.variants.values())).corrupted
+def robustness_of(run: CompletedRun, groups: dict[str, Group]) -> dict[str, Robustness]:
+    """In the order of the groups; empty if the run tried no corruptions."""
+    first = run.first.corrupted
     if not first.cells:
-        return []
+        return {}
     found = {name: measured.corrupted.correct(run.labels) for name, measured in run.variants.items()}
-    rows, differences = {}, {}
+    differences: dict[str, PairedDifference] = {}
     for group in groups.values():
-        clean = [run.variants[variant].correct[first.position].mean() for variant in group.variants]
-        rows[group.name] = float(np.mean(clean)), float(np.mean([found[variant] for variant in group.variants]))
-        if group.difference is not None:
+        if group.change is not None:
             by_image = sum(
                 found[variant].sum(0, dtype=np.int64) - found[run.params.baseline_of(variant)].sum(0, dtype=np.int64)
                 for variant in group.variants
@@ -42,13 +39,24 @@ def robustness_of(run: Run, groups: dict[str, Group]) -> list[Robustness]:
             repeats = len(group.variants) * len(first.cells)
             differences[group.name] = paired_difference(by_image, repeats, run.params.report.confidence)
     corrected = holm({name: difference.p_value for name, difference in differences.items()})
-    return [
-        Robustness(groups[name], *figures, differences.get(name), corrected.get(name)) for name, figures in rows.items()
-    ]
+
+    def change(name: str) -> Change | None:
+        one = differences.get(name)
+        return None if one is None else Change(one.delta, one.low, one.high, corrected[name])
+
+    return {
+        name: Robustness(
+            group,
+            float(np.mean([run.variants[variant].correct[first.position].mean() for variant in group.variants])),
+            float(np.mean([found[variant] for variant in group.variants])),
+            change(name),
+        )
+        for name, group in groups.items()
+    }
 
 
-def curves_of(run: Run, variant: str) -> dict[str, list[float]]:
-    """For each corruption the top-1 at severity 0, which is none, 1, 2 and 3."""
+def curves_of(run: CompletedRun, variant: str) -> dict[str, list[float]]:
+    """For each corruption the top-1 by severity; severity 0 is the clean image."""
     corrupted = run.variants[variant].corrupted
     clean = run.variants[variant].correct[corrupted.position]
     curves: dict[str, list[float]] = {}
@@ -57,13 +65,8 @@ def curves_of(run: Run, variant: str) -> dict[str, list[float]]:
     return curves
 
 
-def headline_variants(run: Run, choices: Choices) -> list[str]:
-    """At most five: the three choices, the first's dense baseline, and a smaller network that was simply trained."""
-    wanted = [
-        run.params.baseline_of(choices.headline),
-        choices.headline,
-        choices.fastest,
-        choices.most_accurate,
-        small_dense(run),
-    ]
+def headline_variants(run: CompletedRun, choices: Choices) -> list[str]:
+    """At most five: the three choices, the headline's dense network, and the best smaller dense network."""
+    dense = run.params.baseline_of(choices.headline)
+    wanted = [dense, choices.headline, choices.fastest, choices.most_accurate, choices.small_dense]
     return list(dict.fromkeys(variant for variant in wanted if variant is not None))

@@ -1,87 +1,42 @@
-"""One row for each variant, one summary for each group of seeds, and the choice of the variants to headline."""
+"""One flat row for each variant (`variants.json`), groups of rows that differ by seed, and the headline's choice."""
 
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from stages.params.budget import Budget
 from stages.params.pruners import Continued
-from stages.params.quantizers import Bits
-from stages.params.whole import Params
-from stages.reporting.inputs import EAGER, ONNX_RUNTIME, Run
+from stages.reporting.inputs import CompletedRun, Params
 from stages.reporting.statistics import (
     PairedDifference,
     calibration_error,
     front,
     holm,
-    mean_and_deviation,
+    mean_and_std,
     paired_difference,
     wilson_interval,
 )
 
+Row = dict[str, Any]
 ROW_KEYS = (
-    "variant",
-    "model",
-    "pruner",
-    "quantizer",
-    "seed",
-    "group",
-    "run_id",
-    "n_test",
-    "top1",
-    "top1_ci_low",
-    "top1_ci_high",
-    "top1_delta",
-    "p_value",
-    "agreement",
-    "params",
-    "params_nonzero",
-    "params_visible",
-    "macs",
-    "macs_visible",
-    "bops",
-    "artifact_bytes",
-    "size_bytes",
-    "size_gzip_bytes",
-    "latency_ms_p50",
-    "latency_ms_p95",
-    "latency_ratio",
-    "peak_rss_bytes",
-    "load_ms",
-    "runtime",
-    "calibration_error",
-    "corrupted_top1",
+    *("variant", "model", "pruner", "quantizer", "seed", "group", "run_id", "n_test"),
+    *("top1", "top1_ci_low", "top1_ci_high", "top1_delta", "delta_ci_low", "delta_ci_high", "p_value"),
+    *("control", "control_delta", "control_ci_low", "control_ci_high", "control_p_value"),
+    *("validation_top1", "agreement"),
+    *("params", "params_nonzero", "params_visible", "macs", "macs_visible", "bops"),
+    *("artifact_bytes", "size_bytes", "size_gzip_bytes"),
+    *("latency_ms_p50", "latency_ms_p95", "latency_ratio", "peak_rss_bytes", "load_ms", "runtime"),
+    *("calibration_error", "corrupted_top1"),
 )
-"""What every row says, in this order (`variants.json`, `variants.csv`)."""
-
-ROUNDING = dict.fromkeys(("top1_ci_low", "top1_ci_high", "top1_delta", "calibration_error", "corrupted_top1"), 6)
-"""Decimals kept of computed fractions: more would be noise in a diff."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The same settings under one or several seeds."""
-
-    name: str
-    variants: list[str]
-    top1: float
-    """Mean over seeds."""
-    top1_deviation: float | None
-    """Sample standard deviation over seeds; None for one seed."""
-    delta_deviation: float | None
-    difference: PairedDifference | None
-    """Against the baselines of the same seeds, pooled by image; None for the baseline's own group."""
-    p_value: float | None
-    """Holm-corrected over all groups that are compared."""
-    control: PairedDifference | None
-    """Against the controls of the same seeds (`control_of`), pooled by image; None where there are none."""
-    control_p_value: float | None
-    """Holm-corrected over all groups that have a control."""
+"""The keys of every row, in this order. Intervals and p-values of differences pool all seeds of the row's group."""
+COMPUTED = ("top1_ci", "top1_delta", "delta_ci", "control_delta", "control_ci", "calibration_error", "corrupted_top1")
+"""Prefixes of the computed fractions, which are rounded to six decimals so that a diff shows no noise."""
 
 
 def model_family(params: Params, model: str) -> str:
-    """The first listed model with the same settings but for the seed."""
+    """The first listed model with the same settings except the seed."""
     settings = params.models[model].model_dump(exclude={"seed"})
     return next(name for name, other in params.models.items() if other.model_dump(exclude={"seed"}) == settings)
 
@@ -93,255 +48,264 @@ def group_of(params: Params, variant: str) -> str:
 
 
 def is_control(params: Params, variant: str) -> bool:
-    """Whether it is float and trained on without pruning (`continued`): more training and nothing else."""
-    pruner, variant_quantizer = params.pruners[params.pruner_of(variant)], params.variants[variant].quantizer
-    return isinstance(pruner, Continued) and params.quantizers[variant_quantizer].method == "fp32"
+    """True for the float network that trained longer without any compression (`continued`)."""
+    pruner = params.pruners[params.pruner_of(variant)]
+    return isinstance(pruner, Continued) and params.quantizers[params.variants[variant].quantizer].method == "fp32"
 
 
 def extra_training(params: Params, variant: str) -> tuple[int, set[tuple[float, ...]]]:
-    """Epochs that a variant trained for beyond its dense network, and how: in pruning, and in a quantizer's recovery.
+    """Epochs that a variant trained beyond its dense network, in pruning and in a quantizer's recovery.
 
     Returns:
-        Their sum, and the settings of each part: learning rate factor, distillation, its temperature.
+        Their sum, and the distinct settings: learning rate factor, distillation, its temperature.
     """
     parts = [params.pruners[params.pruner_of(variant)], params.quantizers[params.variants[variant].quantizer]]
-    budgets = [part.budget for part in parts if isinstance(part, Budget | Bits) and part.epochs]
+    budgets = [part.budget for part in parts if isinstance(part, Budget) and part.epochs]
     return sum(epochs for epochs, *_ in budgets), {budget[1:] for budget in budgets}
 
 
 def control_of(params: Params, variant: str) -> str | None:
-    """The control of the same model that trained for as many extra epochs by the same settings.
+    """The control of the same model that trained for as many extra epochs with the same settings.
 
-    None where it is not among the variants, and for a variant that had no extra training or is itself a control.
+    None if it is not among the variants, and for a variant without extra training or that is itself a control.
     """
     training = extra_training(params, variant)
     if not training[0] or is_control(params, variant):
         return None
-    return next(
-        (
-            name
-            for name in params.variants
-            if is_control(params, name)
-            and params.model_of(name) == params.model_of(variant)
-            and extra_training(params, name) == training
-        ),
-        None,
-    )
+    same_model = (name for name in params.variants if params.model_of(name) == params.model_of(variant))
+    return next((n for n in same_model if is_control(params, n) and extra_training(params, n) == training), None)
 
 
-def members(run: Run, group: str) -> list[str]:
-    return [variant for variant in run.params.variants if group_of(run.params, variant) == group]
-
-
-def compare(run: Run, pairs: list[tuple[str, str]]) -> PairedDifference:
-    """Accuracy of the first of each pair over the second's, on the same test images, pooled over pairs (seeds)."""
+def compare(run: CompletedRun, pairs: list[tuple[str, str]]) -> PairedDifference:
+    """Accuracy of the first of each pair minus the second's on the same test images, pooled over pairs (seeds)."""
     correct = {name: run.variants[name].correct.astype(np.int64) for pair in pairs for name in pair}
     differences = sum(correct[ours] - correct[theirs] for ours, theirs in pairs)
     return paired_difference(differences, len(pairs), run.params.report.confidence)
 
 
-def assemble_groups(run: Run) -> dict[str, Group]:
-    """All groups in the order of `params.variants`, each compared with its baselines and with its controls.
+def _compare_groups(run: CompletedRun, others: dict[str, str | None]) -> dict[str, tuple[PairedDifference, float]]:
+    """Each group against the given other variants, with the p-value that is Holm-corrected over the groups.
 
-    The pooled comparison takes an image as the unit (see `statistics.sign_flip_p`); with one seed it is the exact
-    McNemar test. Each of the two comparisons is a family of its own for Holm's correction; baselines are not
-    hypotheses, so they do not count in it.
+    Args:
+        others: for each variant the one to compare with; a group is left out if one of its variants has none.
+    """
+    groups: dict[str, list[str]] = {}
+    for variant in others:
+        groups.setdefault(group_of(run.params, variant), []).append(variant)
+    found = {
+        group: compare(run, [(variant, others[variant]) for variant in variants])
+        for group, variants in groups.items()
+        if all(others[variant] is not None for variant in variants)
+    }
+    corrected = holm({group: difference.p_value for group, difference in found.items()})
+    return {group: (difference, corrected[group]) for group, difference in found.items()}
+
+
+def assemble_rows(run: CompletedRun) -> list[Row]:
+    """One flat object for each listed variant with exactly `ROW_KEYS`. Accuracies are fractions.
+
+    The comparison with the dense networks and the one with the controls are two families for Holm's correction.
     """
     params = run.params
-    names = list(dict.fromkeys(group_of(params, variant) for variant in params.variants))
-    compared: dict[str, PairedDifference] = {}
-    controlled: dict[str, PairedDifference] = {}
-    for name in names:
-        pairs = [(variant, params.baseline_of(variant)) for variant in members(run, name)]
-        if all(ours != baseline for ours, baseline in pairs):
-            compared[name] = compare(run, pairs)
-        controls = [(variant, control_of(params, variant)) for variant in members(run, name)]
-        if all(control is not None for _, control in controls):
-            controlled[name] = compare(run, controls)
-    corrected = holm({name: difference.p_value for name, difference in compared.items()})
-    controls_corrected = holm({name: difference.p_value for name, difference in controlled.items()})
-    groups = {}
-    for name in names:
-        variants = members(run, name)
-        top1 = [run.variants[variant].profile["top1"] for variant in variants]
-        base = [run.variants[params.baseline_of(variant)].profile["top1"] for variant in variants]
-        mean, deviation = mean_and_deviation(top1)
-        _, delta_deviation = mean_and_deviation([ours - theirs for ours, theirs in zip(top1, base, strict=True)])
-        groups[name] = Group(
-            name,
-            variants,
-            mean,
-            deviation,
-            delta_deviation if name in compared else None,
-            compared.get(name),
-            corrected.get(name),
-            controlled.get(name),
-            controls_corrected.get(name),
-        )
-    return groups
-
-
-def assemble_rows(run: Run, groups: dict[str, Group]) -> list[dict]:
-    """One flat object for each listed variant, with exactly `ROW_KEYS`. Accuracies are fractions."""
-    rows = []
+    dense = {v: None if v == params.baseline_of(v) else params.baseline_of(v) for v in params.variants}
+    controls = {variant: control_of(params, variant) for variant in params.variants}
+    by_group = {"delta": _compare_groups(run, dense), "control": _compare_groups(run, controls)}
+    right = {variant: int(measured.correct.sum()) for variant, measured in run.variants.items()}
+    rows, n = [], len(run.labels)
     for variant, measured in run.variants.items():
-        group = group_of(run.params, variant)
-        baseline = run.params.baseline_of(variant)
-        n, correct = len(run.labels), int(measured.correct.sum())
-        low, high = wilson_interval(correct, n, run.params.report.confidence)
-        computed = {
-            "group": group,
+        low, high = wilson_interval(right[variant], n, params.report.confidence)
+        computed: Row = {
+            "group": group_of(params, variant),
             "run_id": run.run_id,
-            "top1": correct / n,
+            "top1": right[variant] / n,
             "top1_ci_low": low,
             "top1_ci_high": high,
-            "top1_delta": None if variant == baseline else (correct - int(run.variants[baseline].correct.sum())) / n,
-            "p_value": groups[group].p_value,
+            "control": controls[variant],
             "calibration_error": calibration_error(measured.confidence, measured.correct),
             "corrupted_top1": measured.corrupted.top1(run.labels),
         }
-        found = measured.edge | measured.profile | computed
-        row = {key: found[key] for key in ROW_KEYS}
-        for key, decimals in ROUNDING.items():
-            row[key] = None if row[key] is None else round(row[key], decimals)
-        rows.append(row)
+        for key, other in (("top1_delta", dense[variant]), ("control_delta", controls[variant])):
+            computed[key] = None if other is None else (right[variant] - right[other]) / n
+        for kind, p_key in (("delta", "p_value"), ("control", "control_p_value")):
+            difference, p = by_group[kind].get(computed["group"], (None, None))
+            computed[f"{kind}_ci_low"] = None if difference is None else difference.low
+            computed[f"{kind}_ci_high"] = None if difference is None else difference.high
+            computed[p_key] = p
+        found = measured.edge.model_dump() | measured.profile.model_dump() | computed
+        rows.append({key: _rounded(key, found[key]) for key in ROW_KEYS})
     return rows
 
 
-def validation_top1(run: Run, variant: str) -> float:
-    return run.variants[variant].profile["validation_top1"]
+def _rounded(key: str, value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) and key.startswith(COMPUTED) else value
 
 
-def best_dense_top1(run: Run) -> float:
-    """The best baseline's validation top-1, over all models: a poor network that compresses well is no bargain."""
-    return max(validation_top1(run, run.params.baseline_of(variant)) for variant in run.params.variants)
+@dataclass(frozen=True)
+class Change:
+    """A difference of test top-1, pooled over the seeds of a group."""
+
+    delta: float
+    low: float | None
+    high: float | None
+    """Ends of its interval; None in rows that an older version wrote."""
+    p_value: float | None
+    """Holm-corrected over the table."""
 
 
-def least_top1(run: Run, max_drop: float) -> float:
-    """The validation top-1 that a variant needs to be within `max_drop` (a fraction) of the best baseline."""
-    return best_dense_top1(run) - max_drop - 1e-12  # what rounding may take from an exact difference
+@dataclass(frozen=True)
+class Group:
+    """Rows of the same settings under one or several seeds."""
+
+    rows: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.rows[0]["group"]
+
+    @property
+    def variants(self) -> list[str]:
+        return [row["variant"] for row in self.rows]
+
+    @property
+    def seeds(self) -> int:
+        return len(self.rows)
+
+    def mean(self, key: str) -> float:
+        return statistics.mean([row[key] for row in self.rows])  # equal integers stay whole
+
+    def std(self, key: str) -> float | None:
+        """Sample standard deviation over seeds; None for one seed or an unknown value."""
+        values = [row.get(key) for row in self.rows]
+        return None if None in values else mean_and_std(values)[1]
+
+    @property
+    def change(self) -> Change | None:
+        """Against the dense networks of the same seeds; None for the dense networks themselves."""
+        return self._change("top1_delta", "delta", "p_value")
+
+    @property
+    def control(self) -> Change | None:
+        """Against the controls of the same seeds; None if there are none."""
+        return self._change("control_delta", "control", "control_p_value")
+
+    def _change(self, key: str, ends: str, p_key: str) -> Change | None:
+        if any(row.get(key) is None for row in self.rows):
+            return None
+        first = self.rows[0]
+        return Change(self.mean(key), first.get(f"{ends}_ci_low"), first.get(f"{ends}_ci_high"), first.get(p_key))
 
 
-def smallest(run: Run, variants: list[str]) -> str:
-    """The smallest `model.onnx`; ties go to the higher validation top-1, then to the earlier name."""
-    return min(variants, key=lambda name: (run.variants[name].profile["size_bytes"], -validation_top1(run, name)))
+def groups_of(rows: list[Row]) -> dict[str, Group]:
+    """All groups by name, in the order of the rows."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["group"], []).append(row)
+    return {name: Group(members) for name, members in found.items()}
 
 
-def most_accurate(run: Run, variants: list[str]) -> str:
-    """The highest validation top-1; ties go to the smaller `model.onnx`, then to the earlier name."""
-    return min(variants, key=lambda name: (-validation_top1(run, name), run.variants[name].profile["size_bytes"]))
+def dense_of(row: Row, by_name: dict[str, Row]) -> Row:
+    """The row of the same model's dense float network."""
+    return by_name[f"{row['model']}-none-fp32"]
+
+
+def best_dense_top1(rows: list[Row]) -> float:
+    """The best dense network's validation top-1 over all models: compressing a poor network well is no bargain."""
+    return max(row["validation_top1"] for row in rows if row["top1_delta"] is None)
+
+
+def least_top1(rows: list[Row], max_drop: float) -> float:
+    """The validation top-1 that a variant needs to be within `max_drop` (a fraction) of the best dense network."""
+    return best_dense_top1(rows) - max_drop - 1e-12  # the tolerance of rounding
+
+
+def smallest(rows: list[Row]) -> Row:
+    """The smallest `model.onnx`; ties go to the higher validation top-1, then to the earlier row."""
+    return min(rows, key=lambda row: (row["size_bytes"], -row["validation_top1"]))
+
+
+def most_accurate(rows: list[Row]) -> Row:
+    """The highest validation top-1; ties go to the smaller `model.onnx`, then to the earlier row."""
+    return min(rows, key=lambda row: (-row["validation_top1"], row["size_bytes"]))
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The variants a person would choose between, found on validation figures only."""
+    """The variants that a person would choose between, selected by validation figures only."""
 
     headline: str
-    """The smallest file within the allowed drop under the best baseline."""
+    """The smallest file within the allowed drop below the best dense network."""
     fastest: str
     """The lowest median latency within the allowed drop."""
     most_accurate: str
+    small_dense: str | None
+    """The best `small_dense` variant: a smaller network that was simply trained; None if there is none."""
 
 
-def choose(run: Run) -> Choices:
-    """Choose on validation top-1, so that the test figure is reported for a choice that it had no part in.
+def choose(run: CompletedRun, rows: list[Row]) -> Choices:
+    """Choose by validation top-1, so that the test figure is reported for a choice that it had no part in.
 
-    The allowed drop is `report.headline_max_drop` under the best baseline's validation top-1. Baselines are candidates,
-    so there is always one. Ties go to the higher validation top-1, then to the earlier name.
+    The allowed drop is `report.headline_max_drop`. Dense networks are candidates, so there is always a choice. Ties go
+    to the higher validation top-1, then to the earlier name.
     """
-    variants, least = list(run.params.variants), least_top1(run, run.params.report.headline_max_drop)
-    allowed = [variant for variant in variants if validation_top1(run, variant) >= least]
+    least = least_top1(rows, run.params.report.headline_max_drop)
+    allowed = [row for row in rows if row["validation_top1"] >= least]
+    fastest = min(allowed, key=lambda row: (row["latency_ms_p50"], -row["validation_top1"]))
+    narrow = [row for row in rows if run.method_of(row["variant"]) == "small_dense"]
+    small = max(narrow, key=lambda row: row["validation_top1"], default=None)
+    return Choices(
+        smallest(allowed)["variant"],
+        fastest["variant"],
+        most_accurate(rows)["variant"],
+        None if small is None else small["variant"],
+    )
 
-    def by_latency(variant: str) -> tuple[float, float]:
-        return run.variants[variant].edge["latency_ms_p50"], -validation_top1(run, variant)
 
-    return Choices(smallest(run, allowed), min(allowed, key=by_latency), most_accurate(run, variants))
-
-
-def headline_metrics(run: Run, rows: list[dict], choices: Choices) -> dict[str, float | int | str]:
-    """At most ten flat keys for `dvc exp show` and `dvc metrics diff`; to choose between runs, the validation one."""
+def headline_metrics(rows: list[Row], choices: Choices) -> dict[str, float | int | str]:
+    """At most ten flat keys for `dvc exp show` and `dvc metrics diff`; compare runs by the validation one."""
     by_name = {row["variant"]: row for row in rows}
     chosen = by_name[choices.headline]
-    dense = by_name[run.params.baseline_of(choices.headline)]
+    dense = dense_of(chosen, by_name)
     metrics = {
         "n_test": dense["n_test"],
         "dense_top1": dense["top1"],
         "dense_size_bytes": dense["size_bytes"],
         "headline_variant": choices.headline,
-        "headline_validation_top1": validation_top1(run, choices.headline),
+        "headline_validation_top1": chosen["validation_top1"],
         "headline_top1": chosen["top1"],
         "headline_top1_delta": chosen["top1_delta"] or 0.0,
         "headline_size_ratio": round(dense["size_bytes"] / chosen["size_bytes"], 4),
         "headline_latency_ratio": round(chosen["latency_ratio"], 4),
     }
-    small = small_dense(run)
-    if small is not None:
-        metrics["small_dense_top1"] = by_name[small]["top1"]
+    if choices.small_dense is not None:
+        metrics["small_dense_top1"] = by_name[choices.small_dense]["top1"]
     return metrics
-
-
-def describe_run(run: Run) -> dict:
-    """Where and on what the run was made: data, machine, timing protocol and versions, for `run.json`."""
-    measured = next(iter(run.variants.values()))
-    data = {key: value for key, value in measured.profile.items() if key.startswith("data_")}
-    counts = {key: measured.profile[key] for key in ("n_test", "n_validation") if key in measured.profile}
-    baseline = {
-        "baseline_runtime": baseline_words(run),
-        "baseline_latency_ms_p50": {model: row["latency_ms_p50"] for model, row in run.baselines.items()},
-    }
-    versions = {"versions": measured.description["versions"]}
-    return {**run.edge, **data, **counts, **baseline, "printed": run.printed, **versions}
-
-
-def baseline_words(run: Run) -> str:
-    """What the dense networks ran in that speed-ups refer to: the same for all models of a run."""
-    return {ONNX_RUNTIME: "ONNX Runtime", EAGER: "PyTorch eager"}[next(iter(run.baselines.values()))["runtime"]]
-
-
-def small_dense(run: Run) -> str | None:
-    """The `small_dense` variant with the best validation top-1: a smaller network simply trained; None without one."""
-    listed = [
-        variant
-        for variant in run.params.variants
-        if run.params.pruners[run.params.pruner_of(variant)].method == "small_dense"
-    ]
-    return max(listed, key=lambda variant: validation_top1(run, variant), default=None)
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a picture of accuracy against a cost shows of one variant, or of one group of seeds: then their means."""
+    """One variant or group of seeds in a picture of accuracy against a cost; means over the seeds."""
 
-    variants: list[str]
-    """One for each seed."""
-    model: str
-    pruner: str
-    quantizer: str
+    group: Group
     cost: float
     top1: float
     low: float
     high: float
-    """Of one variant its Wilson interval; of several seeds one sample standard deviation to either side."""
+    """The Wilson interval of one variant; one standard deviation to either side for several seeds."""
     on_front: bool
-    """Whether no other point costs no more, is at least as accurate, and differs."""
+    """No other point is at least as cheap and as accurate and differs."""
+
+    @property
+    def first(self) -> Row:
+        return self.group.rows[0]
 
 
-def points_of(rows: list[dict], cost: str) -> list[Point]:
-    """One for each group, in the rows' order; on the front by means, lest a lucky seed stand there for the others."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], []).append(row)
-    costs = [
-        statistics.mean([row[cost] for row in group]) for group in groups.values()
-    ]  # bytes of equal size stay whole
-    top1s = [mean_and_deviation([row["top1"] for row in group]) for group in groups.values()]
-    flags = front(costs, [top1 for top1, _ in top1s])
+def points_of(rows: list[Row], cost: str) -> list[Point]:
+    """One point for each group. The front is that of the means, so that a lucky seed does not define it."""
+    groups = list(groups_of(rows).values())
+    costs, top1s = [group.mean(cost) for group in groups], [group.mean("top1") for group in groups]
     points = []
-    for group, mean_cost, (top1, deviation), on_front in zip(groups.values(), costs, top1s, flags, strict=True):
-        first = group[0]
-        low, high = first["top1_ci_low"], first["top1_ci_high"]
-        if deviation is not None:
-            low, high = top1 - deviation, top1 + deviation
-        names, looks = [row["variant"] for row in group], (first[key] for key in ("model", "pruner", "quantizer"))
-        points.append(Point(names, *looks, mean_cost, top1, low, high, on_front))
+    for group, mean_cost, top1, on_front in zip(groups, costs, top1s, front(costs, top1s), strict=True):
+        std, first = group.std("top1"), group.rows[0]
+        ends = (first["top1_ci_low"], first["top1_ci_high"]) if std is None else (top1 - std, top1 + std)
+        points.append(Point(group, mean_cost, top1, *ends, on_front))
     return points

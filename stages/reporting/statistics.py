@@ -1,4 +1,4 @@
-"""How sure a number is: intervals of an accuracy and of a paired difference, exact tests, correction for many."""
+"""Intervals of an accuracy and of a paired difference, exact tests, and the correction for several tests."""
 
 import math
 from collections.abc import Mapping
@@ -34,11 +34,11 @@ def mcnemar_p(gained: int, lost: int) -> float:
     """Exact two-sided McNemar test (McNemar 1947; the exact binomial form).
 
     Args:
-        gained: images that only the variant classifies correctly.
-        lost: images that only the baseline classifies correctly.
+        gained: number of images that only the variant classifies correctly.
+        lost: number of images that only the baseline classifies correctly.
 
     Returns:
-        The probability of so uneven a split of the discordant images if both were equally accurate; 1 without any.
+        The probability of a split at least this uneven if both were equally accurate; 1 if no image differs.
     """
     if gained + lost == 0:
         return 1.0
@@ -48,18 +48,18 @@ def mcnemar_p(gained: int, lost: int) -> float:
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Exact two-sided sign-flip test that paired differences are centred on zero.
+    """Exact two-sided sign-flip test that paired differences are centered on zero.
 
-    Where several seeds of one setting are tested on the same images, an image's outcomes hang together, so the image is
-    the unit: under the null hypothesis each image's summed difference is as likely to be +d as -d. The distribution of
-    the total is found by convolution. With one seed the differences are -1, 0 or 1 and this is McNemar's exact test.
+    Several seeds of one setting are tested on the same images, so the outcomes of one image are correlated and the
+    image is the unit: under the null hypothesis each image's summed difference is as likely to be +d as -d. The
+    distribution of the total is found by convolution. With one seed this is McNemar's exact test.
 
     Args:
-        differences: `[n]` integers; for each image the number of seeds on which the variant is right, less that on
-            which the baseline is.
+        differences: `[n]` integers. For each image, the number of seeds for which the variant is right minus the
+            number for which the baseline is right.
 
     Returns:
-        P(|total| at least as large as seen).
+        P(|total| is at least as large as observed).
     """
     magnitudes, images = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if len(magnitudes) == 0:
@@ -69,12 +69,12 @@ def sign_flip_p(differences: np.ndarray) -> float:
     from scipy.special import gammaln
 
     def heads(count: int) -> np.ndarray:
-        """Probability of each number of heads in so many fair throws, up to twelve deviations from half of them."""
-        tail = max(0, count // 2 - math.ceil(6 * math.sqrt(count)))  # beyond it less than 1e-31 is left
+        """Probability of each number of heads in `count` fair throws, up to twelve standard deviations from half."""
+        tail = max(0, count // 2 - math.ceil(6 * math.sqrt(count)))  # the rest has a probability below 1e-31
         k = np.arange(tail, count - tail + 1)
         return np.exp(gammaln(count + 1) - gammaln(k + 1) - gammaln(count - k + 1) - count * math.log(2))
 
-    # the total of one magnitude is magnitude * (2 * heads - images): spaced by 2 * magnitude, and as far up as down
+    # the total of one magnitude is magnitude * (2 * heads - images): symmetric, with steps of 2 * magnitude
     distribution = np.ones(1)
     for magnitude, count in zip(magnitudes.tolist(), images.tolist(), strict=True):
         chances = heads(count)
@@ -90,12 +90,12 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3), as a fraction.
 
     Args:
-        confidence: `[n]`, the probability given to the predicted class.
+        confidence: `[n]`, the probability of the predicted class.
         correct: `[n]` bool.
-        bins: of equal width, over [0, 1].
+        bins: number of bins of equal width over [0, 1].
 
     Returns:
-        The mean over images of how far, in an image's bin, mean confidence and accuracy are apart.
+        The mean over images of |mean confidence - accuracy| in the image's bin.
     """
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     gaps = np.bincount(place, weights=confidence - correct, minlength=bins)
@@ -104,7 +104,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A difference of two accuracies on the same images, as fractions."""
+    """The difference of two accuracies on the same images, as fractions."""
 
     delta: float
     low: float
@@ -114,14 +114,14 @@ class PairedDifference:
 
 
 def paired_difference(differences: np.ndarray, seeds: int = 1, confidence: float = 0.95) -> PairedDifference:
-    """Difference of accuracy with its interval and exact p-value, images being the unit.
+    """Difference of accuracy with its interval and exact p-value; the image is the unit.
 
-    The interval is the adjusted Wald interval for matched pairs (Agresti & Min 2005, section 3): two pseudo images, of
-    which half a one is gained and half a one lost, keep it honest where few images differ. It says how far the figure
-    might move on other test images; not what training again would give, for which the spread over seeds stands.
+    The interval is the adjusted Wald interval for matched pairs (Agresti & Min 2005, section 3): two pseudo images keep
+    it valid where few images differ. It covers other test images. It does not cover another training run; the standard
+    deviation over seeds does.
 
     Args:
-        differences: `[n]` integers as in `sign_flip_p`, summed over `seeds` seeds.
+        differences: `[n]` integers as in `sign_flip_p`, added up over `seeds` seeds.
     """
     n = len(differences)
     per_image = differences / seeds
@@ -132,7 +132,7 @@ def paired_difference(differences: np.ndarray, seeds: int = 1, confidence: float
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Step-down correction of a family of tests (Holm 1979): adjusted p-values that hold all at once."""
+    """Adjusted p-values of a family of tests by Holm's step-down correction (Holm 1979)."""
     ordered = sorted(p_values, key=lambda name: p_values[name])
     adjusted, largest = {}, 0.0
     for rank, name in enumerate(ordered):
@@ -141,14 +141,14 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+def mean_and_std(values: list[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; the latter is None for a single value."""
     mean = float(np.mean(values))
     return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def front(costs: list[float], gains: list[float]) -> list[bool]:
-    """Whether each point lies on the Pareto front: no other costs no more, gains no less and differs."""
+    """For each point, whether it lies on the Pareto front: no other point is at least as good in both and differs."""
     return [
         not any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in zip(costs, gains, strict=True))
         for cost, gain in zip(costs, gains, strict=True)

@@ -1,4 +1,4 @@
-"""Folders as the other stages leave them, with made-up figures: what the report stage reads, in a second."""
+"""The files that the report stage reads, with made-up figures, written in a second."""
 
 import hashlib
 import json
@@ -7,9 +7,17 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from stages.params.load import load_params
+from stages.reporting.edge import describe_run
+from stages.reporting.inputs import CompletedRun, Params, read_run
+from stages.reporting.page import render_page
+from stages.reporting.rows import assemble_rows, choose, headline_metrics
+
 CLASSES = ["plane", "car", "bird", "cat", "deer"]
+ACCURACY = {"none": 0.8, "continued": 0.82, "oto50": 0.79, "l1": 0.6}
+"""Fraction of images classified correctly, by pruner."""
 SHRINK = {"none": 1.0, "continued": 1.0, "oto": 0.25, "l1_unstructured": 1.0, "random_unstructured": 1.0}
-"""Share of the parameters that each pruning method leaves."""
+"""Fraction of the parameters that each pruning method leaves."""
 SOAK = {
     **{"soak_seconds": 60.2, "soak_runs": 10_800, "latency_ms_p50": 1.21, "latency_ms_p99": 1.5, "late": 0, "wrong": 0},
     **{"slope_percent_per_hour": 3.0, "slope_percent_per_hour_low": -60.0, "slope_percent_per_hour_high": 66.0},
@@ -22,11 +30,11 @@ PRINTED = {
     **{"top1_clean": 0.861, "top1_clean_ci_low": 0.838, "top1_clean_ci_high": 0.881},
 }
 EDGE = {
-    "runtimes": ["onnxruntime", "openvino", "executorch"],
+    "runtimes": ["onnxruntime", "openvino", "torch-compile"],
     "soak": {"variant": "atto-oto50-int8", "minutes": 1.0},
     "printed": {"variant": "atto-oto50-int8"},
 }
-"""A params section that asks for all that the edge benchmark can tell."""
+"""The section `edge_benchmark` with everything that it can measure."""
 
 
 def params_of(
@@ -62,6 +70,24 @@ def params_of(
     }
 
 
+def read() -> CompletedRun:
+    """The run in the working folder."""
+    return read_run(load_params(Params))
+
+
+def page_of(run: CompletedRun, pictures: dict | None = None) -> str:
+    """The page, by default without pictures, which take seconds to draw."""
+    rows = assemble_rows(run)
+    choices = choose(run, rows)
+    return render_page(run, rows, describe_run(run), headline_metrics(rows, choices), choices, pictures or {})
+
+
+def change_edge(folder: Path, **values) -> None:
+    """Overwrite single values of edge.json."""
+    path = folder / "reports/edge/edge.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def change_profile(folder: Path, variant: str, **values) -> None:
     """Overwrite single values of a variant's profile.json."""
     path = folder / "reports/profile" / variant / "profile.json"
@@ -69,7 +95,7 @@ def change_profile(folder: Path, variant: str, **values) -> None:
 
 
 def change_arrays(path: Path, change) -> None:
-    """Write a file of arrays anew, `change` being what is done with the mapping of its arrays."""
+    """Rewrite a file of arrays with what `change` returns for the mapping of its arrays."""
     with np.load(path) as stored:
         np.savez_compressed(path, **change(dict(stored)))
 
@@ -86,9 +112,9 @@ def write_run(
     """Write params.yaml and everything the report stage reads under `folder`.
 
     Args:
-        accuracy: share of images classified correctly, by pruner name; 0.8 where none is given. The images that two
-            variants get wrong overlap, as real ones do.
-        left: share of parameters and MACs that is left, by pruner name; that of its method where none is given.
+        accuracy: fraction of images classified correctly, by pruner name (default 0.8). The images that two variants
+            get wrong overlap, as real ones do.
+        left: fraction of parameters and MACs that is left, by pruner name (default: that of its method).
     """
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     labels = np.arange(n) % len(classes)
@@ -161,7 +187,7 @@ def write_run(
         (target / "model.json").write_text(json.dumps(description))
         rows.append(_timed(variant, "onnxruntime", 1.2 * share * (0.8 if int8 else 1) + 0.01 * number, onnx))
     asked = params.get("edge_benchmark", {}).get("runtimes", [])
-    if "openvino" in asked:  # which runs all but the last
+    if "openvino" in asked:  # it runs all variants but the last
         openvino = [row | {"runtime": "openvino", "latency_ms_p50": row["latency_ms_p50"] / 2} for row in rows[:-1]]
         left_out = [{"variant": rows[-1]["variant"], "runtime": "openvino", "reason": "openvino does not run it: why"}]
         rows += openvino
@@ -195,7 +221,7 @@ def write_run(
 
 
 def _write_corrupted(path: Path, labels: np.ndarray, predicted: np.ndarray, hardness: np.ndarray, count: int) -> None:
-    """Three corruptions of every second image, which fail the hardest ones: more of them with every severity."""
+    """Three corruptions of every second image; more of the hardest images fail with each severity."""
     position = np.arange(0, len(labels), 2)
     cells = [(name, severity) for name in ("noise", "blur", "JPEG") for severity in (1, 2, 3)]
     answers = [
@@ -212,7 +238,7 @@ def _write_corrupted(path: Path, labels: np.ndarray, predicted: np.ndarray, hard
 
 
 def _write_edge(folder: Path, edge: dict, params: dict) -> None:
-    """With the soak and the printed samples that the params ask for."""
+    """With the soak test and the printed samples that the params ask for."""
     wanted = params.get("edge_benchmark", {})
     if soak := wanted.get("soak"):
         windows = [
@@ -232,7 +258,7 @@ def _write_edge(folder: Path, edge: dict, params: dict) -> None:
 
 
 def _cut_metrics(method: str, top1: float) -> dict[str, float]:
-    """What the prune stage tells: an exact cut for `oto`, a costly one for the other structured pruners."""
+    """Metrics of the prune stage: an exact removal for `oto`, a costly one for the other structured pruners."""
     if method not in ("oto", "depgraph", "random_structured"):
         return {"validation_top1": top1}
     lost, difference = (0.0, 2e-7) if method == "oto" else (0.4, 0.9)

@@ -4,12 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import change_arrays, params_of, write_run
+from synthetic_run import change_arrays, read
 
 from stages.common.errors import UserError
-from stages.params.load import load_params
-from stages.params.whole import Params
-from stages.reporting.inputs import read_run
 
 VARIANT = "atto-oto50-int8"
 FOLDER = Path("reports/profile") / VARIANT
@@ -78,55 +75,41 @@ BAD_INPUTS = {
     ),
     "fewer predictions": (fewer_predictions, "predictions"),
     "fewer probabilities": (fewer_probabilities, "probabilities"),
-    "missing corruptions": (lambda: (FOLDER / "corruptions.npz").unlink(), "corruptions.npz is missing"),
-    "other corrupted images": (other_corrupted_images, "other corrupted images than atto-none-fp32's"),
-    "fewer corrupted images": (fewer_corrupted_images, "for 9 cells of 200 test images"),
-    "corrupted images that are not there": (no_such_images, "for 9 cells of 200 test images"),
+    "missing corruptions": (lambda: (FOLDER / "corruptions.npz").unlink(), "missing"),
+    "other corrupted images": (other_corrupted_images, "other corrupted images than atto-none-fp32"),
+    "fewer corrupted images": (fewer_corrupted_images, "9 cells of 200 test images"),
+    "corrupted images that are not there": (no_such_images, "9 cells of 200 test images"),
     "fewer test images": (fewer_images, "test images"),
     "labels in another order": (other_order, "order"),
     "other top-1": (lambda: edit(FOLDER / "profile.json", lambda p: p.update(top1=0.5)), "top-1"),
     "other data": (lambda: edit(FOLDER / "profile.json", lambda p: p.update(data_sha256="c" * 64)), "one data set"),
     "other settings": (lambda: edit(FOLDER / "profile.json", lambda p: p.update(pruner="oto70")), "params.yaml"),
-    "other file timed": (other_file_timed, "mixing of runs is refused"),
+    "other file timed": (other_file_timed, "different runs"),
     "not timed": (not_timed, "edge.json"),
     "no description": (lambda: (FOLDER / "model.json").unlink(), "model.json"),
 }
 
 
 @pytest.mark.parametrize("bad", BAD_INPUTS)
-def test_bad_input_is_refused_with_the_name_of_the_variant_and_the_remedy(
-    bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    write_run(tmp_path, params_of())
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_refused_with_the_name_of_the_variant_and_the_remedy(bad: str, folder: Path):
     spoil, words = BAD_INPUTS[bad]
     spoil()
     with pytest.raises(UserError) as refusal:
-        read_run(load_params(Params))
+        read()
     message = str(refusal.value)
     assert VARIANT in message
     assert words in message
     assert "dvc repro" in message
 
 
-def test_a_broken_curve_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_run(tmp_path, params_of())
-    monkeypatch.chdir(tmp_path)
+def test_a_broken_curve_is_refused(folder: Path):
     path = Path("reports/curves/pruned/atto-oto50.csv")
     path.write_text(path.read_text() + "7,0.001")
     with pytest.raises(UserError, match="atto-oto50"):
-        read_run(load_params(Params))
+        read()
 
 
-def test_folders_of_variants_that_are_no_longer_listed_are_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_run(tmp_path, params_of())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "reports/profile/atto-old-fp32").mkdir()
-    assert "atto-old-fp32" not in read_run(load_params(Params)).variants
-
-
-def test_runs_that_trained_nothing_have_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    write_run(tmp_path, params_of())
-    monkeypatch.chdir(tmp_path)
-    curves = read_run(load_params(Params)).curves
-    assert list(curves) == ["atto", "atto-continued", "atto-oto50", "atto-l1"]
+def test_only_listed_variants_and_curves_of_trainings_are_read(folder: Path):
+    (folder / "reports/profile/atto-old-fp32").mkdir()
+    assert "atto-old-fp32" not in read().variants
+    assert list(read().curves) == ["atto", "atto-continued", "atto-oto50", "atto-l1"]

@@ -1,34 +1,28 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from synthetic_run import params_of, write_run
+from synthetic_run import change_edge, page_of, params_of, read, write_run
 
-from stages.params.load import load_params
-from stages.params.whole import Params
 from stages.reporting.cards import card
-from stages.reporting.claims import assess, read_claims
-from stages.reporting.inputs import Run, read_run
-from stages.reporting.page import render_page
-from stages.reporting.plots import Picture, draw_all
-from stages.reporting.rows import assemble_groups, assemble_rows, choose
-from stages.reporting.text import ms_text, points_text
+from stages.reporting.inputs import CompletedRun
+from stages.reporting.plots import Picture
+from stages.reporting.rows import Row, assemble_rows, choose, groups_of
+from stages.reporting.wording import ms_text, points_text
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
-def render(run: Run, pictures: dict[str, Picture] | None = None) -> str:
-    groups = assemble_groups(run)
-    rows = assemble_rows(run, groups)
-    choices = choose(run)
-    claims = assess(read_claims(), run, rows, groups)
-    return render_page(run, rows, groups, choices, claims, pictures or draw_all(run, rows, groups, choices))
-
-
 @pytest.fixture(scope="module")
-def page(run: Run, pictures: dict[str, Picture]) -> str:
-    return render(run, pictures)
+def page(run: CompletedRun, pictures: dict[str, Picture]) -> str:
+    return page_of(run, pictures)
+
+
+def section_of(page: str, start: str) -> str:
+    return page[page.index(start) : page.index("</section>", page.index(start))]
 
 
 class Structure(HTMLParser):
@@ -78,111 +72,100 @@ def test_tables_have_captions_and_sortable_headings(page: str):
     assert 'lang="en"' in page
 
 
-def test_the_headline_says_n_interval_spread_and_machine(page: str, run: Run):
-    answer = page[page.index('class="answer"') : page.index("</section>")]
-    assert "atto-oto50-int8" in answer
-    assert "n = 400" in answer
-    assert "p = " in answer or "p &lt; " in answer
-    assert "one seed" in answer
+def test_a_picture_comes_before_the_table(page: str):
+    assert page.index("</h2>") < page.index("<svg") < page.index("<table")
+
+
+def test_the_headline_has_n_interval_spread_and_control(page: str):
+    answer = section_of(page, 'class="answer"')
+    for words in ("atto-oto50-int8", "n = 400", "p = ", "one seed", "the control atto-continued-fp32"):
+        assert words in answer
     assert "A CPU of the tests" in page
+    assert "median latency from" not in answer
 
 
-def test_every_variant_and_claim_is_in_the_page(page: str, run: Run):
+def test_a_headline_without_its_control_says_so(run: CompletedRun):
+    pruners = {name: pruner for name, pruner in run.params.pruners.items() if name != "continued"}
+    variants = {name: entry for name, entry in run.params.variants.items() if "continued" not in name}
+    params = run.params.model_copy(update={"pruners": pruners, "variants": variants})
+    measured = {name: one for name, one in run.variants.items() if name in variants}
+    answer = section_of(page_of(replace(run, params=params, variants=measured)), 'class="answer"')
+    assert "add a `continued` pruner with 4 epochs" in answer
+
+
+def test_every_variant_has_its_change_against_dense_and_control(page: str, run: CompletedRun, rows: list[Row]):
     for variant in run.params.variants:
         assert f'data-key="{variant}"' in page
-    assert page.count('class="verdict') == len(read_claims())
-
-
-def test_the_change_stands_beside_that_against_the_control(page: str, run: Run):
-    answer = page[page.index('class="answer"') : page.index("</section>")]
-    assert "against the control (atto-continued-fp32)" in answer
-    assert "real" not in answer
     row = page[page.index('data-key="atto-oto50-int8"') :]
-    group = assemble_groups(run)["atto-oto50-int8"]
-    assert f"<small>control {points_text(group.control.delta)} [{points_text(group.control.low)}," in row
-    baseline = page[page.index('data-key="atto-none-fp32"') : page.index('data-key="atto-none-int8"')]
+    control = groups_of(rows)["atto-oto50-int8"].control
+    assert f"<small>control {points_text(control.delta)} [{points_text(control.low)}," in row
+    baseline = page[page.index('data-key="atto-none-fp32"') :]
     assert "control" not in baseline[: baseline.index("</tr>")]
 
 
-def test_the_speed_up_has_its_interval_and_threads_that_sleep_are_named(tmp_path, monkeypatch, page: str, run: Run):
+def test_speed_ups_have_intervals_and_sleeping_threads_are_mentioned(
+    tmp_path, monkeypatch, page: str, run: CompletedRun
+):
     edge = run.variants["atto-oto50-int8"].edge
-    assert f"<small>{edge['latency_ratio_low']:.2f} to {edge['latency_ratio_high']:.2f}</small>" in page
+    assert f"<small>{edge.latency_ratio_low:.2f} to {edge.latency_ratio_high:.2f}</small>" in page
     assert "do not spin" not in page
     write_run(tmp_path, params_of(pruners={"none": {"method": "none"}}, variants=[("none", "fp32")]), threads=2)
     monkeypatch.chdir(tmp_path)
-    alone = render(read_run(load_params(Params)))
+    alone = page_of(read())
     assert "do not spin" in alone
-    assert "the run has no compressed variant" in alone
-    assert "no smaller variant stayed" not in alone
+    assert "no compressed variant" in alone
 
 
-def test_the_batch_that_was_timed_is_told(tmp_path, monkeypatch, page: str):
+def test_the_batch_that_was_timed_is_named(folder: Path, page: str):
     assert "Latency at batch 1 on" in page
-    write_run(tmp_path, params_of())
-    path = tmp_path / "reports/edge/edge.json"
-    edge = json.loads(path.read_text())
-    path.write_text(json.dumps(edge | {"protocol": edge["protocol"] | {"batch": 3}}))
-    monkeypatch.chdir(tmp_path)
-    run = read_run(load_params(Params))
-    groups = assemble_groups(run)
-    found = render(run)
+    edge = json.loads((folder / "reports/edge/edge.json").read_text())
+    change_edge(folder, protocol=edge["protocol"] | {"batch": 3})
+    run = read()
+    rows, found = assemble_rows(run), page_of(run)
     assert "batch 1" not in found
-    for words in ("Latency at batch 3 on", "median at batch 3;", "median latency, batch 3"):
-        assert words in found
-    assert "| latency, batch 3 |" in card(run, assemble_rows(run, groups)[0], groups)
-
-
-def test_a_training_that_sees_small_images_first_explains_its_curve(tmp_path, monkeypatch, page: str):
-    assert "sees images of" not in page
-    params = params_of(pruners={"none": {"method": "none"}}, variants=[("none", "fp32")])
-    size = next(iter(params["models"].values()))["input_size"]
-    write_run(tmp_path, params | {"finetune": params["finetune"] | {"early_input_size": size - 8}})
-    monkeypatch.chdir(tmp_path)
-    assert f"sees images of {size - 8} pixels first" in render(read_run(load_params(Params)))
-
-
-def test_claims_say_of_which_network_and_data_they_speak(page: str):
-    claims = page[page.index('id="claims"') :]
-    words = claims[: claims.index("<table")]
-    assert "ConvNeXt (Small) on CIFAR-10" in words
-    assert "convnext_atto" in words
-    assert "toys" in words
+    assert "Latency at batch 3 on" in found
+    assert "median at batch 3;" in found
+    assert "| latency, batch 3 |" in card(run, rows[0], groups_of(rows))
 
 
 def test_a_class_without_test_images_is_not_the_worst(tmp_path, monkeypatch):
     write_run(tmp_path, params_of(), n=4)  # of five classes
     monkeypatch.chdir(tmp_path)
-    page = render(read_run(load_params(Params)))
-    worst = page[page.index("Found least often") :]
+    page = page_of(read())
+    worst = page[page.index("Lowest recall") :]
     assert "deer" not in worst[: worst.index("</p>")]
     assert "&ndash;</td>" in page
 
 
-def test_seeds_have_a_table_of_their_own(seeds_run: Run):
-    page = render(seeds_run)
-    assert "Over seeds" in page
-    assert "mean of 3 seeds" in page
-    assert "pooled over 3 seeds" in page
-    assert "<small>dense (3 seeds) " in page
-    assert "<small>control (3 seeds) " in page
-    assert len(page.encode()) < 3_000_000
+def test_seeds_have_a_table_and_the_headline_their_spread(seeds_run: CompletedRun):
+    page = page_of(seeds_run)
+    for words in ("Over seeds", "mean of 3 seeds", "pooled over 3 seeds", "<small>dense (3 seeds) "):
+        assert words in page
+    rows = assemble_rows(seeds_run)
+    group = next(group for group in groups_of(rows).values() if choose(seeds_run, rows).headline in group.variants)
+    latencies = [row["latency_ms_p50"] for row in group.rows]
+    assert f"; median latency from {ms_text(min(latencies))} to {ms_text(max(latencies))})" in page
 
 
-def test_the_page_tells_calibration_corruptions_classes_and_bytes(page: str, run: Run):
-    section = page[page.index('id="accuracy"') : page.index("</section>", page.index('id="accuracy"'))]
-    for words in ("Calibration error", "200 test images", "mean of all 9", "Corrupted (%)", "noise, atto-oto50-int8"):
-        assert words in section
-    assert section.count("<tr>") == 1 + len(run.variants)
-    errors = page[page.index('id="errors"') :]
-    table = errors[: errors.index("</table>")]
-    assert all(name in table for name in (*run.classes, "atto-none-fp32", "atto-oto50-int8"))
-    counts = page[page.index('id="counts"') : page.index('id="training"')]
-    assert "Scales" in counts
-    assert "26.0 KB" in counts
+def test_calibration_corruptions_confusion_and_bytes_are_shown(page: str, run: CompletedRun):
+    accuracy = section_of(page, 'id="accuracy"')
+    for words in ("Calibration error", "200 test images", "mean of all 9", "Corrupted (%)"):
+        assert words in accuracy
+    assert accuracy.count("<tr>") == 1 + len(run.variants)
+    assert all(f'scope="row">{name}<' in section_of(page, 'id="errors"') for name in run.classes)
+    assert "26.0 KB" in section_of(page, 'id="compression"')
 
 
-def test_the_headline_tells_the_latency_of_the_other_seeds(page: str, seeds_run: Run):
-    assert "median latency from" not in page[page.index('class="answer"') : page.index("</section>")]
-    group = next(group for group in assemble_groups(seeds_run).values() if choose(seeds_run).headline in group.variants)
-    latencies = [seeds_run.variants[variant].edge["latency_ms_p50"] for variant in group.variants]
-    assert f"; median latency from {ms_text(min(latencies))} to {ms_text(max(latencies))})" in render(seeds_run)
+def test_removals_and_layers_left_in_float_are_shown(run: CompletedRun):
+    measured = run.variants["atto-oto50-int8"]
+    artifact = measured.artifact.model_copy(update={"float_layers": ["head"]})
+    changed = replace(run, variants=run.variants | {"atto-oto50-int8": replace(measured, artifact=artifact)})
+    detail = section_of(page_of(changed), 'id="compression"')
+    assert "left in float: 1 (head) in atto-oto50-int8.</p>" in detail
+    row = '<th scope="row">atto-oto50-fp32</th><td>77.00</td><td>77.00</td><td>79.00</td><td>2.0e-07</td>'
+    assert row in detail
+    assert '<th scope="row">atto-l1-fp32</th><td>' not in detail[: detail.index("<details>")]
+
+
+def test_a_page_about_other_data_names_no_study(page: str):
+    assert not re.search("CIFAR|2409.02134|claim", page, re.IGNORECASE)

@@ -2,46 +2,54 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import change_profile, params_of, write_run
+from synthetic_run import change_profile, params_of, read, write_run
 
-from stages.params.load import load_params
-from stages.params.whole import Params
-from stages.reporting.inputs import Run, read_run
+from stages.reporting.inputs import CompletedRun, Params
 from stages.reporting.rows import (
     ROW_KEYS,
-    assemble_groups,
+    Choices,
+    Row,
     assemble_rows,
     choose,
     control_of,
     group_of,
+    groups_of,
     headline_metrics,
     points_of,
 )
 from stages.reporting.statistics import holm, mcnemar_p
 
-DESIGN_KEYS = (
+OLD_KEYS = (
     "variant model pruner quantizer seed group run_id n_test top1 top1_ci_low top1_ci_high top1_delta p_value agreement"
     " params params_nonzero params_visible macs macs_visible bops artifact_bytes size_bytes size_gzip_bytes"
-    " latency_ms_p50 latency_ms_p95 latency_ratio peak_rss_bytes load_ms runtime"
+    " latency_ms_p50 latency_ms_p95 latency_ratio peak_rss_bytes load_ms runtime calibration_error corrupted_top1"
 )
 
 
-def test_rows_say_what_the_design_names_in_its_order_and_two_things_more(run: Run):
-    rows = assemble_rows(run, assemble_groups(run))
-    assert " ".join(ROW_KEYS) == f"{DESIGN_KEYS} calibration_error corrupted_top1"
+def report_params(raw: dict) -> Params:
+    return Params.model_validate({key: raw[key] for key in raw if key in Params.model_fields})
+
+
+def chosen() -> Choices:
+    run = read()
+    return choose(run, assemble_rows(run))
+
+
+def test_rows_have_every_key_that_readers_know_in_one_order(run: CompletedRun, rows: list[Row]):
+    assert [key for key in ROW_KEYS if key in OLD_KEYS.split()] == OLD_KEYS.split()
     assert [list(row) for row in rows] == [list(ROW_KEYS)] * len(run.params.variants)
     assert {row["run_id"] for row in rows} == {run.run_id}
 
 
-def test_the_baseline_is_not_compared_with_itself(run: Run):
-    rows = {row["variant"]: row for row in assemble_rows(run, assemble_groups(run))}
+def test_the_baseline_is_not_compared_with_itself(run: CompletedRun):
+    rows = {row["variant"]: row for row in assemble_rows(run)}
     assert rows["atto-none-fp32"]["top1_delta"] is None
     assert rows["atto-none-fp32"]["p_value"] is None
     assert rows["atto-none-int8"]["p_value"] is not None
 
 
-def test_p_values_are_mcnemar_corrected_over_the_table(run: Run):
-    rows = {row["variant"]: row for row in assemble_rows(run, assemble_groups(run))}
+def test_p_values_are_mcnemar_corrected_over_the_table(run: CompletedRun):
+    rows = {row["variant"]: row for row in assemble_rows(run)}
     base = run.variants["atto-none-fp32"].correct
     raw = {}
     for variant, measured in run.variants.items():
@@ -52,25 +60,25 @@ def test_p_values_are_mcnemar_corrected_over_the_table(run: Run):
     assert rows["atto-l1-fp32"]["p_value"] < 0.001
 
 
-def test_seeds_share_a_group_and_its_p_value(seeds_run: Run):
-    groups = assemble_groups(seeds_run)
-    rows = assemble_rows(seeds_run, groups)
+def test_seeds_share_a_group_and_its_p_value(seeds_run: CompletedRun):
+    groups = groups_of(assemble_rows(seeds_run))
     assert group_of(seeds_run.params, "atto-s2-oto50-int8") == "atto-oto50-int8"
     assert groups["atto-oto50-int8"].variants == ["atto-oto50-int8", "atto-s1-oto50-int8", "atto-s2-oto50-int8"]
-    assert len({row["p_value"] for row in rows if row["group"] == "atto-l1-fp32"}) == 1
-    tops = [row["top1"] for row in rows if row["group"] == "atto-l1-fp32"]
-    assert groups["atto-l1-fp32"].top1_deviation == pytest.approx(np.std(tops, ddof=1))
+    l1 = groups["atto-l1-fp32"]
+    assert len({row["p_value"] for row in l1.rows}) == 1
+    assert l1.std("top1") == pytest.approx(np.std([row["top1"] for row in l1.rows], ddof=1))
+    assert l1.change.delta == pytest.approx(np.mean([row["top1_delta"] for row in l1.rows]))
 
 
 def test_a_model_with_other_settings_is_another_group():
     network = {"library": "timm", "architecture": "convnext_atto", "input_size": 16}
     models = {"a": network | {"seed": 0}, "b": network | {"seed": 1, "arguments": {"depths": [1, 1, 1, 1]}}}
-    params = Params.model_validate(params_of(models=models))
+    params = report_params(params_of(models=models))
     assert group_of(params, "a-oto50-fp32") != group_of(params, "b-oto50-fp32")
 
 
-def test_the_headline_is_the_smallest_within_the_drop_on_validation(run: Run):
-    choices = choose(run)
+def test_the_headline_is_the_smallest_within_the_drop_on_validation(run: CompletedRun):
+    choices = choose(run, assemble_rows(run))
     assert choices.headline == "atto-oto50-int8"  # 0.79 on validation, the limit is 0.8 - 0.01
     assert choices.most_accurate == "atto-continued-fp32"
 
@@ -79,7 +87,7 @@ def test_the_headline_is_chosen_without_the_test_figures(tmp_path: Path, monkeyp
     write_run(tmp_path, params_of(), accuracy={"none": 0.8, "continued": 0.8, "oto50": 0.79, "l1": 0.8})
     change_profile(tmp_path, "atto-oto50-int8", validation_top1=0.78)
     monkeypatch.chdir(tmp_path)
-    assert choose(read_run(load_params(Params))).headline == "atto-oto50-fp32"  # the next in size
+    assert chosen().headline == "atto-oto50-fp32"  # the next in size
 
 
 def test_a_poor_network_that_compresses_well_is_no_headline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -90,7 +98,7 @@ def test_a_poor_network_that_compresses_well_is_no_headline(tmp_path: Path, monk
         if variant.startswith("poor"):
             change_profile(tmp_path, variant, validation_top1=0.5, size_bytes=1000)
     monkeypatch.chdir(tmp_path)
-    choices = choose(read_run(load_params(Params)))
+    choices = chosen()
     assert choices.headline == "good-oto50-int8"
     assert choices.fastest.startswith("good")
 
@@ -106,7 +114,7 @@ def test_the_control_is_float_of_the_same_model_and_trained_as_long():
         "oto8": oto | {"epochs": 8},
     }
     variants = [(pruner, quantizer) for pruner in pruners for quantizer in ("int8", "fp32")]
-    params = Params.model_validate(params_of(seeds=2, pruners=pruners, variants=variants))
+    params = report_params(params_of(seeds=2, pruners=pruners, variants=variants))
     assert control_of(params, "atto-s1-oto8-int8") == "atto-s1-more8-fp32"
     assert control_of(params, "atto-oto4-fp32") == "atto-more4-fp32"
     assert control_of(params, "atto-more4-int8") == "atto-more4-fp32"
@@ -131,7 +139,7 @@ def test_the_recovery_of_a_quantizer_counts_as_training_too():
     }
     raw = params_of(pruners=pruners, variants=[(p, q) for p in pruners for q in ("fp32", *quantizers)])
     raw["quantizers"] |= quantizers
-    params = Params.model_validate(raw)
+    params = report_params(raw)
     assert control_of(params, "atto-none-q4") == "atto-more4-fp32"
     assert control_of(params, "atto-oto3-q1") == "atto-more4-fp32"
     assert control_of(params, "atto-oto3-q4") is None
@@ -140,32 +148,36 @@ def test_the_recovery_of_a_quantizer_counts_as_training_too():
     assert control_of(params, "atto-oto3-slow") is None  # four epochs, but not by one setting
 
 
-def test_the_difference_to_the_control_is_paired_and_corrected(run: Run):
-    groups = assemble_groups(run)
-    with_control = {name: group for name, group in groups.items() if group.control is not None}
+def test_the_difference_to_the_control_is_paired_and_corrected(run: CompletedRun, rows: list[Row]):
+    with_control = {row["variant"]: row for row in rows if row["control"] is not None}
     assert set(with_control) == {"atto-oto50-fp32", "atto-oto50-int8", "atto-l1-fp32"}
     control = run.variants["atto-continued-fp32"].correct
     raw = {}
-    for name, group in with_control.items():
+    for name, row in with_control.items():
         correct = run.variants[name].correct
         raw[name] = mcnemar_p(int((correct & ~control).sum()), int((control & ~correct).sum()))
-        assert group.control.delta == pytest.approx(correct.mean() - control.mean())
-    assert {name: group.control_p_value for name, group in with_control.items()} == pytest.approx(holm(raw))
+        assert row["control_delta"] == pytest.approx(correct.mean() - control.mean())
+        assert row["control_ci_low"] < row["control_delta"] < row["control_ci_high"]
+    assert {name: row["control_p_value"] for name, row in with_control.items()} == pytest.approx(holm(raw))
 
 
-def test_headline_metrics_are_few_and_flat(run: Run):
-    metrics = headline_metrics(run, assemble_rows(run, assemble_groups(run)), choose(run))
+def test_rows_of_an_older_report_make_groups_too(rows: list[Row]):
+    group = groups_of([{key: row[key] for key in OLD_KEYS.split()} for row in rows])["atto-oto50-fp32"]
+    assert group.change.delta == group.rows[0]["top1_delta"]
+    assert (group.change.low, group.control) == (None, None)
+
+
+def test_headline_metrics_are_few_and_flat(run: CompletedRun, rows: list[Row]):
+    metrics = headline_metrics(rows, choose(run, rows))
     assert len(metrics) <= 10
     assert all(isinstance(value, int | float | str) for value in metrics.values())
     assert metrics["headline_size_ratio"] > 10
     assert metrics["headline_validation_top1"] == 0.79
-    assert "best_top1" not in metrics
     assert not any("small_dense" in key for key in metrics)
 
 
-def test_the_front_holds_the_cheapest_and_the_most_accurate(run: Run):
-    rows = assemble_rows(run, assemble_groups(run))
-    points = {point.variants[0]: point for point in points_of(rows, "size_bytes")}
+def test_the_front_holds_the_cheapest_and_the_most_accurate(rows: list[Row]):
+    points = {point.first["variant"]: point for point in points_of(rows, "size_bytes")}
     assert points[min(rows, key=lambda row: row["size_bytes"])["variant"]].on_front
     best = max(rows, key=lambda row: row["top1"])
     assert points[best["variant"]].on_front
@@ -181,7 +193,7 @@ def test_seeds_stand_on_the_front_by_their_mean_and_not_by_the_luckiest_of_them(
         for n, (group, top1, macs) in enumerate(figures)
     ]
     steady, lucky = points_of(rows, "macs")
-    assert (steady.variants, lucky.variants) == (["steady-0", "steady-1"], ["lucky-2", "lucky-3"])
+    assert (steady.group.variants, lucky.group.variants) == (["steady-0", "steady-1"], ["lucky-2", "lucky-3"])
     assert (steady.cost, steady.top1, steady.low, steady.high) == pytest.approx((11, 0.80, 0.80, 0.80))
     assert (lucky.cost, lucky.top1) == pytest.approx((12, 0.77))
     assert (lucky.low, lucky.high) == pytest.approx((0.77 - 0.07 * 2**0.5, 0.77 + 0.07 * 2**0.5))

@@ -10,7 +10,7 @@ from stages.reporting.statistics import (
     front,
     holm,
     mcnemar_p,
-    mean_and_deviation,
+    mean_and_std,
     paired_difference,
     sign_flip_p,
     wilson_interval,
@@ -98,9 +98,9 @@ def test_two_identical_classifiers_still_get_an_interval():
     assert found.low < 0 < found.high
 
 
-def test_deviation_needs_two_values():
-    assert mean_and_deviation([0.5]) == (0.5, None)
-    assert mean_and_deviation([0.4, 0.6]) == pytest.approx((0.5, 0.02**0.5))
+def test_std_needs_two_values():
+    assert mean_and_std([0.5]) == (0.5, None)
+    assert mean_and_std([0.4, 0.6]) == pytest.approx((0.5, 0.02**0.5))
 
 
 def test_front_drops_what_another_beats_and_keeps_equals():

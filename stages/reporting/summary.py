@@ -1,0 +1,123 @@
+"""`reports/summary.md`: the results in Markdown, for continuous-integration comments, terminals and the documentation.
+
+A pure function of `variants.json`, `run.json` and `metrics.json`, so it can be made anew from committed files.
+"""
+
+from typing import Any
+
+from stages.reporting.rows import Group, Row, dense_of, groups_of
+from stages.reporting.wording import (
+    bytes_text,
+    change_text,
+    count_text,
+    headline_of,
+    interval_text,
+    machine_text,
+    ms_text,
+    p_text,
+    percent_text,
+    plural,
+    points_text,
+    printed_lines,
+    ratio_text,
+    soak_lines,
+    std_text,
+)
+
+COLUMNS = (
+    "variant",
+    "top-1 (%)",
+    "Δ dense (points)",
+    "p",
+    "Δ control (points)",
+    "p control",
+    "size",
+    "parameters",
+    "MACs",
+    "latency",
+    "speed-up",
+)
+
+
+def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """The whole file; one line of the table for each variant, or for each group of seeds with its means."""
+    headline = headline_of(rows, run, metrics)
+    (_, size, size_note), (_, latency, latency_note), (_, top1, top1_note) = headline.figures
+    groups = groups_of(rows)
+    controls = any(group.control for group in groups.values())
+    shown = [index for index, column in enumerate(COLUMNS) if controls or "control" not in column]
+    lines = [[line[index] for index in shown] for line in (COLUMNS, *map(_line, groups.values()))]
+    lines.insert(1, ["---"] + ["---:"] * (len(shown) - 1))
+    seeds = max(group.seeds for group in groups.values())
+    return "\n".join(
+        [
+            f"# {run['data_name']}: results",
+            "",
+            f"**Ship `{headline.variant}`: {size}, {latency}, {top1} top-1.** It is {headline.rule}. Size: {size_note}."
+            f" Latency: {latency_note}. Top-1: {top1_note}. {headline.change}",
+            "",
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            f"{run['data_name']}, n = {run['n_test']:,} test images, {plural(seeds, 'seed')}. Brackets hold"
+            f" {percent_text(run.get('confidence', 0.95), 0)} intervals; p-values are of exact paired tests, corrected"
+            f" over the table (Holm)."
+            + (" Values are means over seeds, ± is the standard deviation over seeds." if seeds > 1 else "")
+            + (" The control is the dense network, trained for as many extra epochs." if controls else "")
+            + f" Size is that of `model.onnx`; latency is the median in ONNX Runtime at batch"
+            f" {run['protocol'].get('batch', 1)} on {machine_text(run)}; speed-up is over dense"
+            f" {run['baseline_runtime']}. Run `{run['run_id']}`.",
+            "",
+            "## Findings",
+            "",
+            *(f"- {finding}" for finding in findings_of(rows, run, metrics)),
+            "",
+        ]
+    )
+
+
+def _line(group: Group) -> list[str]:
+    first, std = group.rows[0], group.std("top1")
+    spread = std_text(std) or f" [{100 * first['top1_ci_low']:.2f}, {100 * first['top1_ci_high']:.2f}]"
+    cells = [group.name if group.seeds > 1 else first["variant"], f"{100 * group.mean('top1'):.2f}{spread}"]
+    for change in (group.change, group.control):
+        if change is None:
+            cells += ["", ""]
+        else:
+            cells.append(f"{points_text(change.delta, 2)} {interval_text(change)}".rstrip())
+            cells.append("" if change.p_value is None else p_text(change.p_value))
+    return [
+        *cells,
+        bytes_text(group.mean("size_bytes")),
+        count_text(group.mean("params")),
+        count_text(group.mean("macs")),
+        ms_text(group.mean("latency_ms_p50")),
+        ratio_text(group.mean("latency_ratio")),
+    ]
+
+
+def findings_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
+    """Short sentences: the extremes, robustness, printed samples, soak test, warnings."""
+    by_name, groups = {row["variant"]: row for row in rows}, groups_of(rows)
+    chosen = by_name[metrics["headline_variant"]]
+    dense = dense_of(chosen, by_name)
+    extremes: dict[str, list[str]] = {}
+    for words, key, sign in (("smallest", "size_bytes", 1), ("fastest", "latency_ms_p50", 1)):
+        extremes.setdefault(min(rows, key=lambda row: sign * row[key])["variant"], []).append(words)
+    extremes.setdefault(max(rows, key=lambda row: row["top1"])["variant"], []).append("most accurate")
+    found = []
+    for variant, words in extremes.items():
+        row = by_name[variant]
+        change, own = groups[row["group"]].change, dense_of(row, by_name)
+        smaller, faster = (ratio_text(own[key] / row[key]) for key in ("size_bytes", "latency_ms_p50"))
+        found.append(
+            f"`{variant}` is the {' and the '.join(words)} variant: {bytes_text(row['size_bytes'])} (dense {smaller}),"
+            f" {ms_text(row['latency_ms_p50'])} (dense {faster} in ONNX Runtime),"
+            f" {percent_text(row['top1'], 2)} top-1" + ("." if change is None else f" ({change_text(change)}).")
+        )
+    if chosen.get("corrupted_top1") is not None and chosen is not dense:
+        ours, theirs = (percent_text(row["corrupted_top1"]) for row in (chosen, dense))
+        found.append(f"On corrupted test images `{chosen['variant']}` has {ours} top-1, its dense network {theirs}.")
+    for title, lines in (("Soak test", soak_lines(run)), ("Printed samples", printed_lines(run))):
+        if lines:
+            found.append(f"{title}: {'; '.join(f'{name} {value}' for name, value in lines)}.")
+    return found + [f"Warning: {mark}" for mark in run.get("marks", [])]
