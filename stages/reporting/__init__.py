@@ -1,1 +1,1 @@
-"""The report: statistics, claims, tables, plots and the page; never imports torch."""
+"""The report: statistics, tables, plots and the page; never imports torch."""

@@ -346,10 +346,10 @@ def test_a_stage_checks_only_the_sections_that_it_reads(raw, tmp_path):
         models: dict[Name, Model]
 
     path = written(raw | {"finetune": None, "nonsense": 1}, tmp_path)
-    assert list(load_params(Params, Own, path).models) == ["convnext"]
+    assert list(load_params(Own, path).models) == ["convnext"]
     raw["models"]["convnext"]["library"] = "keras"
     with pytest.raises(UserError, match=r"models.convnext.library = 'keras': must be 'timm' or 'torchvision'"):
-        load_params(Params, Own, written(raw, tmp_path))
+        load_params(Own, written(raw, tmp_path))
 
 
 @pytest.mark.parametrize(
