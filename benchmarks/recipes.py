@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
@@ -72,16 +73,16 @@ def apply(raw: dict, change: str, sections: tuple[str, ...]) -> None:
         raise UserError(f"{change}: {value} is not valid YAML") from None
 
 
-def tried(changes: list[str], seed: int, model: str | None, pruned: str | None) -> dict[str, object]:
+def tried(changes: list[str], seed: int, model: str | None, pruned: str | None) -> dict[str, Any]:
     """One training, or one pruning of the profile's dense network, in a temporary folder.
 
     Raises:
         UserError: for an unknown model or entry of `pruned`, if the dense network is missing, or if the stage fails.
     """
     own = load_params(Params)  # names problems of the file before those of the changes
-    for option, key, known in [("--model", model, own.models), ("--pruned", pruned, own.pruned)]:
-        if key is not None and key not in known:
-            raise UserError(f"{option} {key}: {paths.PARAMS} has no such key: it has {', '.join(known)}")
+    for option, named, known in [("--model", model, list(own.models)), ("--pruned", pruned, list(own.pruned))]:
+        if named is not None and named not in known:
+            raise UserError(f"{option} {named}: {paths.PARAMS} has no such key: it has {', '.join(known)}")
     which = ["--pruned", pruned] if pruned else ["--model", model] if model else []
     model = own.pruned[pruned].model if pruned else model or next(iter(own.models))
     if pruned:
@@ -129,7 +130,7 @@ def tried(changes: list[str], seed: int, model: str | None, pruned: str | None) 
     }
 
 
-def append(log: Path, row: dict[str, object]) -> None:
+def append(log: Path, row: dict[str, Any]) -> None:
     """Add a row to the log; one write, since several processes may write."""
     new = not log.exists()
     with log.open("a", newline="") as file:

@@ -9,6 +9,7 @@ thread. Run it where the pipeline has made the variants (install NNCF first: uv 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def classes_of(run: Run, part: Part) -> np.ndarray:
     return np.array([run(np.ascontiguousarray(image[None])).argmax() for image in part.images])
 
 
-def compare(params: Params, variant: str, scratch: Path) -> dict[str, object]:
+def compare(params: Params, variant: str, scratch: Path) -> dict[str, Any]:
     """Times and validation top-1 of each runtime, and the ratio of its time to ours (above 1: ours is faster).
 
     Raises:

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -224,7 +225,7 @@ def ratio_row(of_rounds: np.ndarray, seed: int) -> dict[str, float]:
     return {"ratio": float(np.median(of_rounds)), "ratio_ci_low": low, "ratio_ci_high": high}
 
 
-def start(names: tuple[str, ...], arguments: list[str]) -> tuple[subprocess.Popen, dict[str, object]]:
+def start(names: tuple[str, ...], arguments: list[str]) -> tuple[subprocess.Popen, dict[str, Any]]:
     """A process that times segments, and its device, threads and precision."""
     command = [
         sys.executable,
@@ -235,9 +236,14 @@ def start(names: tuple[str, ...], arguments: list[str]) -> tuple[subprocess.Pope
         "plain" if names == PLAIN else "ours",
     ]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if not (line := worker.stdout.readline()):
-        raise SystemExit(f"{names[0]}: the process ended early")
-    return worker, json.loads(line)
+    return worker, json.loads(answer(worker))
+
+
+def answer(worker: subprocess.Popen) -> str:
+    """The next line that the process prints."""
+    if worker.stdout is None or not (line := worker.stdout.readline()):
+        raise SystemExit("a process that times segments ended early")
+    return line
 
 
 def main() -> None:
@@ -267,13 +273,14 @@ def main() -> None:
     (theirs, _), (own, host) = (start(names, sys.argv[1:]) for names in (PLAIN, OURS))
     small = (host.get("progressive_resize") or {}).get("fraction")
     workers = dict.fromkeys(PLAIN, theirs) | dict.fromkeys(OURS if small is None else (*OURS, SMALL), own)
-    generator, times = random.Random(arguments.seed), {name: [] for name in workers}
+    generator = random.Random(arguments.seed)
+    times: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(arguments.rounds):
         for name in generator.sample(list(workers), len(workers)):
             print(name, file=workers[name].stdin, flush=True)
-            times[name].append(float(workers[name].stdout.readline()))
-    for worker in workers.values():
-        worker.stdin.close()
+            times[name].append(float(answer(workers[name])))
+    for worker in (theirs, own):
+        worker.communicate()  # closes its input, which ends it
     images = arguments.steps * arguments.batch
     seconds = {name: np.array(of_rounds) for name, of_rounds in times.items()}
     if small is not None:
