@@ -48,8 +48,7 @@ def launch(base: Base) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the UserError below reports a failure in one line
+    logging.disable(logging.ERROR)  # this process only runs torchrun; the UserError below reports a failure in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(base.threads or 1))  # torchrun's own default, without its warning
     stage = sys.modules["__main__"].__spec__.name
     stderr = io.StringIO()
@@ -64,7 +63,7 @@ def launch(base: Base) -> None:
         rank, failure = failed.get_first_failure()
         if failure.exitcode == INTERRUPTED:
             sys.exit(INTERRUPTED)
-        if failure.exitcode > 0 and not failure.error_file_data.get("message"):
+        if failure.exitcode > 0 and failure.error_file_data.get("message") == "<NONE>":  # torch's word for no file
             sys.exit(failure.exitcode)  # the process has printed a traceback
         where = f"process {rank} of {base.launcher!r}: " if failure.exitcode < 0 else ""
         raise UserError(f"{where}{failure.message}") from None
