@@ -14,5 +14,5 @@ class Report(Section):
     """Largest drop of validation top-1 below the best dense network, as a fraction (0.01 is 1 point). The headline is
     the smallest variant within it."""
     claims: str | None = None
-    """File with the claims of a published study, relative to `params.yaml`. `python -m studies.edge_ai.claims` computes the
-    verdicts from a finished report."""
+    """File with the claims of a published study, relative to `params.yaml`. `python -m studies.edge_ai.claims` computes
+    the verdicts from a finished report."""
