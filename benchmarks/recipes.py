@@ -22,7 +22,7 @@ from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
-from stages.artifacts.artifact import read_description
+from stages.artifacts.description import read_description
 from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.artifacts.artifact import read_description
+from stages.artifacts.description import read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json

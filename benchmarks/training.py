@@ -41,8 +41,8 @@ from stages.datasets.store import open_part, read_info
 from stages.edge.machine import describe_machine
 from stages.edge.protocol import bootstrap_median
 from stages.networks.build import build_network, spec_of
-from stages.networks.layer_scale import fold_layer_scale
 from stages.networks.preprocess import Preprocess
+from stages.networks.reparameterize import fold_layer_scale
 from stages.params.finetune import Finetune
 from stages.params.load import load_params
 from stages.params.models import Model

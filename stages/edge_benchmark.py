@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.artifact import check_onnx, read_description
+from stages.artifacts.description import check_onnx, read_description
 from stages.common import paths
 from stages.common.cores import usable_cores
 from stages.common.errors import UserError, run_stage

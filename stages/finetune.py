@@ -9,7 +9,8 @@ curve `reports/curves/dense/<model>.csv`. After a kill, the next run resumes fro
 
 import torch
 
-from stages.artifacts.artifact import Description, save_artifact
+from stages.artifacts.artifact import save_artifact
+from stages.artifacts.description import Description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv

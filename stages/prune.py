@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from stages.artifacts.artifact import Description, load_artifact, parent_of, save_artifact
+from stages.artifacts.artifact import load_artifact, save_artifact
+from stages.artifacts.description import Description, parent_of
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.artifacts.artifact import ONNX, Description, load_artifact, parent_of, save_artifact
+from stages.artifacts.artifact import load_artifact, save_artifact
+from stages.artifacts.description import ONNX, Description, parent_of
 from stages.common import paths
 from stages.common.cores import threads_for
 from stages.common.errors import UserError, run_stage

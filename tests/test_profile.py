@@ -11,7 +11,8 @@ import yaml
 from toy_project import compressed_project
 
 from stages import profile
-from stages.artifacts.artifact import load_artifact, load_classifier, read_description
+from stages.artifacts.artifact import load_artifact, load_classifier
+from stages.artifacts.description import read_description
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
@@ -44,7 +45,7 @@ def run(monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", [FP32, INT8])
-def test_the_row_says_what_the_files_and_predictions_say(project, monkeypatch, variant, capsys):
+def test_the_row_agrees_with_the_files_and_predictions(project, monkeypatch, variant, capsys):
     row, predictions = run(monkeypatch, variant)
     assert f"{variant}: top-1 {100 * row['top1']:.2f} % (n = 50)" in capsys.readouterr().out
     folder = paths.compressed(variant)
@@ -70,11 +71,30 @@ def test_the_row_says_what_the_files_and_predictions_say(project, monkeypatch, v
     assert (row["data_name"], row["data_source"], row["image_size"]) == ("noise", "blurred noise", 24)
     assert (paths.profile(variant) / "model.json").read_bytes() == (folder / "model.json").read_bytes()
 
+    # the three sections add up to the file
+    assert row["weight_bytes"] + row["scale_bytes"] + row["graph_bytes"] == row["size_bytes"]
+    packed = [load_artifact(folder)[0].get_submodule(name) for name in description.layers]
+    assert row["scale_bytes"] == sum(5 * layer.out_features for layer in packed)  # a float scale, an integer zero point
+    trained = 4 * row["params"] - 3 * sum(layer.in_features * layer.out_features for layer in packed)
+    assert row["weight_bytes"] == pytest.approx(trained, rel=0.1)  # equal biases are stored once
 
-def test_the_two_largest_logits_are_stored_in_order(project, monkeypatch):
+    # the layers add up to the row
+    with (paths.profile(variant) / "layers.csv").open(newline="") as file:
+        layers = list(csv.DictReader(file))
+    columns = ["name", "kind", "params", "params_nonzero", "macs", "weight_bits", "activation_bits"]
+    assert list(layers[0]) == columns
+    for key in ("params", "params_nonzero", "macs"):
+        assert sum(int(layer[key]) for layer in layers) == row[key]
+    bits = {layer["weight_bits"] for layer in layers if layer["kind"] == "Linear"}
+    assert bits == {"8" if variant == INT8 else "32"}
+
+
+def test_top_2_and_confidence_are_those_of_the_shipped_file(project, monkeypatch):
     _, predictions = run(monkeypatch, FP32)
     part = open_part(paths.IMAGES, "test")
     logits = session_logits(open_session(paths.compressed(FP32) / "model.onnx", 1), part.images, 256)
+    expected = torch.softmax(torch.from_numpy(logits), 1).amax(1)
+    np.testing.assert_allclose(predictions["confidence"], expected, rtol=1e-5)
     assert np.array_equal(predictions["top2_classes"][:, 0], predictions["predicted"])
     np.testing.assert_allclose(predictions["top2_logits"], np.sort(logits, axis=1)[:, :-3:-1], rtol=1e-5)
     second = np.take_along_axis(logits, predictions["top2_classes"], axis=1)
@@ -90,31 +110,12 @@ def test_quantization_changes_the_visible_counts_only(project, monkeypatch):
     assert int8["bops"] < 0.7 * dense["bops"] == 0.7 * 1024 * dense["macs"]
 
 
-def test_layers_add_up_to_the_row(project, monkeypatch):
-    row, _ = run(monkeypatch, INT8)
-    with (paths.profile(INT8) / "layers.csv").open(newline="") as file:
-        layers = list(csv.DictReader(file))
-    columns = ["name", "kind", "params", "params_nonzero", "macs", "weight_bits", "activation_bits"]
-    assert list(layers[0]) == columns
-    for key in ("params", "params_nonzero", "macs"):
-        assert sum(int(layer[key]) for layer in layers) == row[key]
-    assert {layer["weight_bits"] for layer in layers if layer["kind"] == "Linear"} == {"8"}
-
-
 def test_a_second_run_writes_the_same_bytes(project, monkeypatch):
     run(monkeypatch, INT8)
     first = {path.name: path.read_bytes() for path in paths.profile(INT8).iterdir()}
     run(monkeypatch, INT8)
     assert {path.name: path.read_bytes() for path in paths.profile(INT8).iterdir()} == first
     assert sorted(first) == ["corruptions.npz", "layers.csv", "model.json", "predictions.npz", "profile.json"]
-
-
-def test_the_confidence_is_the_softmax_of_the_likeliest_class(project, monkeypatch):
-    _, predictions = run(monkeypatch, FP32)
-    part = open_part(paths.IMAGES, "test")
-    logits = session_logits(open_session(paths.compressed(FP32) / "model.onnx", 1), part.images, 256)
-    expected = torch.softmax(torch.from_numpy(logits), 1).amax(1)
-    np.testing.assert_allclose(predictions["confidence"], expected, rtol=1e-5)
 
 
 def test_corrupted_images_are_classified_by_the_shipped_file(project, monkeypatch):
@@ -138,17 +139,6 @@ def test_no_corruptions_where_none_are_asked_for_and_all_images_where_there_are_
         with np.load(paths.profile(FP32) / "corruptions.npz", allow_pickle=False) as stored:
             assert stored["predicted"].shape == shape
             assert (stored["predicted"].dtype, stored["severity"].dtype) == (np.int64, np.int64)
-
-
-@pytest.mark.parametrize("variant", [FP32, INT8])
-def test_the_sections_add_up_to_the_file(project, monkeypatch, variant):
-    row, _ = run(monkeypatch, variant)
-    assert row["weight_bytes"] + row["scale_bytes"] + row["graph_bytes"] == row["size_bytes"]
-    network, description = load_artifact(paths.compressed(variant))
-    packed = [network.get_submodule(name) for name in description.layers]
-    assert row["scale_bytes"] == sum(5 * layer.out_features for layer in packed)  # a float scale, an integer zero point
-    trained = 4 * row["params"] - 3 * sum(layer.in_features * layer.out_features for layer in packed)
-    assert row["weight_bytes"] == pytest.approx(trained, rel=0.1)  # equal biases are stored once
 
 
 def test_an_artifact_of_other_images_is_refused_and_the_old_profile_stays(project, monkeypatch):

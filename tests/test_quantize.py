@@ -9,7 +9,8 @@ import torch
 from toy_project import compressed_project, pruned_project
 
 from stages import quantize
-from stages.artifacts.artifact import load_artifact, load_classifier, read_description, save_artifact
+from stages.artifacts.artifact import load_artifact, load_classifier, save_artifact
+from stages.artifacts.description import read_description
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import sha256_of

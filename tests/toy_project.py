@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import nn
 
-from stages.artifacts.artifact import Description, save_artifact
+from stages.artifacts.artifact import save_artifact
+from stages.artifacts.description import Description
 from stages.common import paths
 from stages.datasets.store import read_info
 from stages.networks.build import NetworkSpec, build_network

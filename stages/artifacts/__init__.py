@@ -1,1 +1,1 @@
-"""The model artifact: the only code that writes or reads one."""
+"""Model artifacts: the only code that writes or reads them."""

@@ -1,19 +1,19 @@
-"""Integers of 2 to 8 bits as bytes: n values of b bits take ceil(n / 8) * b bytes, three bits three.
+"""Pack integers of 2 to 8 bits into bytes: n values of b bits take ceil(n / 8) * b bytes.
 
 The bits are stored in planes, the lowest first: plane p holds bit p of every value, eight values in a byte, the first
-value in the highest bit. So any width is exact and both directions are a few vectorised operations.
+value in the highest bit. Thus every width packs without gaps, by a few vectorized operations.
 """
 
 import numpy as np
 
 SMALLEST, LARGEST = 2, 8
-"""Bits of a value."""
+"""Range of bits of a value."""
 CHUNK = 16384
-"""Bytes of each plane that are unpacked at a time: what fits into a core's cache."""
+"""Bytes of each plane that are unpacked at a time, so that they fit into a core's cache."""
 
 
 def limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of so many bits."""
+    """Smallest and largest signed integer of `bits` bits."""
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
@@ -23,13 +23,13 @@ def packed_bytes(values: int, bits: int) -> int:
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Signed integers of any shape, in [-2^(bits-1), 2^(bits-1) - 1], to uint8 `[packed_bytes(n, bits)]`.
+    """Pack signed integers of any shape, in [-2^(bits-1), 2^(bits-1) - 1], into uint8 `[packed_bytes(n, bits)]`.
 
     Raises:
         ValueError: if a value does not fit into `bits` bits.
     """
     if not SMALLEST <= bits <= LARGEST:
-        raise ValueError(f"{bits} bits: a value is packed in {SMALLEST} to {LARGEST}")
+        raise ValueError(f"{bits} bits: a value takes {SMALLEST} to {LARGEST} bits")
     low, high = limits(bits)
     if values.size and not (low <= values.min() and values.max() <= high):
         raise ValueError(f"values from {values.min()} to {values.max()} do not fit into {bits} bits")
@@ -43,10 +43,10 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """What `pack` was given: int8 of `shape`.
+    """The inverse of `pack`: int8 of `shape`.
 
     Raises:
-        ValueError: if `packed` is not as long as values of that shape and width are.
+        ValueError: if the length of `packed` does not match the shape and the bits.
     """
     count = int(np.prod(shape))
     if packed.dtype != np.uint8 or packed.shape != (packed_bytes(count, bits),):
@@ -60,7 +60,7 @@ def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     values = np.empty(planes.shape[1] * 8, np.uint8)
     for start in range(0, planes.shape[1], CHUNK):
         part = values[8 * start : 8 * (start + CHUNK)]
-        np.negative(np.unpackbits(planes[-1, start : start + CHUNK]), out=part)  # the sign, in all higher bits too
+        np.negative(np.unpackbits(planes[-1, start : start + CHUNK]), out=part)  # the sign bit fills all higher bits
         for plane in planes[-2::-1]:
             np.left_shift(part, 1, out=part)
             np.bitwise_or(part, np.unpackbits(plane[start : start + CHUNK]), out=part)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.artifact import ONNX, Description, check_onnx, read_description
+from stages.artifacts.description import ONNX, Description, check_onnx, read_description
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, clear_disk_errors, write_json, write_text

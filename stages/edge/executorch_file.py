@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.artifacts.artifact import DESCRIPTION, load_classifier
+from stages.artifacts.artifact import load_classifier
+from stages.artifacts.description import DESCRIPTION
 from stages.common.errors import UserError
-from stages.export.quiet import quiet
+from stages.export.onnx_file import _quiet as quiet
 
 FILE = "model.pte"
 
@@ -28,7 +29,7 @@ def write_executorch(folder: Path, prepared: Path, batch: int) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    from stages.networks.packed import dequantized
+    from stages.networks.integer_weights import dequantized
 
     classifier, description = load_classifier(folder)
     method = description.parameters["method"]

@@ -1,1 +1,1 @@
-"""Export: model.onnx from any artifact, and the session that runs it."""
+"""Export of `model.onnx` from any classifier, and the session that runs it."""

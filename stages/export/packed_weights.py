@@ -1,6 +1,6 @@
-"""The packed layers' integers in an exported float graph, in the place of the values that they stand for.
+"""Store the integers of packed layers in an exported float graph, in place of the dequantized weights.
 
-A layer is recognised by its weight's values, which no renaming in the exporter changes.
+The values of a weight identify its layer in the graph: the exporter renames tensors but does not change values.
 """
 
 import hashlib
@@ -22,18 +22,19 @@ from stages.networks.dynamic_int8 import unpack_layer
 from stages.networks.integer_weights import Grid
 
 OPERATORS = ("MatMul", "Gemm", "Conv")
+USE_FLOAT = "use the quantizer fp32 for this network"
 INT4_BITS = 4
-"""Integers of up to so many bits are stored as ONNX's int4, all others as int8: ONNX Runtime knows no other widths."""
+"""Integers of at most this many bits are stored as ONNX's int4, others as int8: ONNX Runtime has no other widths."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A layer's operator, isolated: its weight is the initializer `<node>.matrix` and belongs to no other one."""
+    """A layer's isolated operator: its weight is the initializer `<node>.matrix`, which no other operator reads."""
 
     layer: str
     node: str
     transposed: bool
-    """True where the weight is `[in, out]` (MatMul), False for `[out, in, ...]` (Conv)."""
+    """True if the weight is `[in, out]` (MatMul), False if it is `[out, in, ...]` (Conv)."""
 
     @property
     def weight(self) -> str:
@@ -41,24 +42,24 @@ class Found:
 
     @property
     def axis(self) -> int:
-        """Of the output channels."""
+        """Axis of the output channels."""
         return 1 if self.transposed else 0
 
     def of(self, values: torch.Tensor) -> np.ndarray:
-        """The layer's weight as it stands in the graph."""
+        """A weight in the layer's layout, converted to the graph's layout."""
         return np.ascontiguousarray(values.cpu().numpy().T if self.transposed else values.cpu().numpy())
 
 
 def with_dynamic_layers(
     model: onnx.ModelProto, layers: dict[str, nn.Module]
 ) -> tuple[onnx.ModelProto, dict[str, object]]:
-    """Let ONNX Runtime's quantizer turn exactly these layers into MatMulInteger, then set their own integers.
+    """Let ONNX Runtime's quantizer turn exactly these layers into MatMulInteger, then set the layers' integers.
 
-    The quantizer would round the weights anew; its integers are the same except where a channel's scale is at the
-    observer's smallest, so the file's integers and scales are taken from the network in every case.
+    The quantizer rounds the weights again. Its integers are the same unless a channel's scale is the observer's
+    smallest, so the file always gets integers and scales from the network.
 
     Returns:
-        The graph, and `quantized_operators` and `integer_weights` (of each ONNX type) as `model.json` tells them.
+        The graph, and `quantized_operators` and `integer_weights` as `export_onnx` returns them.
     """
     if not layers:
         return model, {"quantized_operators": 0, "integer_weights": {}}
@@ -69,9 +70,7 @@ def with_dynamic_layers(
 
     operators = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
     if operators != len(layers):
-        raise UserError(
-            f"{operators} int8 operators came out for {len(layers)} packed layers: use fp32 for this network"
-        )
+        raise UserError(f"the export has {operators} int8 operators for {len(layers)} packed layers: {USE_FLOAT}")
     written = {tensor.name: tensor for tensor in model.graph.initializer}
     for one in found:
         _overwrite(written[f"{one.weight}_quantized"], one.of(tensors[one.layer]["weight"]))
@@ -83,12 +82,12 @@ def with_dynamic_layers(
 def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) -> dict[str, object]:
     """Store these layers' integers in the graph, in place.
 
-    Without grids the operator stays a float one on `Cast(integers) * scale`: ONNX Runtime folds that when it opens the
-    file, so the file is small and the arithmetic as fast as float. (A DequantizeLinear would run in every call.) With
-    grids, QuantizeLinear and DequantizeLinear stand around the operator, which ONNX Runtime then runs on integers.
+    Without grids the operator computes in float on `Cast(integers) * scale`. ONNX Runtime folds that when it opens the
+    file, so the file is small and as fast as float; a DequantizeLinear would run in every call. With grids,
+    QuantizeLinear and DequantizeLinear stand around the operator, which ONNX Runtime then runs on integers.
 
     Returns:
-        `quantized_operators` and `integer_weights` (of each ONNX type); empty without layers.
+        `quantized_operators` and `integer_weights` as `export_onnx` returns them; empty without layers.
     """
     if not layers:
         return {}
@@ -133,7 +132,7 @@ def _static(model: onnx.ModelProto, one: Found, layer: nn.Module) -> "Around":
     if layer.output_scale is not None:
         product, node.output[0] = node.output[0], f"{one.node}.product"
         after = _on_grid(model, one.node, "output", node.output[0], product, Grid.of(layer, "output"))
-    if len(node.input) > 2:  # on the accumulator's own grid, or it would not be fused
+    if len(node.input) > 2:  # on the accumulator's grid: ONNX Runtime fuses no other
         bias_scale = scale * layer.input_scale.item()
         bias = np.round(layer.bias.detach().cpu().double().numpy() / bias_scale)
         node.input[2] = f"{one.node}.bias_float"
@@ -153,7 +152,7 @@ class Around:
 def _dequantized(
     model: onnx.ModelProto, node: str, part: str, integers: onnx.TensorProto, scale: np.ndarray, target: str, axis: int
 ) -> onnx.NodeProto:
-    """DequantizeLinear from new initializers to the tensor `target`; with zero points, or QGemm would not be made."""
+    """DequantizeLinear from new initializers to `target`; ONNX Runtime makes a QGemm only with zero points."""
     names = [f"{node}.{part}_{kind}" for kind in ("integers", "scale", "zero_point")]
     integers.name = names[0]
     zero_point = np.zeros(len(scale), numpy_helper.to_array(integers).dtype)
@@ -175,13 +174,13 @@ def _on_grid(
 
 
 def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Container[str] = ()) -> list[Found]:
-    """Bring each layer's operator to the form MatMul (and Add) or Conv with a weight of its own, in place.
+    """Turn each layer's operator into MatMul (and Add) or Conv with a weight of its own, in place.
 
     Args:
-        gemms: layers that may be a Gemm: ONNX Runtime makes one of MatMul and Add, but none on integers.
+        gemms: layers that may stay a Gemm, as static layers do.
 
     Raises:
-        UserError: if a layer does not stand in the graph, or not as one operator.
+        UserError: if a layer is not in the graph, or is used more than once.
     """
     layers_of: dict[bytes, list[str]] = {}
     for name, weight in weights.items():
@@ -199,12 +198,12 @@ def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Co
         if not names:
             continue
         if attributes.get("transA") or attributes.get("alpha", 1) != 1 or attributes.get("beta", 1) != 1:
-            raise UserError(f"{names[0]}: exported as a scaled or transposed Gemm, which has no integer form: use fp32")
+            raise UserError(
+                f"{names[0]}: the export is a scaled or transposed Gemm, which has no integer form: {USE_FLOAT}"
+            )
         name = names.pop(0) if len(names) > 1 else names[0]
         if any(one.layer == name for one in found):
-            raise UserError(
-                f"{name}: this layer is used twice in the exported graph, which has no integer form: use fp32"
-            )
+            raise UserError(f"{name}: the graph uses this layer twice, which has no integer form: {USE_FLOAT}")
         one = Found(name, name, node.op_type != "Conv")
         found.append(one)
         matrix = weight if not one.transposed else as_layer.T
@@ -221,9 +220,7 @@ def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Co
         if bias:
             nodes.append(helper.make_node("Add", [product, bias[0]], [output], f"{one.node}.bias"))
     if lost := sorted(set(weights) - {one.layer for one in found}):
-        raise UserError(
-            f"{lost[0]}: this layer does not stand in the exported graph, so its integers cannot be stored: use fp32"
-        )
+        raise UserError(f"{lost[0]}: the graph does not hold this layer, so its integers cannot be stored: {USE_FLOAT}")
     set_nodes(model, nodes)
     return found
 
@@ -262,7 +259,7 @@ def _floats(name: str, values: np.ndarray) -> onnx.TensorProto:
 
 
 def _integers(name: str, values: np.ndarray, kind: int) -> onnx.TensorProto:
-    """An int8 initializer, or an int4 one: two values in a byte, the first in the lower half."""
+    """An int8 or int4 initializer; int4 has two values in a byte, the first in the lower half."""
     if kind == onnx.TensorProto.INT8:
         return numpy_helper.from_array(values, name)
     flat = values.reshape(-1).view(np.uint8) & 0x0F
@@ -271,14 +268,14 @@ def _integers(name: str, values: np.ndarray, kind: int) -> onnx.TensorProto:
 
 
 def _replace(model: onnx.ModelProto, name: str, *tensors: onnx.TensorProto) -> None:
-    """Put other initializers in the place of the one called `name`."""
+    """Replace the initializer `name` by others."""
     position = next(i for i, tensor in enumerate(model.graph.initializer) if tensor.name == name)
     del model.graph.initializer[position]
     model.graph.initializer.extend(tensors)
 
 
 def _overwrite(tensor: onnx.TensorProto, values: np.ndarray) -> None:
-    """New values of the tensor's own type and shape; one value fills it."""
+    """Set the tensor's values and keep its type and shape; one value fills it."""
     own = numpy_helper.to_array(tensor)
     values = np.ascontiguousarray(np.broadcast_to(values if own.ndim else values.reshape(()), own.shape), own.dtype)
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

@@ -1,4 +1,4 @@
-"""Changes of an exported graph that keep what it computes and let ONNX Runtime run it faster on integers."""
+"""Rewrite an exported graph so that ONNX Runtime runs it faster on integers; the result stays the same."""
 
 from collections import Counter
 from collections.abc import Container
@@ -8,15 +8,15 @@ import onnx
 from onnx import helper, numpy_helper
 
 ELEMENTWISE = ("Gelu", "Relu", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "LeakyRelu", "Elu", "Softplus", "Mish")
-"""Operators with one input that look at each value alone."""
+"""Elementwise operators with one input."""
 
 
 def as_gemms(model: onnx.ModelProto, names: Container[str]) -> None:
-    """Turn each MatMul of these names, with the Add of a bias behind it, into one Gemm on rows, in place.
+    """Fuse each MatMul of these names and the Add of its bias into one Gemm on rows, in place.
 
-    ONNX Runtime has a Gemm on integers that adds the bias by itself; behind a MatMul on integers it is an operator of
-    its own. Where the batch axis is fixed, ONNX Runtime would even make a Gemm of both before it looks for integers.
-    A layer whose places are not known beforehand, the first axis apart, is left as it is.
+    ONNX Runtime's integer Gemm adds the bias itself; after an integer MatMul the bias is a separate operator. With a
+    fixed batch axis, ONNX Runtime would fuse both into a float Gemm before it looks for integers. A layer is not
+    changed if the length of an axis other than the first is unknown.
     """
     shapes, uses = _shapes(model), _uses(model)
     adds = {name: node for node in model.graph.node if node.op_type == "Add" for name in node.input}
@@ -45,9 +45,9 @@ def as_gemms(model: onnx.ModelProto, names: Container[str]) -> None:
 
 
 def pass_pixels_on(model: onnx.ModelProto) -> None:
-    """Let a layer that takes stored pixels as integers have them without the way to float and back, in place.
+    """Pass stored pixels to an integer layer without the conversion to float and back, in place.
 
-    That is where they are only padded before they are rounded to the grid of scale 1 and zero point 0.
+    This applies if the pixels are at most padded before they are quantized with scale 1 and zero point 0.
     """
     made, uses = {node.output[0]: node for node in model.graph.node}, _uses(model)
     values = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -61,10 +61,9 @@ def pass_pixels_on(model: onnx.ModelProto) -> None:
             continue
         if not _is_pixels(model, made, cast.input[0]):
             continue
+        integers = pad.output[0] if pad else cast.input[0]
         if pad:
-            pad.input[0], integers = cast.input[0], pad.output[0]
-        else:
-            integers = cast.input[0]
+            pad.input[0] = cast.input[0]
         for node in model.graph.node:
             node.input[:] = [integers if name == quantize.output[0] else name for name in node.input]
         set_nodes(model, [node for node in model.graph.node if node is not quantize and node is not cast])
@@ -72,7 +71,7 @@ def pass_pixels_on(model: onnx.ModelProto) -> None:
 
 
 def set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
-    """The graph's nodes, and no initializer that none of them reads."""
+    """Set the graph's nodes and remove the initializers that no node reads."""
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
@@ -82,7 +81,7 @@ def set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
 
 
 def _stay_on_rows(model: onnx.ModelProto) -> None:
-    """Take out the two Reshapes around an elementwise operator between two layers on rows."""
+    """Remove the two Reshapes around an elementwise operator between two layers on rows, in place."""
     made, uses = {node.output[0]: node for node in model.graph.node}, _uses(model)
     reshapes = {node.input[0]: node for node in model.graph.node if node.op_type == "Reshape"}
     gone, renamed = [], {}
@@ -110,7 +109,7 @@ def _reshape(model: onnx.ModelProto, source: str, target: str, shape: list[int])
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """Of each tensor that has one; 0 for an axis whose length is not known."""
+    """The shape of each tensor that has one, with 0 for an axis of unknown length."""
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {
         value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
@@ -120,7 +119,7 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def _uses(model: onnx.ModelProto) -> Counter[str]:
-    """How often each tensor is read, as the graph's output too."""
+    """The number of readers of each tensor, including the graph's outputs."""
     uses = Counter(name for node in model.graph.node for name in node.input)
     return uses + Counter(output.name for output in model.graph.output)
 
@@ -131,7 +130,7 @@ def _is_pixel_grid(quantize: onnx.NodeProto, values: dict[str, onnx.TensorProto]
 
 
 def _is_pixels(model: onnx.ModelProto, made: dict[str, onnx.NodeProto], name: str) -> bool:
-    """Whether a tensor is the graph's uint8 input, its axes maybe in another order."""
+    """True if a tensor is the graph's uint8 input or a transposition of it."""
     node = made.get(name)
     if node is not None and node.op_type == "Transpose":
         name = node.input[0]

@@ -1,4 +1,4 @@
-"""Run `model.onnx`: what a device does, so torch is never imported here."""
+"""Open and run `model.onnx` as a device does; this module never imports torch."""
 
 import re
 from pathlib import Path
@@ -11,10 +11,10 @@ from stages.common.errors import UserError
 
 
 def int8_overflows() -> bool:
-    """Whether ONNX Runtime adds pairs of products in 16 bits here, which those of 8 bits overflow: x86 without VNNI."""
+    """True on x86 without VNNI, where ONNX Runtime adds pairs of products in 16 bits, which 8-bit values overflow."""
     try:
         flags = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-    except (OSError, IndexError):  # another system, or ARM, whose products are added in 32 bits
+    except (OSError, IndexError):  # another system, or ARM, which adds products in 32 bits
         return False
     return not flags & {"avx_vnni", "avx512_vnni"}
 
@@ -22,10 +22,10 @@ def int8_overflows() -> bool:
 def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     """A CPU session on `model.onnx`.
 
-    Waiting threads sleep instead of spinning: a spinning session would take the cores from whatever runs next to it.
+    Waiting threads sleep: a session that spins would take the cores from other processes.
 
     Args:
-        threads: of each operator; operators run one after the other. 0 takes all usable cores.
+        threads: number of threads for each operator; operators run one after the other. 0 takes all usable cores.
 
     Raises:
         UserError: if the file is missing or ONNX Runtime cannot read it.
@@ -41,22 +41,22 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has one class for each status code, and no common one but Exception
+    except Exception as error:  # ONNX Runtime has a class for each status code, without a common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {reason}") from None
 
 
 def session_logits(session: onnxruntime.InferenceSession, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Logits of uint8 images `[N, H, W, 3]` (possibly memory-mapped: one batch at a time is read).
+    """Logits of uint8 images `[N, H, W, 3]`; memory-mapped images are read one batch at a time.
 
-    A dynamically quantized network scales its activations over the whole batch, so its logits depend a little on
-    `batch_size`; a device sees one image at a time. A file whose batch axis is fixed gets batches of that size.
+    A dynamically quantized network finds its scales over the whole batch, so its logits depend slightly on
+    `batch_size`; a device sees one image at a time. A file with a fixed batch axis gets one image at a time.
 
     Returns:
         float32 `[N, classes]`.
 
     Raises:
-        UserError: if the images have another type or size than the file takes.
+        UserError: if the file takes images of another type or size.
     """
     pixels = session.get_inputs()[0]
     if images.dtype != np.uint8 or images.ndim != 4 or list(images.shape[1:]) != pixels.shape[1:]:

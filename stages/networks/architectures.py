@@ -1,4 +1,4 @@
-"""The classifiers of timm and torchvision by name: which there are, and how one is constructed."""
+"""Classifiers of timm and torchvision: find one by name, construct it, check that it can be trained."""
 
 import difflib
 import warnings
@@ -7,78 +7,97 @@ from typing import TYPE_CHECKING, Any
 from stages.common.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-SHARES = ("drop_rate", "drop_path_rate", "stochastic_depth_prob", "dropout")
-"""Arguments that constructors take as they come, and training stumbles over."""
+FRACTIONS = ("drop_rate", "drop_path_rate", "stochastic_depth_prob", "dropout")
+"""Constructor arguments that must be in [0, 1); the constructors do not check them, and training fails later."""
 
 
 def unknown(library: str, architecture: str) -> str | None:
-    """What is wrong with an architecture that its library does not have, with the nearest names; None if it has it."""
-    known = _names(library)
-    if architecture in known:
-        return None
-    near = difflib.get_close_matches(architecture, known, n=5, cutoff=0.5)
-    return f"{library} has no such classifier" + (
-        f"; nearest: {', '.join(near)}" if near else f"; `{library}.list_models()` names all"
-    )
-
-
-def _names(library: str) -> list[str]:
+    """A message with the nearest names if the library has no such classifier, else None."""
     if library == "timm":
         import timm
 
-        return timm.list_models() + timm.list_pretrained()  # with and without the tag of their weights
-    import torchvision
+        known = timm.list_models() + timm.list_pretrained()  # without and with the tag of pretrained weights
+    else:
+        import torchvision
 
-    return torchvision.models.list_models(module=torchvision.models)
+        known = torchvision.models.list_models(module=torchvision.models)
+    if architecture in known:
+        return None
+    near = ", ".join(difflib.get_close_matches(architecture, known, n=5, cutoff=0.5))
+    hint = f"nearest: {near}" if near else f"`{library}.list_models()` lists all"
+    return f"{library} has no such classifier; {hint}"
 
 
 def construct(library: str, architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
-    """A freshly initialised network with `classes` logits, in training mode.
+    """A freshly initialized network with `classes` logits, in training mode.
 
     Raises:
         UserError: if the library has no such classifier, or it refuses the arguments.
     """
+    where = f"{library} {architecture}"
     if "num_classes" in arguments:
-        raise UserError(f"{library} {architecture}: num_classes is as many classes as the images have: leave it out")
-    for name in SHARES:
-        share = arguments.get(name) or 0
-        if not (isinstance(share, int | float) and 0 <= share < 1):
-            raise UserError(f"{library} {architecture}: {name} = {share!r}: must be at least 0 and less than 1")
+        raise UserError(f"{where}: num_classes is set from the images' classes: remove it from the arguments")
+    for name in FRACTIONS:
+        fraction = arguments.get(name) or 0
+        if not (isinstance(fraction, int | float) and 0 <= fraction < 1):
+            raise UserError(f"{where}: {name} = {fraction!r}: must be at least 0 and less than 1")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of how torchvision will initialise some day, and the like
-            return _constructed(library, architecture, arguments, classes)
-    except Exception as error:  # whatever a constructor stumbles over
+            warnings.simplefilter("ignore")  # torchvision announces future changes of its initialization
+            if library == "timm":
+                return _timm_model(architecture, num_classes=classes, **arguments)
+            return _torchvision_model(architecture, arguments, classes)
+    except Exception as error:  # constructors raise any class for arguments that they do not take
         if problem := unknown(library, architecture):
             raise UserError(f"{architecture!r}: {problem}") from None
         reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error or type(error).__name__
-        raise UserError(f"{library} {architecture} does not take arguments {arguments}: {reason}") from None
+        raise UserError(f"{where} does not take arguments {arguments}: {reason}") from None
 
 
-def _constructed(library: str, architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
+def pretrained_state(library: str, architecture: str, arguments: dict[str, Any]) -> "dict[str, torch.Tensor]":
+    """Tensors by name that the library downloads; the hub's errors pass through."""
     if library == "timm":
-        return timm_model(architecture, num_classes=classes, **arguments)
-    if architecture.startswith("convnext") and "block_setting" in arguments:
-        return _torchvision_convnext(arguments, classes)
+        return _timm_model(architecture, pretrained=True, **arguments).state_dict()
     import torchvision
 
+    return torchvision.models.get_model(architecture, weights="DEFAULT", **arguments).state_dict()
+
+
+def _timm_model(architecture: str, **arguments: Any) -> "nn.Module":
+    """`timm.create_model` without its filter of arguments that are None: `ls_init_value: null` is a choice."""
+    import timm
+
+    name, _, tag = architecture.partition(".")  # `convnext_tiny.in12k`: the tag names the pretrained weights
+    return timm.models.model_entrypoint(name)(pretrained_cfg=tag or None, **arguments)
+
+
+def _torchvision_model(architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
+    """A ConvNeXt may set `block_setting`, a list of `[input channels, output channels, blocks]`, to have any size."""
+    import torchvision
+
+    if architecture.startswith("convnext") and "block_setting" in arguments:  # torchvision's entry points fix it
+        from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+        setting = [CNBlockConfig(*stage) for stage in arguments["block_setting"]]
+        return ConvNeXt(**arguments | {"block_setting": setting}, num_classes=classes)
     return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
 
 
 def refused(
     library: str, architecture: str, arguments: dict[str, Any], sizes: dict[str, int]
 ) -> tuple[str, str] | None:
-    """Why the classifier cannot be constructed, or gives no logits for RGB images of all sizes that it will see.
+    """Check that a classifier can be constructed and gives logits for RGB images of every size that it will see.
 
-    Nothing is allocated unless something is wrong.
+    The check runs on the meta device, which allocates nothing; only a failure is repeated on the CPU.
 
     Args:
-        sizes: the images' side in pixels, by the key of the params that says so.
+        sizes: sides of the images in pixels, by the params key that sets each.
 
     Returns:
-        Where in the model's params the reason lies ("": in more than one key), and the reason; or None.
+        None if it can. Otherwise the place in the model's params (empty if several keys are involved) and the reason.
     """
     import torch
 
@@ -88,11 +107,11 @@ def refused(
         try:
             with torch.device(device), torch.no_grad():
                 network = construct(library, architecture, arguments, classes=2).eval()
-                for key, size in sizes.items():  # noqa: B007, the last one is told below
+                for key, size in sizes.items():  # noqa: B007, the message names the last one
                     output = network(torch.zeros(1, 3, size, size))
         except UserError as error:
             found = ".arguments", str(error)
-        except Exception as error:  # whatever a layer stumbles over
+        except Exception as error:  # layers raise any class for an input that does not fit
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             remedy = f"change {key}, or the arguments (some networks have `img_size`)"
             found = "", f"{given} takes no RGB images of {size} pixels ({reason}): {remedy}"
@@ -103,26 +122,9 @@ def refused(
 
 
 def more_than_logits(network: "nn.Module", output: object) -> str | None:
-    """What is wrong with a network whose output is not `[N, classes]` alone; None where it is."""
+    """A message if the network's output is not logits `[N, classes]` alone, else None."""
     if getattr(network, "aux_logits", False):
         return "has auxiliary outputs, which cannot be trained: set arguments: {aux_logits: false, init_weights: false}"
     if getattr(output, "ndim", None) != 2:
-        return "gives something other than logits [N, classes]: it cannot be trained as a classifier"
+        return "does not return logits [N, classes]: it cannot be trained as a classifier"
     return None
-
-
-def timm_model(architecture: str, **arguments: Any) -> "nn.Module":
-    """As `timm.create_model`, which drops arguments that are None: `ls_init_value: null` is a choice."""
-    import timm
-
-    name, _, tag = architecture.partition(".")  # `convnext_tiny.in12k`: the tag says which pretrained weights
-    return timm.models.model_entrypoint(name)(pretrained_cfg=tag or None, **arguments)
-
-
-def _torchvision_convnext(arguments: dict[str, Any], classes: int) -> "nn.Module":
-    """Of any size: torchvision's own entry points fix `block_setting`, here `[input channels, output, blocks]` each."""
-    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
-
-    setting = [CNBlockConfig(*stage) for stage in arguments["block_setting"]]
-    rest = {name: value for name, value in arguments.items() if name != "block_setting"}
-    return ConvNeXt(setting, num_classes=classes, **rest)

@@ -1,6 +1,6 @@
-"""Dynamically quantized Linear layers: int8 weights kept, activations quantized on the fly (PyTorch's own modules).
+"""PyTorch's dynamically quantized Linear layers: int8 weights, activations quantized in every call.
 
-torch deprecates these modules; everything that touches them is in this file.
+torch deprecates these modules; only this file uses them.
 """
 
 import warnings
@@ -11,14 +11,14 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from torch.ao.quantization import PlaceholderObserver, QConfig, quantize_dynamic
 from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObserver
 
-from stages.networks.pointwise import with_twins
+from stages.networks.modules import with_twins
 
 
 def quantize_linears(network: nn.Module, per_channel: bool) -> nn.Module:
-    """A copy in which PyTorch's dynamic quantization has packed every Linear layer to int8.
+    """A copy whose Linear layers are PyTorch's dynamic int8 layers.
 
-    Weights are symmetric in [-127, 127], the scale being the largest magnitude / 127, for each output channel or for
-    the tensor: the same integers that ONNX Runtime's quantizer finds.
+    Weights are symmetric integers in [-127, 127] with scale = largest magnitude / 127, for each output channel or for
+    the whole tensor, which are the integers that ONNX Runtime's quantizer finds too.
     """
     observer = PerChannelMinMaxObserver if per_channel else MinMaxObserver
     scheme = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
@@ -32,12 +32,12 @@ def quantize_linears(network: nn.Module, per_channel: bool) -> nn.Module:
 
 
 def dynamic_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The packed Linear layers by name."""
+    """PyTorch's dynamic int8 layers by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, DynamicLinear)}
 
 
 def unpack_layer(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """What a packed layer holds: `weight` int8 `[out, in]`, `weight_scale` float32 `[out]` or `[1]`, maybe `bias`."""
+    """A packed layer's `weight` int8 `[out, in]`, `weight_scale` float32 `[out]` or `[1]`, and `bias` if it has one."""
     weight = layer.weight()
     per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
     scale = weight.q_per_channel_scales() if per_channel else torch.tensor([weight.q_scale()])
@@ -48,7 +48,7 @@ def unpack_layer(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def pack_layer(tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """The packed layer that `unpack_layer` read: the same integers, scales and bias."""
+    """The inverse of `unpack_layer`: a packed layer with these integers, scales and bias."""
     weight, scale = tensors["weight"], tensors["weight_scale"].to(torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,12 +63,13 @@ def pack_layer(tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def without_dynamic(network: nn.Module) -> nn.Module:
-    """A float copy: each packed layer becomes a Linear layer with the values that its integers stand for."""
-    return with_twins(network, DynamicLinear, lambda layer: _float_linear(unpack_layer(layer)))
+    """A float copy: each packed layer becomes a Linear layer with its dequantized weights."""
+    return with_twins(network, DynamicLinear, _dequantized)
 
 
 @torch.no_grad()
-def _float_linear(tensors: dict[str, torch.Tensor]) -> nn.Linear:
+def _dequantized(layer: nn.Module) -> nn.Linear:
+    tensors = unpack_layer(layer)
     linear = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0], bias="bias" in tensors)
     linear.weight.copy_(tensors["weight"].float() * tensors["weight_scale"][:, None])
     if "bias" in tensors:

@@ -1,8 +1,10 @@
-"""Linear and convolution layers whose weights are integers of 2 to 8 bits with one scale for each output channel.
+"""Linear and convolution layers with integer weights of 2 to 8 bits and one scale for each output channel.
 
-Where an input has a scale of its own (static quantization) it is rounded to that grid before the layer, as the exported
-file does with QuantizeLinear; elsewhere activations stay float. The arithmetic is float on the values that the integers
-stand for, so the layers run on any device and in any batch size alike.
+With static quantization a layer rounds its input (and output) to a fixed grid, as QuantizeLinear does in the exported
+file; otherwise activations stay float. The layers compute in float on the dequantized weights, so they give the same
+result on any device and for any batch size.
+
+"Packed" layers are these layers and PyTorch's dynamic int8 layers (`networks.dynamic_int8`).
 """
 
 import copy
@@ -11,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stages.networks.pointwise import with_twins
-from stages.networks.tensors import along_outputs
+from stages.networks.dynamic_int8 import dynamic_layers, unpack_layer, without_dynamic
+from stages.networks.modules import along_outputs, with_twins
 
 ACTIVATION_LEVELS = 255
 """Largest uint8 value of a rounded activation."""
@@ -20,26 +22,26 @@ ACTIVATION_LEVELS = 255
 
 @dataclass(frozen=True)
 class Grid:
-    """uint8 steps of an activation: `(q - zero_point) * scale`."""
+    """Grid of a quantized activation: the uint8 value q stands for `(q - zero_point) * scale`."""
 
     scale: float
     zero_point: int
 
     @classmethod
     def over(cls, low: float, high: float) -> "Grid":
-        """The grid that covers `[low, high]` and 0, which it holds exactly."""
+        """The grid that covers `[low, high]` and represents 0 exactly."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / ACTIVATION_LEVELS, float(torch.finfo(torch.float32).tiny))
         return cls(scale, min(max(round(-low / scale), 0), ACTIVATION_LEVELS))
 
     @classmethod
     def of(cls, layer: nn.Module, side: str) -> "Grid":
-        """The grid of an integer layer's `input` or `output`, which has one."""
+        """The grid of an integer layer's `input` or `output`."""
         return cls(getattr(layer, f"{side}_scale").item(), int(getattr(layer, f"{side}_zero_point")))
 
 
 class _IntegerWeight:
-    """What the two kinds of layers share; mixed into a module with `weight` and `weight_scale` as buffers."""
+    """Mixin of the integer layers: `weight`, `weight_scale` and the grids are buffers."""
 
     bits: int
 
@@ -55,7 +57,7 @@ class _IntegerWeight:
             self.register_buffer(f"{name}_zero_point", scale and torch.tensor(zero_point, dtype=torch.uint8))
 
     def float_weight(self) -> torch.Tensor:
-        """float32, of the weight's shape."""
+        """The dequantized weight, float32, in the weight's shape."""
         return self.weight * along_outputs(self.weight_scale, self.weight)
 
     def _on_grid(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -66,7 +68,7 @@ class _IntegerWeight:
         return (torch.clamp(torch.round(x / scale) + zero_point, 0, ACTIVATION_LEVELS) - zero_point) * scale
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that it holds: `weight` int8, `weight_scale` float32 `[out]`, and maybe `bias` and the grids."""
+        """`weight` int8, `weight_scale` float32 `[out]`, and `bias` and the grids if the layer has them."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
 
@@ -83,18 +85,18 @@ class IntegerConv2d(_IntegerWeight, nn.Conv2d):
 
 
 KINDS = {nn.Linear: IntegerLinear, nn.Conv2d: IntegerConv2d}
-"""The float layers that have an integer form; subclasses compute something of their own and have none."""
+"""Float layers that have an integer form; their subclasses may compute something else and have none."""
 
 
 def with_integers(
     layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor, bits: int, grids: dict[str, Grid] | None = None
 ) -> nn.Module:
-    """The integer form of a Linear or Conv2d layer, which is left as it is.
+    """The integer form of a Linear or Conv2d layer; the layer itself is not changed.
 
     Args:
         weight: int8 of the layer's shape, in [-2^(bits-1), 2^(bits-1) - 1].
         scale: float32 `[out]`.
-        grids: of `input` and `output`, where they are rounded.
+        grids: grids of `input` and `output`; a side without one stays float.
     """
     integer = copy.deepcopy(layer)
     integer.__class__ = KINDS[type(layer)]
@@ -103,13 +105,13 @@ def with_integers(
 
 
 def integer_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """The layers with integer weights by name."""
+    """Layers with integer weights by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, _IntegerWeight)}
 
 
 @torch.no_grad()
 def floating(layer: nn.Module) -> nn.Module:
-    """The float layer whose weights are the values that the integers stand for; its activations are not rounded."""
+    """The float layer with the dequantized weights; it does not round activations."""
     kind = next(plain for plain, integer in KINDS.items() if isinstance(layer, integer))
     twin = copy.deepcopy(layer)
     weight = nn.Parameter(layer.float_weight())
@@ -121,5 +123,20 @@ def floating(layer: nn.Module) -> nn.Module:
 
 
 def without_integers(network: nn.Module) -> nn.Module:
-    """A copy with every integer layer as a float one: what tools that know only torch's layers can look into."""
+    """A copy with a float layer for each integer layer, for tools that know only torch's layers."""
     return with_twins(network, _IntegerWeight, floating)
+
+
+def packed_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Layers with integer weights, PyTorch's dynamic ones included, by name."""
+    return dynamic_layers(network) | integer_layers(network)
+
+
+def tensors_of(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """A packed layer's `weight` int8, `weight_scale` float32 `[out]` or `[1]`, and `bias` and grids if it has them."""
+    return layer.tensors() if isinstance(layer, _IntegerWeight) else unpack_layer(layer)
+
+
+def dequantized(network: nn.Module) -> nn.Module:
+    """A float copy: each packed layer becomes a plain layer with the dequantized weights."""
+    return without_integers(without_dynamic(network))

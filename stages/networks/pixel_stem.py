@@ -1,9 +1,9 @@
-"""The first convolution on stored pixels: scaling and normalisation become part of its weights.
+"""Merge the scaling and normalization of images into the weights of the first convolution.
 
-Bilinear scaling by a whole factor takes every scaled pixel from two neighbours with weights that recur at each stored
-pixel, and normalisation is affine. A convolution without padding whose stride is a multiple of that factor therefore is
-a convolution of the stored pixels too, with a stride that is smaller by the factor. At the border scaling repeats
-the outermost pixel, so that convolution pads by replication. All of it is exact up to rounding.
+Bilinear upscaling by a whole factor computes each pixel from two neighbors in each direction, with weights that repeat
+at every stored pixel, and normalization is affine. A convolution without padding whose stride is a multiple of the
+factor therefore equals a convolution on the stored pixels with a stride that is smaller by the factor. Scaling repeats
+the outermost pixel at the border, so that convolution uses replicate padding. The result is exact up to rounding.
 """
 
 import copy
@@ -14,24 +14,25 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.networks.pointwise import replace_module
+from stages.networks.modules import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
 
 PIXEL_MEAN, PIXEL_STD = [0.0] * 3, [1 / 255] * 3
-"""The normalisation that leaves pixels from 0 to 255 as they are."""
+"""The normalization that does not change pixels from 0 to 255."""
 TOLERANCE = 1e-3
-"""Largest difference of logits, as a share of their largest, that rounding explains."""
+"""Largest difference of logits that rounding explains, relative to the largest logit."""
 
 
 def pixel_stem(classifier: Classifier, image_size: int) -> tuple[str, int] | None:
-    """The convolution that could take the stored images itself, and the factor by which they are scaled up for it.
+    """Find the convolution that could take the stored images directly.
 
     Args:
-        classifier: float.
-        image_size: side in pixels of the stored images.
+        classifier: a float classifier.
+        image_size: side of the stored images in pixels.
 
     Returns:
-        None where no convolution takes the scaled images, or one of another form than `on_pixels` can give.
+        Its name and the factor by which it would scale the images up; None if no convolution takes the scaled images,
+        or it has a form that `on_pixels` cannot convert.
     """
     size = classifier.preprocess.input_size
     name = _takes_images(classifier, image_size)
@@ -43,11 +44,11 @@ def pixel_stem(classifier: Classifier, image_size: int) -> tuple[str, int] | Non
 
 @torch.no_grad()
 def on_pixels(classifier: Classifier, image_size: int, name: str, factor: int) -> Classifier | None:
-    """A copy whose network takes pixels from 0 to 255, as `pixel_stem` found that it can.
+    """A copy whose network takes pixels from 0 to 255, with the convolution and factor that `pixel_stem` found.
 
     Returns:
-        None where the logits are not the same, since the network uses the images elsewhere too, and where the copy has
-        fewer weights of zero: scaling mixes what was pruned singly with its neighbours.
+        None if the logits differ, because the network also uses the images elsewhere, or if fewer weights are zero:
+        scaling mixes a single pruned weight with its neighbors.
     """
     network = copy.deepcopy(classifier.network)
     layer = network.get_submodule(name)
@@ -68,29 +69,29 @@ def on_pixels(classifier: Classifier, image_size: int, name: str, factor: int) -
 
 
 def take_pixels(network: nn.Module, name: str, factor: int) -> None:
-    """Give the convolution `name` the form, with fresh weights, in which it scales images up by `factor`, in place.
+    """Replace the convolution `name` by one with fresh weights that scales stored images up by `factor`, in place.
 
     Raises:
-        UserError: if it is not there, or cannot have that form.
+        UserError: if there is no such convolution, or it has another form.
     """
     layer = dict(network.named_modules()).get(name)
     if not _fits(layer, factor):
-        raise UserError(f"{name}: no convolution that could take images {factor} times as small")
+        raise UserError(f"{name}: not a convolution that can scale stored images up by {factor}")
     size, stride = _stored_kernel(layer.kernel_size[0], factor), layer.stride[0] // factor
     padding = {} if factor == 1 else {"padding": 1, "padding_mode": "replicate"}
     replace_module(network, name, nn.Conv2d(layer.in_channels, layer.out_channels, size, stride, **padding))
 
 
 def _stored_kernel(size: int, factor: int) -> int:
-    """Side of the kernel on stored pixels, from pixel -1 on, that does what one of side `size` does on scaled ones."""
+    """Side of the kernel on stored pixels (from pixel -1 on) that equals a kernel of side `size` on scaled pixels."""
     return size if factor == 1 else math.floor((size - 0.5) / factor - 0.5) + 3
 
 
 def _scaling(size: int, factor: int) -> torch.Tensor:
-    """Weights `[size, stored kernel]` of the stored pixels, from -1 on, in each of the first scaled ones.
+    """Weights `[size, stored kernel]` of the stored pixels (from -1 on) in each of the first scaled pixels.
 
-    As `torch.nn.functional.interpolate` with `mode="bilinear"` and `align_corners=False` has them: scaled pixel r lies
-    at (r + 0.5) / factor - 0.5.
+    These are the weights of `torch.nn.functional.interpolate` with `mode="bilinear"` and `align_corners=False`: scaled
+    pixel r lies at (r + 0.5) / factor - 0.5.
     """
     if factor == 1:
         return torch.eye(size)
@@ -112,7 +113,7 @@ def _fits(layer: nn.Module | None, factor: int) -> bool:
 
 
 def _as_many_outputs(layer: nn.Conv2d, size: int, factor: int) -> bool:
-    """Whether the convolution on stored pixels has as many places as the one on `size` scaled ones."""
+    """True if the convolution on stored pixels has as many output positions as the one on `size` scaled pixels."""
     kernel, stride, padding = layer.kernel_size[0], layer.stride[0], 2 if factor > 1 else 0
     stored = (size // factor + padding - _stored_kernel(kernel, factor)) // (stride // factor)
     return stored == (size - kernel) // stride
@@ -120,19 +121,17 @@ def _as_many_outputs(layer: nn.Conv2d, size: int, factor: int) -> bool:
 
 @torch.no_grad()
 def _takes_images(classifier: Classifier, image_size: int) -> str | None:
-    """The name of the first convolution that is called with the very tensor that the network is called with."""
+    """The name of the first convolution whose input is the very tensor that the network is called with."""
     found, images = [], []
-
-    def note_images(network: nn.Module, inputs: tuple) -> None:
-        images.append(inputs[0])
 
     def note(name: str):
         return lambda layer, inputs: found.append(name) if inputs and inputs[0] is images[0] else None
 
-    hooks = [classifier.network.register_forward_pre_hook(note_images)]
+    network = classifier.network
+    hooks = [network.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))]
     hooks += [
         layer.register_forward_pre_hook(note(name))
-        for name, layer in classifier.network.named_modules()
+        for name, layer in network.named_modules()
         if isinstance(layer, nn.Conv2d)
     ]
     try:

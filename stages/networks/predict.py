@@ -15,10 +15,10 @@ def predict_logits(
     device: torch.device | str = "cpu",
     autocast: bool = False,
 ) -> np.ndarray:
-    """Evaluate `classifier` (as `networks.preprocess.Classifier`: uint8 `[N, H, W, 3]` in) in evaluation mode.
+    """Run a `networks.preprocess.Classifier` in evaluation mode.
 
     Args:
-        images: uint8 `[N, H, W, 3]`, possibly memory-mapped: one batch at a time is read.
+        images: uint8 `[N, H, W, 3]`; memory-mapped images are read one batch at a time.
         autocast: compute in bfloat16 where torch considers it safe.
 
     Returns:
@@ -37,5 +37,5 @@ def predict_logits(
 
 
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images whose largest logit is that of their label."""
+    """Fraction of images whose largest logit is the one of their label."""
     return float((logits.argmax(1) == labels).mean())

@@ -1,4 +1,4 @@
-"""From stored pixels to a network's input, the same in training, evaluation and the exported file."""
+"""Scale and normalize stored pixels for a network; training, evaluation and the exported file share this code."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,11 @@ from torch import nn
 
 
 class Preprocess(nn.Module):
-    """uint8 pixels `[N, H, W, 3]` to normalised float32 `[N, 3, S, S]`.
+    """uint8 pixels `[N, H, W, 3]` to normalized float32 `[N, 3, S, S]`.
 
     Args:
-        mean, std: of each channel, for pixels scaled to [0, 1].
-        input_size: side S in pixels; images of another size are scaled bilinearly.
+        mean, std: mean and standard deviation of each channel, for pixels in [0, 1].
+        input_size: side S in pixels; images of another size are resized bilinearly.
     """
 
     def __init__(self, mean: list[float], std: list[float], input_size: int) -> None:
@@ -20,23 +20,23 @@ class Preprocess(nn.Module):
         self.register_buffer("shift", (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), persistent=False)
         self.input_size = input_size
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 `[N, H, W, 3]` to normalised float32 `[N, 3, H, W]`, in channels-last memory."""
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 `[N, H, W, 3]` to normalized float32 `[N, 3, H, W]`, in channels-last memory."""
         return pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
 
     def resize(self, x: torch.Tensor, size: int | None = None) -> torch.Tensor:
-        """`[N, 3, H, W]` to `[N, 3, S, S]`, or to another side in pixels."""
+        """`[N, 3, H, W]` to `[N, 3, S, S]`, or to the side `size` in pixels."""
         size = size or self.input_size
         if x.shape[-2:] == (size, size):
             return x
         return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.resize(self.normalise(pixels))
+        return self.resize(self.normalize(pixels))
 
 
 class Classifier(nn.Module):
-    """What ships: stored pixels in, logits `[N, classes]` out."""
+    """Preprocessing and network: stored pixels uint8 `[N, H, W, 3]` in, logits `[N, classes]` out."""
 
     def __init__(self, preprocess: Preprocess, network: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bring a freshly built network to the widths that pruning left, and read those widths off a pruned one."""
+"""Give a freshly built network the widths that pruning left, and read those widths off a pruned network."""
 
 import copy
 
@@ -8,12 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
-from stages.networks.global_response_norm import counting_grn
-from stages.networks.layer_norm import FixedDivisorLayerNorm, narrowed
-from stages.networks.pointwise import replace_module
-
-COUNTED = (nn.LayerNorm, FixedDivisorLayerNorm, GlobalResponseNorm)
-"""Norms over channels: narrowed, they have to know their original width."""
+from stages.networks.modules import replace_module
+from stages.networks.norms import CHANNEL_NORMS, FixedDivisorLayerNorm, narrowed
 
 
 def reshape(
@@ -22,37 +18,27 @@ def reshape(
     """Give the named modules their pruned sizes, with fresh weights, in place.
 
     Args:
-        widths: for each narrowed module, the attributes that `widths_of` reads.
-        layer_norm_widths: the original width of each narrowed LayerNorm or global response norm.
-        layer_norm: how narrowed LayerNorms count, one of `layer_norm.FORMS`. Global response norms always count
-            their original width: it costs nothing.
+        widths: sizes of each narrowed module, as `widths_of` returns them.
+        layer_norm_widths: original width of each narrowed LayerNorm and global response norm.
+        layer_norm: form of narrowed LayerNorms, see `norms.narrowed`.
 
     Raises:
-        UserError: if a name is not in the network or its module cannot be narrowed.
+        UserError: if a name is not in the network, or its module cannot be narrowed.
     """
     modules = dict(network.named_modules())
     for name, size in widths.items():
         module = modules.get(name)
-        if isinstance(module, COUNTED) and module.weight is not None:
-            original, told = len(module.weight), layer_norm_widths.get(name)
-            if told != original:
-                raise UserError(f"{name}: its original width is {original}, the file says {told}")
-            is_grn = isinstance(module, GlobalResponseNorm)
-            width = size["width"]
-            new = counting_grn(module, width) if is_grn else narrowed(module, width, layer_norm)
+        if isinstance(module, CHANNEL_NORMS) and module.weight is not None:
+            original, described = len(module.weight), layer_norm_widths.get(name)
+            if described != original:
+                raise UserError(f"{name}: the original width is {original}, but model.json says {described}")
+            replace_module(network, name, narrowed(module, size["width"], layer_norm))
         elif module is not None and size.keys() <= module._parameters.keys():
-            _shorten(module, size)
-            continue
+            for attribute, length in size.items():  # vectors of the module's own, such as a learned scale
+                old = getattr(module, attribute)
+                setattr(module, attribute, nn.Parameter(torch.ones(length, *old.shape[1:])))
         else:
-            new = _resized(name, module, size)
-        replace_module(network, name, new)
-
-
-def _shorten(module: nn.Module, size: dict[str, int]) -> None:
-    """Give a module's own vectors (a learned scale) their lengths, in place: it may hold other modules."""
-    for attribute, length in size.items():
-        old = getattr(module, attribute)
-        setattr(module, attribute, nn.Parameter(torch.ones(length, *old.shape[1:])))
+            replace_module(network, name, _resized(name, module, size))
 
 
 def _resized(name: str, module: nn.Module | None, size: dict[str, int]) -> nn.Module:
@@ -81,7 +67,7 @@ def _resized(name: str, module: nn.Module | None, size: dict[str, int]) -> nn.Mo
 
 
 def widths_of(pruned: nn.Module, dense: nn.Module) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """Read the sizes of every module of `pruned` that differs from the one of the same name in `dense`.
+    """Read the sizes of every module of `pruned` that differs from the module of the same name in `dense`.
 
     Returns:
         `widths` and `layer_norm_widths`, as `reshape` takes them.
@@ -93,20 +79,20 @@ def widths_of(pruned: nn.Module, dense: nn.Module) -> tuple[dict[str, dict[str, 
         if size is None or size == _size(originals[name]):
             continue
         widths[name] = size
-        if isinstance(module, COUNTED):
+        if isinstance(module, CHANNEL_NORMS):
             layer_norm_widths[name] = _size(originals[name])["width"]
     return widths, layer_norm_widths
 
 
 def _size(module: nn.Module) -> dict[str, int] | None:
-    """A module's sizes as its tensors have them (attributes may lag behind after a pruner cut the tensors)."""
+    """A module's sizes, read off its tensors: a pruner that cuts tensors may leave the attributes behind."""
     weight: torch.Tensor | None = getattr(module, "weight", None)
     match module:
         case nn.Linear():
             return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
         case nn.Conv2d():
             groups = module.groups
-            if groups > 1:  # whole groups go, each with its outputs: depthwise or not, their size stays
+            if groups > 1:  # pruning removes whole groups with their outputs; the size of a group stays
                 groups = weight.shape[0] * groups // module.out_channels
             return {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0], "groups": groups}
         case _BatchNorm():

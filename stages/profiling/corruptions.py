@@ -1,7 +1,8 @@
-"""Common corruptions of images, seeded: what cameras, light and storage do to pictures.
+"""Seeded corruptions of images, as cameras, light and storage cause them.
 
-Five of those of Hendrycks & Dietterich (arXiv 1903.12261), each at levels 1, 3 and 5 of their CIFAR-10-C: Gaussian
-noise and blur, brightness, contrast and JPEG. Their strengths are for 32 pixels; a blur grows with the image.
+They are five corruptions of Hendrycks & Dietterich (arXiv 1903.12261), each at levels 1, 3 and 5 of CIFAR-10-C:
+Gaussian noise and blur, brightness, contrast and JPEG. Their strengths are for images of 32 pixels; the blur's standard
+deviation grows with the image.
 """
 
 import io
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 TOGETHER = 64
-"""Images that are in memory as floats at once."""
+"""Images that are held as floats at the same time."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Cell:
 
 
 def sample(n: int, count: int, seed: int) -> np.ndarray:
-    """Which of `n` images are corrupted: positions int64 `[min(count, n)]` in order, drawn without regard to class."""
+    """Draw the images to corrupt: sorted positions int64 `[min(count, n)]` among `n` images, regardless of class."""
     return np.sort(np.random.default_rng(seed).permutation(n)[:count])
 
 
@@ -44,26 +45,26 @@ def cells(images: np.ndarray, seed: int) -> Iterator[Cell]:
             yield Cell(name, severity, found)
 
 
-def _noise(pixels: np.ndarray, deviation: float, generator: np.random.Generator) -> np.ndarray:
-    return pixels + np.float32(deviation) * generator.standard_normal(pixels.shape, np.float32)
+def _noise(pixels: np.ndarray, std: float, generator: np.random.Generator) -> np.ndarray:
+    return pixels + np.float32(std) * generator.standard_normal(pixels.shape, np.float32)
 
 
-def _blur(pixels: np.ndarray, deviation: float, _: np.random.Generator) -> np.ndarray:
+def _blur(pixels: np.ndarray, std: float, _: np.random.Generator) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
-    deviation *= pixels.shape[1] / 32
-    return gaussian_filter(pixels, (0, deviation, deviation, 0), mode="nearest")
+    std *= pixels.shape[1] / 32
+    return gaussian_filter(pixels, (0, std, std, 0), mode="nearest")
 
 
 def _brightness(pixels: np.ndarray, added: float, _: np.random.Generator) -> np.ndarray:
-    """Added to the value of hue, saturation and value, which scales red, green and blue; black becomes grey."""
+    """Add to the value of hue, saturation and value, which scales red, green and blue; black becomes gray."""
     value = pixels.max(-1, keepdims=True)
     brighter = np.minimum(value + np.float32(added), 1)
     return np.where(value > 0, pixels * (brighter / np.maximum(value, 1e-6)), brighter)
 
 
 def _contrast(pixels: np.ndarray, kept: float, _: np.random.Generator) -> np.ndarray:
-    """Towards the mean of each image and colour."""
+    """Move each pixel towards the mean of its image and channel."""
     means = pixels.mean((1, 2), keepdims=True)
     return means + (pixels - means) * np.float32(kept)
 
@@ -84,4 +85,4 @@ CORRUPTIONS: dict[str, tuple[Callable[[np.ndarray, float, np.random.Generator], 
     "contrast": (_contrast, (0.75, 0.40, 0.15)),
     "JPEG": (_jpeg, (80, 58, 40)),
 }
-"""Each with its strengths: deviation of [0, 1], deviation in pixels of 32, value added, contrast kept, quality."""
+"""Function and strengths: std for pixels in [0, 1]; std in pixels of 32; added value; remaining contrast; quality."""

@@ -1,12 +1,20 @@
-"""Honest counts: what a network holds and computes, through packed layers too.
+"""Count parameters, MACs and bit operations of a network, packed layers included.
 
 Convention. One MAC is one multiply-accumulate of a convolution, a linear layer or a matrix product between activations
-(attention), for one image; adding a bias is not counted, nor are normalisations, activations, pooling, resizing and
-other element-wise work. Parameters are trained numbers: an int8 weight is one, its scale is not, nor are running
-statistics. Zeros count as MACs, because dense hardware multiplies them. A layer's bit operations (BOPs) are its MACs
-times its weight bits times its activation bits (arXiv 1804.10969, without the accumulator's term).
+(attention), for one image; bias additions, norms, activations, pooling, resizing and other element-wise work are not
+counted. Parameters are trained numbers: an int8 weight is one; its scale and running statistics are none. Zeros count
+as MACs, because dense hardware multiplies them. The bit operations (BOPs) of a layer are its MACs times its weight bits
+times its activation bits (arXiv 1804.10969, without the accumulator's term).
+
+Published tables use the "visible" counts of common tools, which look into none of PyTorch's dynamically quantized
+layers: dynamic quantization then seems to remove nearly all parameters and MACs, as in arXiv 2409.02134. These counts
+stand beside the true ones. Our layers with integer weights count as float layers there, since those tools know no
+others.
 """
 
+import contextlib
+import io
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +27,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.convnext import CNBlock
 
-from stages.artifacts.artifact import FLOAT_BITS, LayerStorage
+from stages.artifacts.description import FLOAT_BITS, LayerStorage
 from stages.common.errors import UserError
-from stages.networks.layer_norm import FixedDivisorLayerNorm
-from stages.networks.packed import dequantized, packed_layers
+from stages.networks.integer_weights import dequantized, packed_layers, without_integers
+from stages.networks.modules import MULTIPLYING, output_positions
+from stages.networks.norms import FixedDivisorLayerNorm
 
-MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-# They own parameters, but multiply nothing that the convention counts.
+# They own parameters, but the convention counts no products of theirs.
 ELEMENTWISE = (
     nn.LayerNorm,
     nn.RMSNorm,
@@ -44,7 +52,7 @@ ELEMENTWISE = (
 
 @dataclass(frozen=True)
 class LayerCount:
-    """One module with parameters of its own, or (name empty) the matrix products that stand in no layer."""
+    """Counts of one module that owns parameters, or (empty name) of the matrix products outside of all layers."""
 
     name: str
     kind: str
@@ -61,6 +69,8 @@ class LayerCount:
 
 @dataclass(frozen=True)
 class Totals:
+    """Sums over all layers."""
+
     params: int
     params_nonzero: int
     macs: int
@@ -68,50 +78,50 @@ class Totals:
 
 
 def count_layers(network: nn.Module, input_size: int, layers: dict[str, LayerStorage]) -> list[LayerCount]:
-    """Count every module of `network` that owns parameters, for one image of `[3, input_size, input_size]`.
+    """Count every module of `network` that owns parameters, for one image `[3, input_size, input_size]`.
 
-    Counting is done on a float copy, where packed layers are visible; the network is left as it is.
+    The counts come from a dequantized copy, where packed layers are visible; the network is not changed.
 
     Args:
-        layers: how each layer that is not float32 is stored, as `model.json` says.
+        layers: storage of each layer that is not float32, as in `model.json`.
 
     Raises:
-        UserError: if a module's kind is unknown and it owns parameters, or `layers` are not the packed ones.
+        UserError: if an unknown kind of module owns parameters, or `layers` does not list exactly the packed layers.
     """
     packed = packed_layers(network)
     if odd := sorted(packed.keys() ^ layers.keys()):
         raise UserError(f"{odd[0]}: packed in the network or listed under layers in model.json, but not both")
     twin = dequantized(network).cpu().eval()
-    for module in twin.modules():
-        if isinstance(module, FixedDivisorLayerNorm):
-            module.as_matmul = False  # its products are a norm's sums, which the convention leaves out in every form
     _refuse_unknown(twin, network)
-    macs, outside = _macs(twin, input_size)
-    seen: set[int] = set()
+    with FlopCounterMode(display=False) as counter:
+        positions = output_positions(twin, input_size)
+    counted: set[int] = set()
     rows = []
     for name, module in twin.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen |= {id(p) for p in own}
-        if not own and not macs.get(name):
+        own = {part: p for part, p in module.named_parameters(recurse=False) if id(p) not in counted}
+        if not own:
             continue
+        counted |= {id(p) for p in own.values()}
+        weight_name = f"{name}.weight".removeprefix(".")
         storage = layers.get(name)
         rows.append(
             LayerCount(
                 name=name,
-                kind=type(network.get_submodule(name)).__name__ if name in packed else type(module).__name__,
-                params=sum(p.numel() for p in own),
-                params_nonzero=sum(int(torch.count_nonzero(p)) for p in own),
-                macs=macs.get(name, 0),
+                kind=type(network.get_submodule(name)).__name__,
+                params=sum(p.numel() for p in own.values()),
+                params_nonzero=sum(int(torch.count_nonzero(p)) for p in own.values()),
+                macs=positions.get(weight_name, 0) * module.weight.numel() if "weight" in own else 0,
                 weight_bits=storage.weight_bits if storage else FLOAT_BITS,
                 activation_bits=storage.activation_bits if storage else FLOAT_BITS,
             )
         )
-    if outside:
+    if outside := counter.get_total_flops() // 2 - sum(row.macs for row in rows):
         rows.append(LayerCount("", "matrix products between activations", 0, 0, outside, FLOAT_BITS, FLOAT_BITS))
     return rows
 
 
 def totals(rows: list[LayerCount]) -> Totals:
+    """Sum the counts of all layers."""
     return Totals(*(sum(getattr(row, key) for row in rows) for key in ("params", "params_nonzero", "macs", "bops")))
 
 
@@ -120,26 +130,25 @@ def _refuse_unknown(twin: nn.Module, network: nn.Module) -> None:
         hidden = hasattr(module, "_packed_params")
         if hidden or (list(module.parameters(recurse=False)) and not isinstance(module, MULTIPLYING + ELEMENTWISE)):
             kind = type(network.get_submodule(name)).__name__
-            raise UserError(
-                f"{name or 'the network'}: {kind} owns parameters of a kind that cannot be counted honestly"
-            )
+            raise UserError(f"{name or 'the network'}: {kind} owns parameters, and its MACs cannot be counted")
 
 
-@torch.no_grad()
-def _macs(twin: nn.Module, input_size: int) -> tuple[dict[str, int], int]:
-    """MACs of each convolution and linear layer, by hooks, and those that torch's own counter finds beside them."""
-    macs: dict[str, int] = {}
-    hooks = []
+def params_visible(network: nn.Module) -> int:
+    """The sum over `parameters()`, which weights in PyTorch's dynamic layers are not among."""
+    return sum(p.numel() for p in without_integers(network).parameters())
 
-    def count(name: str, module: nn.Module, output: torch.Tensor) -> None:
-        per_output = module.weight[0].numel()  # inputs that one output value sums over
-        macs[name] = macs.get(name, 0) + output.numel() * per_output
 
-    for name, module in twin.named_modules():
-        if isinstance(module, MULTIPLYING):
-            hooks.append(module.register_forward_hook(lambda m, _, output, name=name: count(name, m, output)))
-    with FlopCounterMode(display=False) as counter:
-        twin(torch.zeros(1, 3, input_size, input_size))
-    for hook in hooks:
-        hook.remove()
-    return macs, counter.get_total_flops() // 2 - sum(macs.values())
+def macs_visible(network: nn.Module, input_size: int) -> int:
+    """The MACs of `thop.profile` for one image `[3, input_size, input_size]`.
+
+    thop also counts some norms and poolings, and skips kinds that it does not know, such as dynamic int8 layers. It
+    adds buffers to the modules, so it runs on a copy.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import thop
+
+        macs, _ = thop.profile(
+            without_integers(network).cpu().eval(), (torch.zeros(1, 3, input_size, input_size),), verbose=False
+        )
+    return int(macs)

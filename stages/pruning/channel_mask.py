@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from stages.networks.tensors import along_outputs
+from stages.networks.modules import along_outputs
 from stages.pruning.groups import ChannelGroup
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stages.networks.positions import output_positions
+from stages.networks.modules import output_positions
 from stages.pruning.groups import ChannelGroup
 
 

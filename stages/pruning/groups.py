@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
+from stages.networks.modules import load_tensors
 from stages.networks.reshape import widths_of
-from stages.networks.tensors import load_tensors
 
 PARTIAL_REMEDY = " (`allow_partial: true` leaves it whole and prunes the rest)"
 PROBE_TOLERANCE = 1e-8
@@ -119,7 +119,7 @@ def cut_channels(
 
 
 def with_layer_norm(network: nn.Module, spec: NetworkSpec, form: str) -> tuple[nn.Module, NetworkSpec]:
-    """A cut network with its LayerNorms in another of `networks.layer_norm.FORMS`, and the spec that builds it."""
+    """A cut network with its LayerNorms in another form (`networks.norms.narrowed`), and the spec that builds it."""
     spec = replace(spec, layer_norm=form)
     other = build_network(spec).to(next(network.parameters()))
     other.load_state_dict(network.state_dict())

@@ -8,7 +8,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.layer_scale import fold_layer_scale
+from stages.networks.reparameterize import fold_layer_scale
 from stages.params.pruners import Continued, Depgraph, NonePruner, Oto, RandomStructured, SmallDense, Unstructured
 from stages.pruning.costs import costs_of
 from stages.pruning.depgraph import GroupLasso, find_ratio, lasso_steps, prune_depgraph

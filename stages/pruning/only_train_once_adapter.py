@@ -39,7 +39,7 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
     """Partition a classifier into groups of channels that can be removed together.
 
     Args:
-        network: layer scale folded (`networks.layer_scale.fold_layer_scale`); left as it is, on any device.
+        network: layer scale folded (`networks.reparameterize.fold_layer_scale`); left as it is, on any device.
         input_size: side S of its input `[N, 3, S, S]`, in pixels.
 
     Returns:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stages.artifacts.artifact import Description
+from stages.artifacts.description import Description
 from stages.datasets.store import Part
 from stages.networks.build import NetworkSpec
-from stages.networks.layer_scale import fold_layer_scale
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
+from stages.networks.reparameterize import fold_layer_scale
 from stages.params.finetune import Finetune
 from stages.params.pruners import Pruner
 from stages.params.whole import Params

@@ -4,9 +4,9 @@ import copy
 
 from torch import nn
 
-from stages.artifacts.artifact import LayerStorage
+from stages.artifacts.description import LayerStorage
 from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears
-from stages.networks.pointwise import pointwise_to_linear
+from stages.networks.reparameterize import pointwise_to_linear
 
 
 def int8_dynamic(network: nn.Module, per_channel: bool) -> tuple[nn.Module, dict[str, LayerStorage]]:

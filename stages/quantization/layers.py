@@ -7,8 +7,8 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.integer_weights import KINDS
-from stages.networks.pointwise import is_pointwise
-from stages.networks.positions import output_positions
+from stages.networks.modules import output_positions
+from stages.networks.reparameterize import is_pointwise
 
 LAYER_KINDS = ("linear", "pointwise", "depthwise", "convolution")
 HAS_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.artifacts.artifact import FLOAT_BITS, Description, LayerStorage
+from stages.artifacts.description import FLOAT_BITS, Description, LayerStorage
 from stages.common.progress import count_progress
 from stages.datasets.store import Part
-from stages.networks.pointwise import replace_module
+from stages.networks.modules import replace_module
 from stages.networks.preprocess import Classifier
 from stages.params.quantizers import (
     AllocatedBits,

@@ -14,8 +14,8 @@ from torch import nn
 
 from stages.artifacts.packing import limits
 from stages.datasets.store import Part
+from stages.networks.modules import along_outputs, load_tensors
 from stages.networks.preprocess import Preprocess
-from stages.networks.tensors import along_outputs, load_tensors
 from stages.params.quantizers import Bits
 from stages.params.whole import Params
 from stages.quantization.rounding import Rounded

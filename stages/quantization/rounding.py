@@ -7,7 +7,7 @@ from torch import nn
 
 from stages.artifacts.packing import limits
 from stages.networks.integer_weights import with_integers
-from stages.networks.tensors import along_outputs
+from stages.networks.modules import along_outputs
 
 LEAST_SHARE = {2: 0.2, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}
 """By bits: where the search for the best scale begins, as a share of the one that reaches the largest magnitude."""

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages.artifacts.artifact import LayerStorage
+from stages.artifacts.description import LayerStorage
 from stages.networks.integer_weights import KINDS, Grid, with_integers
+from stages.networks.modules import along_outputs, replace_module
 from stages.networks.pixel_stem import on_pixels, pixel_stem
-from stages.networks.pointwise import pointwise_to_linear, replace_module
 from stages.networks.preprocess import Classifier
-from stages.networks.tensors import along_outputs
+from stages.networks.reparameterize import pointwise_to_linear
 from stages.params.quantizers import Int8Static
 from stages.quantization.calibration import activation_ranges
 from stages.quantization.layers import refuse_shared_weights, without_integer_form

@@ -64,7 +64,7 @@ class Augmentation:
         if recipe.trivial_augment:
             draws = draw(batch, recipe.trivial_augment, generator)[positions]
             pixels = trivial_augment(pixels.permute(0, 3, 1, 2), draws).permute(0, 2, 3, 1)
-        x = preprocess.normalise(pixels)
+        x = preprocess.normalize(pixels)
         if recipe.random_erasing:
             rectangles = draw_rectangles(batch, x.shape[2:], recipe.random_erasing, generator)
             x = erase(x, rectangles[positions].to(x.device, non_blocking=True))

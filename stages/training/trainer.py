@@ -24,9 +24,9 @@ from stages.common.errors import UserError
 from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.architectures import more_than_logits
+from stages.networks.modules import load_tensors
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
-from stages.networks.tensors import load_tensors
 from stages.params.base import Base
 from stages.params.finetune import Finetune
 from stages.training import distributed

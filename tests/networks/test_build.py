@@ -1,5 +1,4 @@
 import itertools
-from dataclasses import asdict
 
 import pytest
 import timm
@@ -9,7 +8,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of
-from stages.networks.pointwise import PointwiseLinear
+from stages.networks.reparameterize import PointwiseLinear
 from stages.params.models import Model
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
@@ -22,10 +21,8 @@ def test_timm_and_torchvision_classifiers_are_built_by_name():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, spec.classes)
 
 
-def test_no_subclass_hides_a_linear_layer():
-    """timm's own Linear differs under TorchScript alone, and would be passed over by who looks for torch's."""
-    spec = NetworkSpec("timm", "mobilenetv3_small_050", {}, 3)
-    assert type(build_network(spec).classifier) is nn.Linear
+def test_timms_own_linear_layers_are_torchs():
+    assert type(build_network(NetworkSpec("timm", "mobilenetv3_small_050", {}, 3)).classifier) is nn.Linear
 
 
 def test_a_torchvision_convnext_of_any_size_is_built_from_numbers():
@@ -42,40 +39,23 @@ def test_the_spec_of_a_model_is_its_entry_in_the_params():
     assert spec_of(model, 4) == ATTO
 
 
-def test_a_spec_survives_json():
-    spec = NetworkSpec("timm", "convnext_atto", ARGUMENTS, 4, widths={"head.fc": {"in_features": 3, "out_features": 4}})
-    assert NetworkSpec(**asdict(spec)) == spec
-
-
 @pytest.mark.parametrize(
-    ("library", "architecture", "arguments"),
+    ("library", "architecture", "arguments", "message"),
     [
-        ("timm", "convnext_atto", {"dephts": [1, 1, 1, 1]}),
-        ("torchvision", "squeezenet1_1", {"width": 3}),
+        ("timm", "convnext_atto", {"dephts": [1, 1, 1, 1]}, "timm convnext_atto does not take arguments"),
+        ("torchvision", "squeezenet1_1", {"width": 3}, "torchvision squeezenet1_1 does not take arguments"),
+        ("timm", "convnext_atto", {"num_classes": 10}, "num_classes is set from the images' classes"),
+        *(
+            ("timm", "convnext_atto", {"drop_path_rate": rate}, "drop_path_rate = .*: must be")
+            for rate in (5, -0.1, "x")
+        ),
+        ("timm", "convnext_tinny", {}, "'convnext_tinny': timm has no such classifier; nearest: .*convnext_tiny"),
+        ("torchvision", "convnext_tinny", {}, "'convnext_tinny': torchvision has no .* nearest: .*convnext_tiny"),
     ],
 )
-def test_refused_arguments_name_the_architecture(library, architecture, arguments):
-    with pytest.raises(UserError, match=f"{library} {architecture} does not take arguments"):
+def test_unknown_architectures_and_wrong_arguments_are_refused(library, architecture, arguments, message):
+    with pytest.raises(UserError, match=message):
         build_network(NetworkSpec(library, architecture, arguments, 4))
-
-
-def test_the_number_of_classes_is_not_an_argument():
-    with pytest.raises(UserError, match="num_classes is as many classes as the images have: leave it out"):
-        build_network(NetworkSpec("timm", "convnext_atto", {**ARGUMENTS, "num_classes": 10}, 4))
-
-
-@pytest.mark.parametrize("rate", [5, -0.1, "x"])
-def test_a_share_that_training_would_stumble_over_is_refused(rate):
-    with pytest.raises(UserError, match=r"drop_path_rate = .*: must be at least 0 and less than 1"):
-        build_network(NetworkSpec("timm", "convnext_atto", {"drop_path_rate": rate}, 4))
-
-
-@pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_an_unknown_architecture_is_called_that_and_not_blamed_on_its_arguments(library):
-    with pytest.raises(
-        UserError, match=f"'convnext_tinny': {library} has no such classifier; nearest: .*convnext_tiny"
-    ):
-        build_network(NetworkSpec(library, "convnext_tinny", {}, 4))
 
 
 @torch.no_grad()
@@ -112,7 +92,7 @@ def test_a_pth_state_dict_is_loaded_bare_or_wrapped(tmp_path, wrapping):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_names_as_wrapped_networks_have_them_are_understood(tmp_path, prefix):
+def test_prefixes_of_wrapped_networks_are_removed(tmp_path, prefix):
     path, state = saved(tmp_path, change=lambda state: [state.update({prefix + k: state.pop(k)}) for k in list(state)])
     network = build_network(ATTO)
     assert load_weights(network, ATTO, path) == []
@@ -121,7 +101,7 @@ def test_names_as_wrapped_networks_have_them_are_understood(tmp_path, prefix):
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     path, _ = saved(tmp_path, change=lambda state: state["stem.0.weight"].fill_(float("nan")))
-    with pytest.raises(UserError, match=r"stem\.0\.weight holds values that are not finite"):
+    with pytest.raises(UserError, match=r"stem\.0\.weight .* not finite"):
         load_weights(build_network(ATTO), ATTO, path)
 
 
@@ -139,7 +119,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"1 tensors missing \(stem\.0\.weight\)"):
         load_weights(build_network(ATTO), ATTO, path)
     path, _ = saved(tmp_path, change=lambda state: state.update({"stem.0.weight": torch.zeros(8, 3, 2, 2)}))
-    with pytest.raises(UserError, match=r"stem\.0\.weight has shape \(8, 3, 2, 2\), this network's is \(8, 3, 4, 4\)"):
+    with pytest.raises(UserError, match=r"stem\.0\.weight has shape \(8, 3, 2, 2\), .* \(8, 3, 4, 4\)"):
         load_weights(build_network(ATTO), ATTO, path)
 
 
@@ -153,15 +133,12 @@ def test_a_missing_or_unreadable_file_is_refused(tmp_path):
             load_weights(build_network(ATTO), ATTO, str(tmp_path / name))
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_a_file_of_something_else_is_refused_and_never_unpickled(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     with pytest.raises(UserError, match="do not hold a state dict"):
         load_weights(build_network(ATTO), ATTO, str(tmp_path / "tensor.pth"))
-
-
-def test_a_pickled_module_is_never_unpickled(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(UserError, match=r"cannot be read as tensors: .* save it by torch\.save\(model\.state_dict\(\)"):
+    with pytest.raises(UserError, match=r"cannot be read as tensors: .* torch\.save\(model\.state_dict\(\)"):
         load_weights(build_network(ATTO), ATTO, str(tmp_path / "module.pth"))
 
 
@@ -171,5 +148,5 @@ def test_pretrained_weights_without_network_say_how_to_go_on(monkeypatch):
 
     network = build_network(ATTO)
     monkeypatch.setattr(timm.models, "model_entrypoint", offline)
-    with pytest.raises(UserError, match=r"could not be fetched \(no route to the hub\): without network, download"):
+    with pytest.raises(UserError, match=r"\(no route to the hub\): without network, download"):
         load_weights(network, ATTO, "pretrained")

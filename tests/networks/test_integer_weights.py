@@ -4,13 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.networks.integer_weights import (
-    Grid,
-    floating,
-    integer_layers,
-    with_integers,
-    without_integers,
-)
+from stages.networks.integer_weights import Grid, floating, integer_layers, with_integers, without_integers
 
 LAYERS = {
     "linear": (nn.Linear(6, 4), (3, 6)),
@@ -28,8 +22,9 @@ def integers_of(layer: nn.Module, bits: int = 4) -> tuple[torch.Tensor, torch.Te
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_integer_layer_computes_with_what_its_integers_stand_for(name):
+def test_an_integer_layer_computes_with_its_dequantized_weight(name):
     layer, shape = LAYERS[name]
+    before = copy.deepcopy(layer.state_dict())
     integers, scale = integers_of(layer)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     expected = copy.deepcopy(layer)
@@ -37,15 +32,8 @@ def test_an_integer_layer_computes_with_what_its_integers_stand_for(name):
     integer = with_integers(layer, integers, scale, 4)
     assert torch.equal(integer(x), expected(x))
     assert torch.equal(floating(integer)(x), expected(x))
-    assert type(floating(integer)) is type(layer)
-
-
-def test_the_float_layer_is_left_as_it_is():
-    layer, _ = LAYERS["linear"]
-    before = copy.deepcopy(layer.state_dict())
-    with_integers(layer, *integers_of(layer), 4)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
-    assert type(layer) is nn.Linear
+    assert type(floating(integer)) is type(layer) in (nn.Linear, nn.Conv2d)
+    assert all(torch.equal(tensor, before[part]) for part, tensor in layer.state_dict().items())
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.5, 2.0), (-2.0, -1.0), (0.0, 0.0)])
@@ -69,7 +57,7 @@ def test_activations_are_rounded_to_their_grids_as_torch_does_it():
     assert torch.allclose(integer(x), expected, atol=1e-6)
 
 
-def test_a_copy_without_integers_keeps_layers_that_are_used_twice_one():
+def test_a_layer_that_is_used_twice_stays_one_layer_in_the_float_copy():
     shared = nn.Linear(4, 4)
     network = nn.Sequential(shared, nn.ReLU(), shared)
     integer = with_integers(shared, *integers_of(shared), 4)

@@ -1,4 +1,4 @@
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def pixels(image_size: int) -> torch.Tensor:
 
 
 class Convolution(nn.Module):
-    """One convolution and a head that sees every place of its output."""
+    """One convolution and a head that sees every position of its output."""
 
     def __init__(self, convolution: nn.Module, places: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Convolution(nn.Module):
         return self.head(self.stem(x).flatten(1))
 
 
-def test_pixels_are_left_as_they_are_by_the_preprocessing_of_a_pixel_stem():
+def test_the_preprocessing_of_a_pixel_stem_does_not_change_pixels():
     preprocess = Preprocess(PIXEL_MEAN, PIXEL_STD, 6)
     assert torch.equal(preprocess(pixels(6)), pixels(6).permute(0, 3, 1, 2).float())
 
@@ -56,31 +56,24 @@ def test_the_stem_on_stored_pixels_gives_the_same_logits(image_size, kernel, str
 
 
 @pytest.mark.parametrize("image_size", [16, 32])
-def test_a_convnext_takes_stored_pixels(image_size):
+@torch.no_grad()
+def test_a_convnext_takes_stored_pixels_and_is_built_again_with_its_stem(image_size):
     torch.manual_seed(0)
-    network = build_network(NetworkSpec("timm", "convnext_atto", ARGUMENTS, 10))
-    scaled = classifier(network)
+    spec = NetworkSpec("timm", "convnext_atto", ARGUMENTS, 10)
+    scaled = classifier(build_network(spec))
     found = pixel_stem(scaled, image_size)
     assert found == ("stem.0", SIZE // image_size)
     twin = on_pixels(scaled, image_size, *found)
-    with torch.no_grad():
-        torch.testing.assert_close(twin(pixels(image_size)), scaled(pixels(image_size)), rtol=1e-4, atol=1e-4)
-
-
-def test_a_network_is_built_with_its_pixel_stem_and_loads_its_tensors():
-    spec = NetworkSpec("timm", "convnext_atto", ARGUMENTS, 10)
-    scaled = classifier(build_network(spec))
-    twin = on_pixels(scaled, 16, *pixel_stem(scaled, 16))
-    built = build_network(NetworkSpec(**asdict(spec) | {"pixel_stem": {"stem.0": 2}}))
+    torch.testing.assert_close(twin(pixels(image_size)), scaled(pixels(image_size)), rtol=1e-4, atol=1e-4)
+    built = build_network(replace(spec, pixel_stem=dict([found])))
     built.load_state_dict(twin.network.state_dict())
-    with torch.no_grad():
-        assert torch.equal(Classifier(twin.preprocess, built).eval()(pixels(16)), twin(pixels(16)))
+    assert torch.equal(Classifier(twin.preprocess, built).eval()(pixels(image_size)), twin(pixels(image_size)))
 
 
 @pytest.mark.parametrize(
     "convolution",
     [
-        nn.Conv2d(3, 6, 4, 4, padding=1),  # the zeros around are not pixels
+        nn.Conv2d(3, 6, 4, 4, padding=1),  # padding with zeros is no padding with pixels
         nn.Conv2d(3, 6, 4, 4, groups=3),
         nn.Conv2d(3, 6, 2, 4, dilation=2),
         nn.Conv2d(3, 6, 4, 3),
@@ -127,10 +120,7 @@ def test_zeros_of_single_pruned_weights_are_not_mixed_with_their_neighbours():
     assert torch.equal(stem.weight == 0, convolution.weight == 0)
 
 
-def test_a_name_that_has_no_such_convolution_is_refused():
-    with pytest.raises(UserError, match=r"head: no convolution that could take images 2 times as small"):
-        take_pixels(Convolution(nn.Conv2d(3, 6, 4, 4), 8), "head", 2)
-    with pytest.raises(UserError, match=r"stem: no convolution"):
-        take_pixels(Convolution(nn.Conv2d(3, 6, 4, 4), 8), "stem", 3)
-    with pytest.raises(UserError, match=r"gone: no convolution"):
-        take_pixels(Convolution(nn.Conv2d(3, 6, 4, 4), 8), "gone", 1)
+@pytest.mark.parametrize(("name", "factor"), [("head", 2), ("stem", 3), ("gone", 1)])
+def test_a_name_without_such_a_convolution_is_refused(name, factor):
+    with pytest.raises(UserError, match=f"{name}: not a convolution"):
+        take_pixels(Convolution(nn.Conv2d(3, 6, 4, 4), 8), name, factor)

@@ -7,8 +7,7 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.networks.global_response_norm import CountingGlobalResponseNorm
-from stages.networks.layer_norm import FixedDivisorLayerNorm
+from stages.networks.norms import FixedDivisorGlobalResponseNorm, FixedDivisorLayerNorm
 from stages.networks.reshape import reshape, widths_of
 
 
@@ -34,47 +33,37 @@ WIDTHS = {
 }
 
 
-def test_reshaped_network_runs_and_its_widths_read_back():
+@pytest.mark.parametrize(("form", "kind"), [("exact", FixedDivisorLayerNorm), ("plain", nn.LayerNorm)])
+def test_a_reshaped_network_runs_with_fresh_weights_and_its_widths_are_read_back(form, kind):
     network = toy()
-    reshape(network, WIDTHS, {"5": 6})
+    reshape(network, WIDTHS, {"5": 6}, form)
+    assert type(network[5]) is kind
+    assert torch.equal(network[1].running_var, torch.ones(5))
     assert network(torch.randn(2, 3, 18, 18)).shape == (2, 4)
     assert widths_of(network, toy()) == (WIDTHS, {"5": 6})
+    assert 0 < network[0].weight.std() < network[0].weight.abs().max() <= (1 / 27) ** 0.5
 
 
-def test_widths_are_read_off_cut_tensors_whose_modules_still_tell_the_old_sizes():
+def test_widths_are_read_off_cut_tensors_whose_modules_hold_the_old_sizes():
     cut = toy()
     small = copy.deepcopy(cut)
     reshape(small, WIDTHS, {"5": 6})
     for name, tensor in small.state_dict().items():
         path, _, attribute = name.rpartition(".")
         if tensor.dim():
-            old = getattr(cut.get_submodule(path), attribute)
-            setattr(
-                cut.get_submodule(path), attribute, nn.Parameter(tensor) if isinstance(old, nn.Parameter) else tensor
-            )
+            owner = cut.get_submodule(path)
+            setattr(owner, attribute, nn.Parameter(tensor) if attribute in owner._parameters else tensor)
     assert widths_of(cut, toy()) == (WIDTHS, {"5": 6})
 
 
-def test_narrowed_modules_keep_what_their_class_adds():
+def test_narrowed_modules_keep_the_other_attributes_of_their_class():
     network = toy()
     reshape(network, WIDTHS, {"5": 6})
     assert isinstance(network[1], BatchNormAct2d)
     assert isinstance(network[1].act, nn.Hardswish)
     assert network[0].stride == (2, 2)
     assert network[2].bias is None
-    assert isinstance(network[5], FixedDivisorLayerNorm)
     assert network[5].original_width == 6
-
-
-@pytest.mark.parametrize("form", ["exact", "exact_matmul", "plain"])
-def test_the_form_says_how_narrowed_layer_norms_count_and_leaves_the_widths_as_they_are(form):
-    network = toy()
-    reshape(network, WIDTHS, {"5": 6}, form)
-    if form == "plain":
-        assert (type(network[5]), network[5].normalized_shape) == (nn.LayerNorm, (2,))
-    else:
-        assert (network[5].original_width, network[5].as_matmul) == (6, form == "exact_matmul")
-    assert widths_of(network, toy()) == (WIDTHS, {"5": 6})
 
 
 def test_grouped_convolutions_response_norms_and_learned_scales_are_narrowed():
@@ -96,20 +85,12 @@ def test_grouped_convolutions_response_norms_and_learned_scales_are_narrowed():
     }
     network = Scaled()
     reshape(network, widths, {"2": 8}, "plain")
-    assert isinstance(network[2], CountingGlobalResponseNorm)  # it counts in every form
+    assert isinstance(network[2], FixedDivisorGlobalResponseNorm)
     assert network[2].original_width == 8
     assert network(torch.randn(2, 3, 4, 4)).shape == (2, 6, 4, 4)
     assert widths_of(network, Scaled()) == (widths, {"2": 8})
-    with pytest.raises(UserError, match="2: its original width is 8, the file says None"):
+    with pytest.raises(UserError, match=r"2: .* 8, but model\.json says None"):
         reshape(Scaled(), widths, {})
-
-
-def test_fresh_weights_are_those_of_the_modules_own_initialisation():
-    network = toy()
-    reshape(network, WIDTHS, {"5": 6})
-    assert network[0].weight.abs().max() <= (1 / 27) ** 0.5
-    assert network[0].weight.std() > 0
-    assert torch.equal(network[1].running_var, torch.ones(5))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +98,8 @@ def test_fresh_weights_are_those_of_the_modules_own_initialisation():
     [
         ({"9": {"num_features": 2}}, {}, "9: no such module"),
         ({"3": {"width": 2}}, {}, "3: Flatten cannot be narrowed"),
-        ({"5": {"width": 2}}, {"5": 7}, "5: its original width is 6, the file says 7"),
-        ({"5": {"width": 2}}, {}, "5: its original width is 6, the file says None"),
+        ({"5": {"width": 2}}, {"5": 7}, r"5: the original width is 6, but model\.json says 7"),
+        ({"5": {"width": 2}}, {}, r"5: the original width is 6, but model\.json says None"),
     ],
 )
 def test_wrong_descriptions_are_refused(widths, norms, message):

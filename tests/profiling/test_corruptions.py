@@ -28,14 +28,14 @@ def test_the_same_seed_gives_the_same_pixels_and_an_image_is_left_as_it_is():
     assert np.array_equal(IMAGES, before)
 
 
-def test_noise_has_its_deviation():
-    grey = np.full((20, 32, 32, 3), 128, np.uint8)
-    added = by_name(grey)["noise", 2].astype(float) - 128
+def test_noise_has_its_std():
+    gray = np.full((20, 32, 32, 3), 128, np.uint8)
+    added = by_name(gray)["noise", 2].astype(float) - 128
     assert added.std() == pytest.approx(0.08 * 255, rel=0.03)
     assert abs(added.mean()) < 0.5
 
 
-def test_blur_keeps_the_light_and_spreads_a_point_by_its_deviation():
+def test_blur_spreads_a_point_by_its_std():
     point = np.zeros((1, 33, 33, 3), np.uint8)
     point[0, 16, 16] = 255
     seen = by_name(point)["blur", 3][0, :, :, 0].astype(float)
@@ -43,7 +43,7 @@ def test_blur_keeps_the_light_and_spreads_a_point_by_its_deviation():
     assert np.sqrt((seen.sum(1) * rows**2).sum() / seen.sum()) == pytest.approx(1.0 * 33 / 32, rel=0.1)
 
 
-def test_brightness_adds_to_the_largest_colour_and_keeps_hue_and_saturation():
+def test_brightness_adds_to_the_largest_channel_and_keeps_hue_and_saturation():
     picture = np.zeros((1, 2, 1, 3), np.uint8)
     picture[0, 0, 0] = (100, 50, 0)
     brighter = by_name(picture)["brightness", 2]
@@ -53,7 +53,7 @@ def test_brightness_adds_to_the_largest_colour_and_keeps_hue_and_saturation():
     assert white.tolist() == [[[[255, 255, 255]]]]
 
 
-def test_contrast_goes_towards_each_colours_mean():
+def test_contrast_moves_each_channel_towards_its_mean():
     picture = np.zeros((1, 2, 1, 3), np.uint8)
     picture[0, :, 0, 0] = (40, 140)
     picture[0, :, 0, 1] = (200, 200)
@@ -72,14 +72,14 @@ def test_the_sample_is_seeded_in_order_and_never_larger_than_the_images():
     assert drawn.dtype == np.int64
 
 
-def test_images_are_corrupted_a_few_at_a_time_and_come_out_the_same(monkeypatch):
+def test_corrupting_a_few_images_at_a_time_gives_the_same_pixels(monkeypatch):
     together = by_name(IMAGES)
     monkeypatch.setattr(corruptions, "TOGETHER", 4)
     assert all(np.array_equal(images, together[key]) for key, images in by_name(IMAGES).items())
 
 
 def test_strengths_are_those_of_cifar_10_c_at_levels_1_3_and_5():
-    """`make_cifar_c.py` of arXiv 1903.12261; a blur's deviations are in pixels of 32."""
+    """`make_cifar_c.py` of arXiv 1903.12261; the blur's stds are in pixels of an image of 32 pixels."""
     assert {name: strengths for name, (_, strengths) in CORRUPTIONS.items()} == {
         "noise": (0.04, 0.08, 0.10),
         "blur": (0.4, 0.7, 1.0),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.layer_scale import fold_layer_scale
+from stages.networks.reparameterize import fold_layer_scale
 from stages.networks.reshape import reshape
 from stages.pruning.groups import ChannelGroup
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.layer_norm import FixedDivisorLayerNorm
+from stages.networks.norms import FixedDivisorLayerNorm
 from stages.pruning import only_train_once_adapter
 from stages.pruning.costs import costs_of
 from stages.pruning.groups import check_exact, cut_channels, relative_difference

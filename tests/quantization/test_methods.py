@@ -11,20 +11,15 @@ from toy_project import PARAMS, pruned_project
 from toy_task import part_of, task_of
 
 from stages import profile, quantize
-from stages.artifacts.artifact import (
-    LayerStorage,
-    load_artifact,
-    load_classifier,
-    read_description,
-    save_artifact,
-)
+from stages.artifacts.artifact import load_artifact, load_classifier, save_artifact
+from stages.artifacts.description import LayerStorage, read_description
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.datasets.store import Part
 from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.build import NetworkSpec, build_network
 from stages.networks.integer_weights import Grid, integer_layers
-from stages.networks.layer_scale import fold_layer_scale
+from stages.networks.reparameterize import fold_layer_scale
 from stages.params.load import load_params
 from stages.params.profile import Profile
 from stages.params.quantizers import Int8Dynamic, Int8Static, SearchedBits, UniformBits

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.integer_weights import Grid, integer_layers
-from stages.networks.packed import dequantized
+from stages.networks.integer_weights import Grid, dequantized, integer_layers
 from stages.networks.predict import predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.params.quantizers import Int8Static

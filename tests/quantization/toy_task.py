@@ -3,7 +3,7 @@
 import numpy as np
 from torch import nn
 
-from stages.artifacts.artifact import Description
+from stages.artifacts.description import Description
 from stages.datasets.store import Part
 from stages.networks.build import NetworkSpec
 from stages.params.quantizers import Quantizer

@@ -30,7 +30,7 @@ import stages
 from stages import prune, quantize
 from stages.common import paths
 from stages.common.errors import UserError
-from stages.networks.layer_scale import fold_layer_scale
+from stages.networks.reparameterize import fold_layer_scale
 from stages.params.base import Base
 from stages.params.pruners import Oto
 from stages.pruning.costs import costs_of

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from stages.networks.build import NetworkSpec, build_network
-from stages.networks.tensors import load_tensors
+from stages.networks.modules import load_tensors, output_positions, replace_module
 
 MNASNET = NetworkSpec("torchvision", "mnasnet0_5", {}, 4)  # refuses tensors that come without its version
 
@@ -24,3 +24,19 @@ def test_a_missing_tensor_is_refused_unless_that_is_allowed():
     load_tensors(network, {"bias": torch.ones(3)}, strict=False)
     assert torch.equal(network.weight, before)
     assert torch.equal(network.bias, torch.ones(3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_replacement_takes_over_the_training_mode(training):
+    network = nn.Sequential(nn.ReLU(), nn.ReLU()).train(training)
+    replace_module(network, "1", nn.Dropout().train(not training))
+    assert network[1].training == training
+
+
+def test_output_positions_count_reused_layers_twice_and_leave_the_training_mode():
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    network = nn.Sequential(shared, shared, nn.Flatten(), nn.Linear(3 * 16, 2))
+    network[3].eval()
+    assert output_positions(network, 4) == {"0.weight": 2 * 16, "3.weight": 1}
+    assert [module.training for module in network] == [True, True, True, False]
+    assert not shared._forward_hooks

@@ -1,0 +1,74 @@
+"""Operations on any network: replace modules, load tensors by name, count how often each weight is applied."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Layers whose weight is multiplied with the activations."""
+
+
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name`; it takes over the training mode of the module that it replaces."""
+    module.train(network.get_submodule(name).training)
+    network.set_submodule(name, module)
+
+
+def with_twins(network: nn.Module, kind: type, twin_of: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of the network in which `twin_of(module)` replaces every module of class `kind`."""
+    copied = copy.deepcopy(network)
+    twins: dict[nn.Module, nn.Module] = {}
+    for name, module in list(copied.named_modules(remove_duplicate=False)):  # a module that is used twice has two names
+        if isinstance(module, kind):
+            if module not in twins:
+                twins[module] = twin_of(module)
+            replace_module(copied, name, twins[module])
+    return copied
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True) -> None:
+    """`network.load_state_dict` for a plain mapping, which carries no module versions.
+
+    Some modules (torchvision's MNASNet) refuse a mapping without versions. The tensors get the network's own versions:
+    this program has built and stored them with the same modules.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = network.state_dict()._metadata
+    network.load_state_dict(state, strict)
+
+
+def along_outputs(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """View `values` `[out]` in a shape that broadcasts over a weight `[out, ...]`."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+@torch.no_grad()
+def output_positions(network: nn.Module, input_size: int) -> dict[str, int]:
+    """Count how often each convolution and linear layer applies its weight to one image `[3, input_size, input_size]`.
+
+    A weight's MACs are its numel times this count. The network runs once in evaluation mode and is not changed.
+
+    Returns:
+        Counts by the weight's name in `named_parameters`; layers that the pass does not reach are missing.
+    """
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    positions: dict[str, int] = {}
+
+    def count(module: nn.Module, _: tuple, output: torch.Tensor) -> None:
+        name = names[id(module.weight)]
+        positions[name] = positions.get(name, 0) + output.numel() // module.weight.shape[0]
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, MULTIPLYING)]
+    training = {module: module.training for module in network.modules()}
+    first = next(network.parameters())
+    try:
+        network.eval()(torch.zeros(1, 3, input_size, input_size, device=first.device, dtype=first.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return positions
