@@ -20,7 +20,7 @@ from stages.networks.predict import predict_logits
 from stages.params.export import Export
 from stages.params.quantizers import Int8Static
 from stages.quantization.rounding import round_nearest
-from stages.quantization.static import int8_static
+from stages.quantization.int8 import int8_static
 
 EIGHT_BITS = pytest.param(8, marks=pytest.mark.skipif(int8_overflows(), reason="products of 8 bits overflow here"))
 

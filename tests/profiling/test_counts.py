@@ -14,7 +14,7 @@ from stages.networks.dynamic_int8 import dynamic_layers, unpack_layer
 from stages.networks.layer_norm import FixedDivisorLayerNorm
 from stages.profiling.counts import count_layers, totals
 from stages.profiling.visible import macs_visible, params_visible
-from stages.quantization.dynamic import int8_dynamic
+from stages.quantization.int8 import int8_dynamic
 
 TINY = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 NETWORKS = {

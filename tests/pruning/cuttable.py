@@ -1,4 +1,4 @@
-"""Networks to cut: weights such that nothing is at its neutral value, real images, and a choice of channels."""
+"""Networks to cut, with weights away from their neutral values, real images, and a random choice of channels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,8 +19,8 @@ TOY = NetworkSpec("timm", "toy", {}, classes=4)
 
 
 @torch.no_grad()
-def randomise(network: nn.Module) -> nn.Module:
-    """Weights such that no bias, norm or statistic is at its neutral value."""
+def randomize(network: nn.Module) -> nn.Module:
+    """Set random weights, such that no bias, norm or statistic is at its neutral value."""
     torch.manual_seed(0)
     for parameter in network.parameters():
         if parameter.dim() == 1:
@@ -36,7 +36,7 @@ def randomise(network: nn.Module) -> nn.Module:
 
 def folded(library: str, architecture: str, arguments: dict) -> tuple[nn.Module, NetworkSpec]:
     spec = NetworkSpec(library, architecture, arguments, classes=5)
-    network = randomise(build_network(spec))
+    network = randomize(build_network(spec))
     fold_layer_scale(network)
     return network, replace(spec, layer_scale_folded=True)
 
@@ -52,7 +52,7 @@ def digits(size: int) -> torch.Tensor:
 
 
 def builder(make: Callable[[], nn.Module]) -> Callable[[NetworkSpec], nn.Module]:
-    """In place of `build_network`: a network of the test's own at the widths of a spec."""
+    """A replacement of `build_network` for the test's own network, at the widths of a spec."""
 
     def build(spec: NetworkSpec) -> nn.Module:
         network = make()
