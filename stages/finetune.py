@@ -15,7 +15,8 @@ from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
 from stages.datasets.store import Info, open_part, read_info
-from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of, state_hash
+from stages.networks.build import build_network, load_weights, spec_of, state_hash
+from stages.networks.spec import NetworkSpec
 from stages.params.base import Base
 from stages.params.finetune import Finetune
 from stages.params.load import key_argument, load_params

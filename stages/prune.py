@@ -1,17 +1,15 @@
-"""Make a dense classifier smaller by pruning, or train it on without pruning (the control).
+"""Prune: make a dense classifier smaller, or train it on without pruning (the control), for one entry of `pruned`.
 
-In: `data/images` (train and validation parts; never test), the dense artifact `models/dense/<model>/`, the params
-sections `base`, `finetune`, `pruned.<key>` and `pruners.<pruner>`. Out: the artifact `models/pruned/<key>/` and the
-training curve `reports/curves/pruned/<key>.csv` (only its header where nothing is trained). Killed at any moment, the
-next run goes on from the last checkpoint.
+In:  `params.yaml` (`base`, `finetune`, `pruned.<key>`, `pruners.<pruner>`), `models/dense/<model>/`; the train and
+     validation parts of `data/images/`.
+Out: `models/pruned/<key>/`; the training curve `reports/curves/pruned/<key>.csv`, empty without training.
+Run: python -m stages.prune <key>
 
-    python -m stages.prune <key>
+A run that was killed goes on from its last checkpoint.
 """
 
 from dataclasses import replace
 from pathlib import Path
-
-from torch import nn
 
 from stages.artifacts.artifact import load_artifact, save_artifact
 from stages.artifacts.description import Description, parent_of
@@ -19,15 +17,26 @@ from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
 from stages.datasets.store import Info, open_part, read_info
+from stages.params.base import Base
 from stages.params.budget import Budget
+from stages.params.finetune import Finetune
 from stages.params.load import key_argument, load_params
-from stages.params.whole import Params
+from stages.params.pruners import Pruner, Structured
+from stages.params.section import Name, Section
+from stages.params.variants import PrunedModel
 from stages.pruning.methods import prune
-from stages.pruning.session import Session
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
+from stages.training.session import Session
 from stages.training.trainer import CURVE_COLUMNS
+
+
+class Params(Section):
+    base: Base
+    finetune: Finetune
+    pruned: dict[Name, PrunedModel]
+    pruners: dict[Name, Pruner]
 
 
 def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:
@@ -39,27 +48,32 @@ def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:
     parent.require_metrics(folder, "validation_top1")
 
 
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def prune_one(params: Params, key: str) -> None:
-    folder = paths.dense(params.pruned[key].model)
+    entry = params.pruned[key]
+    folder = paths.dense(entry.model)
     dense, parent = load_artifact(folder)
     refuse_unfit(folder, parent, read_info(paths.IMAGES))
-    train_part, validation_part = open_part(paths.IMAGES, "train"), open_part(paths.IMAGES, "validation")
-    session = Session(params, key, dense, parent, train_part, validation_part)
-    before = _count(dense)
+    session = Session(
+        stage="prune",
+        key=key,
+        network=dense,
+        parent=parent,
+        settings=params.pruners[entry.pruner],
+        param=f"pruners.{entry.pruner}",
+        base=params.base,
+        finetune=params.finetune,
+        train_part=open_part(paths.IMAGES, "train"),
+        validation_part=open_part(paths.IMAGES, "validation"),
+    )
     with checkpoint_folder(paths.SCRATCH / "prune" / key, session.identity()) as session.checkpoints:
         pruned = prune(session)
-        after = _count(pruned.network)
+        before, after = (sum(p.numel() for p in network.parameters()) for network in (dense, pruned.network))
         description = replace(
             parent,
             name=key,
             stage="prune",
             network=pruned.spec,
-            parameters=session.pruner.model_dump(),
-            seed=session.seed,
+            parameters=session.settings.model_dump(),
             parent=parent_of(folder, parent),
             metrics=pruned.metrics | {"params_dense": before, "params": after},
         )
@@ -70,9 +84,10 @@ def prune_one(params: Params, key: str) -> None:
         f"{key}: {before:,} to {after:,} parameters, validation top-1 {100 * pruned.metrics['validation_top1']:.2f} %"
         f" (dense {100 * parent.metrics['validation_top1']:.2f} %)"
     )
-    if pruned.metrics.get("group_sparsity") == 0 and any(session.pruner.target.values()):
-        [(name, target)] = session.pruner.target.items()
-        print(f"{key}: nothing was removed: {session.param}.{name} = {target} is less than one unit of channels")
+    if isinstance(session.settings, Structured) and pruned.metrics["group_sparsity"] == 0:
+        [(name, target)] = session.settings.target.items()
+        if target:
+            print(f"{key}: nothing was removed: {session.param}.{name} = {target} is less than one unit of channels")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Quantize: from a pruned artifact to what ships, for one variant.
+"""Quantize: turn a pruned artifact into the artifact that ships, for one entry of `variants`.
 
-In:  `params.yaml`, `models/pruned/<pruning>/`; the validation part of `data/images/`, and the training part where the
-     quantizer calibrates or trains.
-Out: `models/compressed/<variant>/` with `model.onnx`, whose top-1 on the validation part (what selection uses) agrees
-     with PyTorch's; `reports/curves/compressed/<variant>.csv`, empty without training.
+In:  `params.yaml` (`base`, `export`, `finetune`, `variants.<variant>`, `quantizers.<quantizer>`),
+     `models/pruned/<pruned>/`; the validation part of `data/images/`, and the training part if the quantizer calibrates
+     or trains.
+Out: `models/compressed/<variant>/` with `model.onnx`, whose top-1 on the validation part (the figure for selection)
+     agrees with PyTorch's; `reports/curves/compressed/<variant>.csv`, empty without training.
 Run: python -m stages.quantize <variant>
 """
 
@@ -26,24 +27,39 @@ from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
+from stages.params.base import Base
+from stages.params.export import Export
+from stages.params.finetune import Finetune
 from stages.params.load import key_argument, load_params
-from stages.params.quantizers import Bits
-from stages.params.whole import Params
-from stages.quantization.methods import Quantized, Task, quantize
+from stages.params.quantizers import Bits, Quantizer
+from stages.params.section import Name, Section
+from stages.params.variants import Variant
+from stages.quantization.methods import Quantized, quantize
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
+from stages.training.session import Session
 from stages.training.trainer import CURVE_COLUMNS
 
-LARGEST_DIFFERENCE = 0.005  # of validation top-1 between ONNX Runtime and PyTorch
-ALLOWED_IMAGES = 2  # always: of 200 images, one is half a point
+LARGEST_DIFFERENCE = 0.005
+"""Largest difference of validation top-1 between ONNX Runtime and PyTorch."""
+ALLOWED_IMAGES = 2
+"""Differing images that are always allowed: of 200 images, one is half a point."""
+
+
+class Params(Section):
+    base: Base
+    export: Export = Export()
+    finetune: Finetune
+    variants: dict[Name, Variant]
+    quantizers: dict[Name, Quantizer]
 
 
 def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, threads: int) -> dict[str, float]:
     """Compare the written `model.onnx` with the PyTorch classifier on validation images.
 
     Raises:
-        UserError: if their top-1 differ by more than `LARGEST_DIFFERENCE`, and by more than `ALLOWED_IMAGES` images.
+        UserError: If their top-1 differs by more than `LARGEST_DIFFERENCE`, and by more than `ALLOWED_IMAGES` images.
     """
     onnx_logits = session_logits(open_session(onnx, threads), part.images, batch_size)
     torch_logits = predict_logits(classifier, part.images, batch_size)
@@ -57,14 +73,14 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
     difference = abs(exported - original)
     if difference > LARGEST_DIFFERENCE and round(difference * len(part)) > ALLOWED_IMAGES:
         overflow = (
-            "; this processor has no VNNI, so products of 8 bits overflow: int8_static with weight_bits: 7 does not"
+            "; products of 8 bits overflow on this processor (no VNNI); those of int8_static with weight_bits: 7 do not"
             if int8_overflows()
             else ""
         )
         raise UserError(
             f"model.onnx has top-1 {100 * exported:.2f} % on the {len(part)} validation images, PyTorch"
             f" {100 * original:.2f} %: more than {100 * LARGEST_DIFFERENCE:.1f} points apart, not saved; try another"
-            f" quantizer for this network, or take the variant out of params.yaml so that the others go on{overflow}"
+            f" quantizer for this network, or remove the variant from params.yaml so that the others run{overflow}"
         )
     return metrics
 
@@ -74,11 +90,11 @@ def compress(
 ) -> tuple[Quantized, Description | None]:
     """Make the artifact `folder` of a variant from the one in `parent_folder`.
 
-    Of several processes that train together the first one writes it, and the others give back no description.
+    If several processes train together, the first one writes it and the others return no description.
 
     Raises:
-        UserError: if the parent is missing, broken, quantized already or made from other images, if it cannot be
-            quantized so, or if `model.onnx` disagrees with PyTorch.
+        UserError: If the parent is missing, broken, quantized already or made from other images, if it cannot be
+            quantized in this way, or if `model.onnx` disagrees with PyTorch.
     """
     network, parent = load_artifact(parent_folder)
     parent.require_images(parent_folder, read_info(images).sha256)
@@ -86,30 +102,46 @@ def compress(
         raise UserError(
             f"{parent_folder} is quantized already ({len(parent.layers)} packed layers): quantize its float parent"
         )
-    task = Task(params, variant, network, parent, open_part(images, "train"), open_part(images, "validation"))
-    with checkpoint_folder(paths.SCRATCH / "quantize" / variant, task.identity()) as task.checkpoints:
-        quantized = quantize(task)
+    name = params.variants[variant].quantizer
+    session = Session(
+        stage="quantize",
+        key=variant,
+        network=network,
+        parent=parent,
+        settings=params.quantizers[name],
+        param=f"quantizers.{name}",
+        base=params.base,
+        finetune=params.finetune,
+        train_part=open_part(images, "train"),
+        validation_part=open_part(images, "validation"),
+    )
+    with checkpoint_folder(paths.SCRATCH / "quantize" / variant, session.identity()) as session.checkpoints:
+        quantized = quantize(session)
         if not is_main_process():
             return quantized, None
-        return quantized, save(task, quantized, parent_of(parent_folder, parent), folder, threads)
+        return quantized, save(session, quantized, parent_of(parent_folder, parent), params.export, folder, threads)
 
 
-def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path, threads: int) -> Description:
+def save(
+    session: Session, quantized: Quantized, parent: dict[str, Any], export: Export, folder: Path, threads: int
+) -> Description:
     """Write the artifact with its checked `model.onnx`.
 
     Raises:
-        UserError: if `model.onnx` disagrees with PyTorch.
+        UserError: If `model.onnx` disagrees with PyTorch.
     """
+    source = session.parent
+    network = replace(
+        source.network,
+        pointwise_as_linear=quantized.pointwise_as_linear or source.network.pointwise_as_linear,
+        pixel_stem=quantized.pixel_stem,
+    )
     description = replace(
-        task.parent,
-        name=task.variant,
+        source,
+        name=session.key,
         stage="quantize",
-        network=replace(
-            task.parent.network,
-            pointwise_as_linear=quantized.pointwise_as_linear or task.parent.network.pointwise_as_linear,
-            pixel_stem=quantized.pixel_stem,
-        ),
-        parameters=task.quantizer.model_dump(),
+        network=network,
+        parameters=session.settings.model_dump(),
         parent=parent,
         layers=quantized.layers,
         float_layers=quantized.float_layers,
@@ -117,14 +149,14 @@ def save(task: Task, quantized: Quantized, parent: dict[str, Any], folder: Path,
         metrics={},
     )
     if quantized.pixel_stem:
-        pixels = {"mean": PIXEL_MEAN, "std": PIXEL_STD, "input_size": task.parent.image_size}
+        pixels = {"mean": PIXEL_MEAN, "std": PIXEL_STD, "input_size": source.image_size}
         description = replace(description, **pixels)
     classifier = Classifier(description.preprocess(), quantized.network).eval()
     batch_size = 1 if description.spans_batch() else EVALUATION_BATCH
 
     def add_onnx(unfinished: Path) -> dict[str, Any]:
-        written = export_onnx(classifier, description.image_size, unfinished / ONNX, task.params.export)
-        description.metrics = validate(classifier, unfinished / ONNX, task.validation_part, batch_size, threads)
+        written = export_onnx(classifier, description.image_size, unfinished / ONNX, export)
+        description.metrics = validate(classifier, unfinished / ONNX, session.validation_part, batch_size, threads)
         return written
 
     save_artifact(folder, quantized.network, description, add_onnx)

@@ -18,10 +18,11 @@ from stages.common.errors import run_stage
 from stages.common.files import atomic_file, atomic_folder, write_csv, write_json, write_text
 from stages.params.load import load_params
 from stages.reporting.cards import card
+from stages.reporting.drawing import Picture
 from stages.reporting.edge import describe_run
 from stages.reporting.inputs import CompletedRun, Params, read_run
 from stages.reporting.page import render_page
-from stages.reporting.plots import Picture, draw_all
+from stages.reporting.plots import draw_all
 from stages.reporting.rows import ROW_KEYS, Row, assemble_rows, choose, groups_of, headline_metrics
 from stages.reporting.summary import summary_of
 from stages.reporting.tables import Table, plot_tables

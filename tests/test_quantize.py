@@ -40,7 +40,7 @@ def unquantized(tmp_path, monkeypatch):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["quantizers", *arguments])
+    monkeypatch.setattr(sys, "argv", ["quantize", *arguments])
     quantize.main()
 
 
@@ -49,7 +49,7 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
     folder = paths.compressed(INT8)
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.onnx", "model.safetensors"]
     description = read_description(folder)
-    assert (description.name, description.stage, description.model, description.seed) == (INT8, "quantizers", "toy", 3)
+    assert (description.name, description.stage, description.model, description.seed) == (INT8, "quantize", "toy", 3)
     sha256 = sha256_of(paths.pruned("toy-none") / "model.json")
     assert description.parent == {"name": "toy-none", "sha256": sha256, "metrics": {"validation_top1": 0.2}}
     assert description.parameters == {"method": "int8_dynamic", "per_channel": True}

@@ -17,7 +17,8 @@ from stages.artifacts.artifact import save_artifact
 from stages.artifacts.description import Description
 from stages.common import paths
 from stages.datasets.store import read_info
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
+from stages.networks.spec import NetworkSpec
 from stages.params.load import load_params
 from stages.params.whole import Params
 from stages.quantize import compress

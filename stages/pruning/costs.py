@@ -1,4 +1,4 @@
-"""What a partly pruned network holds and computes: exact counts by the channels left in each group, without cutting."""
+"""Exact parameters and MACs of a partly pruned network, from the channels left in each group, without cutting it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from stages.pruning.groups import ChannelGroup
 class Costs:
     """Parameters and MACs as functions of the channels left in each of G groups.
 
-    Cutting channels of group g scales a parameter that g makes (axis 0) or reads (axis 1) by the share of channels
-    that is left, so both counts are sums over the N parameters of numel x share on axis 0 x share on axis 1 (x output
-    positions, for MACs). That also holds where a channel is a run of entries and for depthwise and grouped
+    Cutting channels of group g scales a parameter that g makes (axis 0) or reads (axis 1) by the fraction of channels
+    that is left. Both counts are sums over the N parameters of numel x fraction on axis 0 x fraction on axis 1 (x
+    output positions, for MACs). This also holds where a channel is a run of entries, and for depthwise and grouped
     convolutions, whose axis 1 counts the inputs of one output only.
     """
 
@@ -25,11 +25,11 @@ class Costs:
     macs_dense: int
     """Multiply-accumulates of its Conv2d and Linear layers for one image; biases and all else are not counted."""
     _makes: torch.Tensor
-    """int64 `[N]`: the group on each parameter's axis 0; G where none."""
+    """int64 `[N]`: the group on each parameter's axis 0, or G for none."""
     _reads: torch.Tensor
-    """int64 `[N]`: the group on its axis 1; G where none."""
+    """int64 `[N]`: the group on its axis 1, or G for none."""
     _params: torch.Tensor
-    """float64 `[N]`: numel for one channel on each axis: a whole number, as channels are, so that sums are exact."""
+    """float64 `[N]`: numel for one channel on each axis. It is a whole number, so that sums are exact."""
     _macs: torch.Tensor
     """float64 `[N]`: the same times the output positions."""
 
@@ -47,12 +47,11 @@ class Costs:
 
 
 def costs_of(network: nn.Module, groups: Sequence[ChannelGroup], input_size: int) -> Costs:
-    """Measure a network in one pass.
+    """Measure a network in one forward pass.
 
     Args:
-        network: left as it is, on any device.
-        groups: of its channels.
-        input_size: side S of its input `[N, 3, S, S]`, in pixels.
+        network: On any device; it stays as it is.
+        input_size: Side S of its input `[N, 3, S, S]`, in pixels.
     """
     positions = output_positions(network, input_size)
     makes = {part.name: index for index, group in enumerate(groups) for part in group.makes}

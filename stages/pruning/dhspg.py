@@ -1,8 +1,7 @@
 """DHSPG, the Dual Half-Space Projected Gradient method (arXiv 2303.06862 and 2312.09411), around any torch optimizer.
 
-The papers state it as an optimizer of its own with SGD or Adam inside. Here the base optimizer steps by itself and its
-step is taken for the paper's "gradient estimate or its variant", so that momentum, weight decay and Muon stay torch's.
-With nothing to prune it does nothing.
+The papers state it as an optimizer of its own with SGD or Adam inside. Here the base optimizer steps by itself, and its
+step takes the place of the paper's "gradient estimate or its variant".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,54 +11,43 @@ import torch
 from torch import nn
 
 from stages.params.pruners import Oto
-from stages.pruning.channel_mask import ChannelMask
 from stages.pruning.costs import Costs
-from stages.pruning.groups import ChannelGroup, by_group, zero_channels
-from stages.pruning.hesso import PruningSchedule, pruning_schedule, saliency
-from stages.pruning.targets import check_target, choose_channels
+from stages.pruning.groups import ChannelGroup, by_group
+from stages.pruning.steering import ChannelMask, Steering
 
 AMPLIFIED = 1.1
-"""Times lambda_min: where on from the least lambda that shrinks a channel it is chosen (the authors' own value)."""
-FORGETTING_SHARE = 0.25
-"""Of the pruning phase: its last part, in which channels that are not zero yet are forgotten."""
+"""Factor of lambda_min, the least lambda that shrinks a channel, that gives the lambda used (the authors' value)."""
+FORGETTING_FRACTION = 0.25
+"""Last fraction of the pruning phase, in which channels that are not zero yet are forgotten."""
 CHUNK = 2**18
-"""Entries that are worked on at once on the CPU: what is between two reads of memory fits into the cache (1 MB)."""
+"""Entries processed at once on the CPU: intermediate results of this size (1 MB) fit into the cache."""
 
 
-class Dhspg:
-    """Drives redundant channels to zero by penalty and projection (`training.constraint.Constraint`).
-
-    Algorithm 3 of arXiv 2303.06862 (the paper's "groups" are channels here):
+class Dhspg(Steering):
+    """Algorithm 3 of arXiv 2303.06862, with its "groups" being channels here:
 
     - warm-up: the base optimizer alone;
-    - when it ends, the saliency scores choose the redundant channels, once, on the target (the set G_p, by
-      `pruning.targets.choose_channels`); the important ones (G_np) follow the base optimizer alone, always;
-    - each step of the pruning phase then minimises f(x) + sum of lambda_g ||x_g|| over the redundant channels. With x
+    - when it ends, the saliency scores choose the redundant channels, once, on the target (the set G_p). The important
+      ones (G_np) always follow the base optimizer alone;
+    - each step of the pruning phase then minimizes f(x) + sum of lambda_g ||x_g|| over the redundant channels. With x
       before and x' after the base optimizer's step of learning rate alpha, d = (x - x') / alpha stands for the gradient
       of f, and the trial point is x~ = x' - alpha lambda_g x / ||x||. Where d does not shrink the channel by itself
       (cos theta_g < 0, theta_g the angle between d and x), lambda_g is taken between lambda_min = -cos(theta_g) ||d||
       and lambda_max = -||d|| / cos(theta_g): then -d - lambda_g x / ||x|| lies in both half-spaces, those of descent
       for f and for ||x_g||. As the authors do it: 1.1 lambda_min, clipped to [penalty, penalty_limit]; where that
-      reaches lambda_max, the middle of the two bounds. Elsewhere any lambda_g > 0 does: `penalty`;
+      reaches lambda_max, the middle of the two bounds. Elsewhere any lambda_g > 0 works: `penalty`;
     - half-space projection (from the first step of the phase on): where <x~, x> < epsilon ||x||^2, epsilon being
       `half_space`, the channel becomes exactly zero and stays so;
-    - the paper ends with whatever the projection has found. To end exactly on target, channels that are not zero yet
-      are forgotten over the last quarter of the phase as in HESSO (arXiv 2409.09085, Algorithm 1): with T steps left,
-      this one included, they are multiplied by (T - 1) / T after the above, down to exactly zero at the phase's end.
-      This is ours.
+    - the paper ends with whatever the projection has found. To end exactly on target, this implementation forgets the
+      channels that are not zero yet over the last quarter of the phase as HESSO does (arXiv 2409.09085, Algorithm 1):
+      with T steps left, this one included, they are multiplied by (T - 1) / T after the above, down to exactly zero at
+      the phase's end.
+
+    Between the steps of the pruning phase only the base optimizer may change the weights (call `load_state_dict` after
+    any other change). `pruned` is on the parameters' device during the phase.
 
     Args:
-        network: its parameters are steered; `named_parameters` must hold every name in `groups`. The network may be
-            moved to another device before the first step; between the steps of the pruning phase nothing but the base
-            optimizer may change the weights (`load_state_dict` here if something must).
-        groups: of C channels in all; which of them go is `pruning.targets.choose_channels`'s to say.
-        costs: of the network, for the same groups.
-        steps: optimizer steps in the whole training.
-        key: of the pruner in the params, for messages.
-        learning_rate: of each step, counted from 0; with Muon, of all that Muon does not take.
-
-    Raises:
-        UserError: if there is no step to prune in, or the target cannot be met.
+        learning_rate: Learning rate of each step, counted from 0. With Muon, that of the parameters it does not take.
     """
 
     def __init__(
@@ -72,47 +60,32 @@ class Dhspg:
         key: str,
         learning_rate: Callable[[int], float],
     ) -> None:
-        check_target(groups, costs, pruner, key)
-        self.groups, self._costs, self._pruner, self._key = list(groups), costs, pruner, key
-        self._parameters = dict(network.named_parameters())
+        super().__init__(network, groups, costs, pruner, steps, key)
         self._learning_rate = learning_rate
-        self.active = any(pruner.target.values())
-        self.schedule = pruning_schedule(pruner, steps, key) if self.active else PruningSchedule(0, 0, 0)
-        self.redundant = torch.zeros(sum(group.channels for group in groups), dtype=torch.bool)
-        """bool `[C]`: the channels to be zero in the end, all groups in one row; none before the phase begins."""
-        self._zero = self.redundant
-        """bool `[C]`, on the parameters' device: those that are zero already."""
         self._projected = self.redundant
-        """bool `[C]`, on the parameters' device: those that the projection took, known when the phase has ended."""
+        """bool `[C]`: channels that the projection took, known when the phase has ended."""
         self._phase: _Phase | None = None
         self._keep: ChannelMask | None = None
 
     @property
-    def pruned(self) -> torch.Tensor:
-        """bool `[C]`: channels at zero for good, all groups in one row."""
-        return self._zero.cpu()
-
-    @property
     def channels_projected(self) -> int:
-        """How many redundant channels the half-space projection took; all others were forgotten."""
+        """Number of redundant channels that the half-space projection took; all others were forgotten."""
         return int(self._projected.sum())
 
     def before_step(self, step: int) -> None:
-        """At the end of the warm-up, choose the redundant channels: only then the host waits for the device."""
+        """Choose the redundant channels at the end of the warm-up: only there the host waits for the device."""
         if not self.schedule.start <= step < self.schedule.end:
             return
         if step == self.schedule.start:
-            left = torch.ones_like(self.redundant)
-            scores = saliency(self.groups, self._parameters, self._pruner.importance, left)
-            self.redundant = choose_channels(scores, self.groups, self._costs, self._pruner, key=self._key)
-            self._zero = torch.zeros_like(self.redundant)
+            self.pruned = torch.zeros_like(self.redundant)
+            self.redundant = self.choose(self.pruned)
         if self._phase is None and self.redundant.any():
             self._phase = _Phase(self._parameters, self.groups, self.redundant)
-            self._zero = self._zero.to(self._phase.redundant.device)
+            self.pruned = self.pruned.to(self._phase.redundant.device)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Penalise and project the redundant channels; afterwards keep them at zero."""
+        """Penalize and project the redundant channels; after the phase keep them at zero."""
         if step < self.schedule.start or not self.active:
             return
         if step >= self.schedule.end:
@@ -123,60 +96,42 @@ class Dhspg:
         phase, pruner = self._phase, self._pruner
         if phase is None:  # the target is less than one channel
             return
-        products = phase.products()
-        shrink, projected = penalise(
-            products, self._learning_rate(step), pruner.penalty, pruner.penalty_limit, pruner.half_space
+        shrink, projected = penalize(
+            phase.products(), self._learning_rate(step), pruner.penalty, pruner.penalty_limit, pruner.half_space
         )
-        self._zero = self._zero | (projected & phase.redundant)
-        left, forgetting = self.schedule.end - step, max(1, round(FORGETTING_SHARE * self.schedule.length))
+        self.pruned = self.pruned | (projected & phase.redundant)
+        left, forgetting = self.schedule.end - step, max(1, round(FORGETTING_FRACTION * self.schedule.length))
         kept = (left - 1) / left if left <= forgetting else 1.0
-        phase.move(shrink, (~self._zero).double() * kept)
+        phase.move(shrink, (~self.pruned).double() * kept)
         if left == 1:
-            self._projected, self._zero, self._phase = self._zero, self.redundant, None
-
-    def project(self, network: nn.Module) -> None:
-        """Zero the channels that are zero by now in another copy of the network, in place."""
-        if self.active:
-            zero_channels(network, self.groups, self.pruned_channels())
-
-    def met_after(self, step: int) -> bool:
-        """True from the pruning phase's last step on."""
-        return step >= self.schedule.end - 1
-
-    def pruned_channels(self) -> dict[str, torch.Tensor]:
-        """For each group by name, bool `[channels]`."""
-        return by_group(self.groups, self.pruned)
+            self._projected, self.pruned, self._phase = self.pruned, self.redundant, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "redundant": self.redundant.clone(),
-            "zero": self.pruned.clone(),
-            "projected": self._projected.cpu().clone(),
-        }
+        found = {"redundant": self.redundant, "pruned": self.pruned, "projected": self._projected}
+        return {name: channels.cpu().clone() for name, channels in found.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.redundant, self._zero, self._projected = (
-            state[name].cpu().clone() for name in ("redundant", "zero", "projected")
-        )
+        names = ("redundant", "pruned", "projected")
+        self.redundant, self.pruned, self._projected = (state[name].cpu().clone() for name in names)
         self._phase = self._keep = None
 
 
 class Products(NamedTuple):
-    """Of each channel's parameters x before the base optimizer's step and s, the step: float64 `[C]` each."""
+    """Inner products of each channel's parameters x before the base optimizer's step and the step s, float64 `[C]`."""
 
     xx: torch.Tensor
     xs: torch.Tensor
     ss: torch.Tensor
 
 
-def penalise(
+def penalize(
     products: Products, learning_rate: float, penalty: float, penalty_limit: float, half_space: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose lambda_g and project (arXiv 2303.06862, section 3.2), in lengths of steps: alpha d = -s.
+    """Choose lambda_g and project (arXiv 2303.06862, section 3.2), with alpha d = -s.
 
     Returns:
-        shrink, float64 `[C]`: the trial point is x + s - shrink x, with shrink = alpha lambda_g / ||x||; and bool
-        `[C]`, whether the half-space projection takes the channel to zero.
+        float64 `[C]`, shrink = alpha lambda_g / ||x||: the trial point is x + s - shrink x; and bool `[C]`, whether the
+        half-space projection sets the channel to zero.
     """
     xx, xs, ss = products
     norm = xx.sqrt()
@@ -192,9 +147,9 @@ def penalise(
 class _Phase:
     """The redundant channels' parameters while they are driven to zero: products by channel, and moves in place.
 
-    On the CPU, the rows of redundant channels of each parameter with more than one entry to a row are gathered
-    (`_Rows`). Single entries, and off the CPU everything, are laid in one row (`_Flat`): few kernels, no indices. Both
-    remember x, the values before the base optimizer's step, and find it again after their own move.
+    On the CPU, `_Rows` gathers the rows of redundant channels from each parameter with more than one entry to a row.
+    `_Flat` lays single entries, and everything on other devices, in one row, which takes few kernels and no indices.
+    Both hold x, the values before the base optimizer's step, and update it with their own move.
     """
 
     def __init__(
@@ -223,13 +178,13 @@ class _Phase:
         self._lengths = channels.bincount(minlength=len(redundant)).to(device)
 
     def products(self) -> Products:
-        """The three inner products of each channel; those of important channels may be left out, as zeros."""
+        """The inner products of each channel; those of important channels may be zeros instead."""
         rows = torch.cat([store.products() for store in self._stores])[self._order]
         found = torch.segment_reduce(rows.double(), "sum", lengths=self._lengths, axis=0, unsafe=True)
         return Products(*found.unbind(1))
 
     def move(self, shrink: torch.Tensor, kept: torch.Tensor) -> None:
-        """Put each redundant channel to (x' - shrink x) kept; `[C]` both. Important ones stay at x'."""
+        """Set each redundant channel to (x' - shrink x) kept, both `[C]`. Important ones stay at x'."""
         shrink = torch.where(self.redundant & (kept != 0), shrink, 0.0)
         kept = torch.where(self.redundant, kept, 1.0)
         for store in self._stores:
@@ -248,7 +203,7 @@ class _Rows:
                 self._chunks.append((matrix, some, matrix.index_select(0, some)))
         self._sizes = [len(rows) for _, rows, _ in self._chunks]
         self.channels = torch.cat(channels)
-        """int64 `[R]`: of each row."""
+        """int64 `[R]`: the channel of each row."""
 
     def products(self) -> torch.Tensor:
         """`[R, 3]`."""
@@ -258,17 +213,17 @@ class _Rows:
         factors = _of_rows(shrink, kept, self.channels, self._sizes, self._chunks[0][0].dtype)
         for (matrix, rows, x), (of_x, of_moved) in zip(self._chunks, factors, strict=True):
             x.mul_(of_x).addcmul_(matrix.index_select(0, rows), of_moved)
-            matrix.numpy()[rows.numpy()] = x.numpy()  # takes half of index_copy_'s time: that goes entry by entry
+            matrix.numpy()[rows.numpy()] = x.numpy()  # in half the time of index_copy_, which copies entry by entry
 
 
 class _Flat:
-    """Whole matrices laid in one row, those of equal width side by side, so that each width takes one kernel."""
+    """Whole matrices in one row of memory, those of equal width side by side, so that each width takes one kernel."""
 
     def __init__(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         parts = sorted(parts, key=lambda part: part[0].shape[1])
         self._matrices = [matrix for matrix, _ in parts]
         self.channels = torch.cat([of_row for _, of_row in parts])
-        """int64 `[R]`: of each row."""
+        """int64 `[R]`: the channel of each row."""
         self._channels = self.channels.to(self._matrices[0].device)
         rows: dict[int, int] = {}
         for matrix in self._matrices:
@@ -279,7 +234,7 @@ class _Flat:
         torch._foreach_copy_(self._before, self._matrices)
 
     def _lay(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """An empty row, seen as the matrices and as one block `[rows, width]` for each width."""
+        """An empty row, viewed as the matrices and as one block `[rows, width]` for each width."""
         sizes = [matrix.numel() for matrix in self._matrices]
         row = self._matrices[0].new_empty(sum(sizes))
         pieces = row.split(sizes)
@@ -302,7 +257,7 @@ class _Flat:
 
 
 def _row_products(x: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """||x||, <x, step> and ||step|| of each row; `step` is spent."""
+    """||x||, <x, step> and ||step|| of each row; `step` is overwritten."""
     length = torch.linalg.vector_norm(step, dim=1)
     return torch.linalg.vector_norm(x, dim=1), step.mul_(x).sum(1), length
 
@@ -321,10 +276,10 @@ def _of_rows(
 
 
 def _as_rows(parameter: nn.Parameter) -> torch.Tensor:
-    """`[axis 0, all else]` over the same memory, in its order."""
+    """A view `[axis 0, all else]` of the same memory, in its order."""
     weight = parameter.detach()
     inner = sorted(range(1, weight.dim()), key=lambda axis: -weight.stride(axis))
     rows = weight.permute(0, *inner).reshape(len(weight), -1)
     if rows.data_ptr() != weight.data_ptr():
-        raise RuntimeError("a weight's rows are not dense in memory: DHSPG would move a copy of it")
+        raise RuntimeError("the rows of a weight are not dense in memory: DHSPG would change a copy")
     return rows

@@ -1,8 +1,8 @@
-"""Channel groups: what must be removed together, and the network that is left when it is removed.
+"""Channel groups: the channels that can only be removed together, and the network that their removal leaves.
 
-A channel is made by some parameters (a convolution's rows, the norms behind it, every layer that adds to the same
-residual stream) and read by others (the columns of the layers that follow). Where all that makes a channel is zero,
-the channel is zero for every input (a zero-invariant group, arXiv 2107.07467), and cutting it out changes nothing.
+Some parameters make a channel (a convolution's rows, the norms behind it, every layer that adds to the same residual
+stream) and others read it (the columns of the layers that follow). If all that makes a channel is zero, the channel is
+zero for every input (a zero-invariant group, arXiv 2107.07467), and cutting it out changes nothing.
 """
 
 import copy
@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.modules import load_tensors
 from stages.networks.reshape import widths_of
+from stages.networks.spec import NetworkSpec
 
 PARTIAL_REMEDY = " (`allow_partial: true` leaves it whole and prunes the rest)"
 PROBE_TOLERANCE = 1e-8
@@ -25,15 +26,15 @@ PROBE_TOLERANCE = 1e-8
 
 @dataclass(frozen=True)
 class Slice:
-    """One tensor's share in a group: channel `c` owns the entries `[c * repeat, (c + 1) * repeat)` along `axis`."""
+    """One tensor's part in a group: channel `c` owns the entries `[c * repeat, (c + 1) * repeat)` along `axis`."""
 
     name: str
-    """Of the parameter or buffer, as `named_parameters` and `named_buffers` have it."""
+    """Name of the parameter or buffer in the network."""
     axis: int
-    """0 where the tensor makes channels, 1 where it reads them."""
+    """0 if the tensor makes channels, 1 if it reads them."""
     repeat: int = 1
-    """More than 1 where each channel is a run of entries: behind a flatten, or where a convolution's group is the unit
-    that can go, with all its inputs and outputs."""
+    """More than 1 if each channel is a run of entries: behind a flatten, or where the unit that can go is a group of a
+    convolution, with all its inputs and outputs."""
 
 
 @dataclass(frozen=True)
@@ -41,29 +42,29 @@ class ChannelGroup:
     """Channels that can be removed one by one, each with all that belongs to it."""
 
     name: str
-    """Of the first layer, in the network's order, that makes these channels: the same in every run."""
+    """Name of the first layer, in the network's order, that makes these channels."""
     channels: int
-    """Units that can be removed: single channels, or the groups of a grouped convolution."""
+    """Number of units that can be removed: single channels, or the groups of a grouped convolution."""
     makes: tuple[Slice, ...]
-    """Parameters that are zero where a channel is pruned. Importance is measured on these."""
+    """Parameters that are zero where a channel is pruned, and from which its importance is measured."""
     reads: tuple[Slice, ...]
-    """Weights that are cut along with the channel they read; their values do not matter once it is zero."""
+    """Weights that are cut with the channel that they read; their values do not matter once it is zero."""
     buffers: tuple[Slice, ...]
-    """Running statistics, cut along but never zeroed."""
+    """Running statistics, which are cut but never zeroed."""
 
     def slices(self) -> tuple[Slice, ...]:
         return self.makes + self.reads + self.buffers
 
 
 def entries(channels: torch.Tensor, repeat: int) -> torch.Tensor:
-    """Indices of the entries that belong to the given channels (int64 `[n]` in, `[n * repeat]` out)."""
+    """Indices of the entries that belong to some channels: int64 `[n * repeat]` for int64 `[n]`."""
     if repeat == 1:
         return channels
     return (channels[:, None] * repeat + torch.arange(repeat, device=channels.device)).flatten()
 
 
 def by_group(groups: Sequence[ChannelGroup], channels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One row of all groups' channels, `[C]`, as `[channels]` for each group by name."""
+    """Split one row over all groups' channels, `[C]`, into `[channels]` for each group by name."""
     widths = [group.channels for group in groups]
     return dict(zip((group.name for group in groups), channels.split(widths), strict=True))
 
@@ -73,7 +74,7 @@ def zero_channels(network: nn.Module, groups: Sequence[ChannelGroup], pruned: Ma
     """Set all that makes the pruned channels to zero, in place.
 
     Args:
-        pruned: for each group by name, bool `[channels]`.
+        pruned: bool `[channels]` for each group by name.
     """
     parameters = dict(network.named_parameters())
     for group in groups:
@@ -90,8 +91,8 @@ def cut_channels(
     """The physically smaller network without the pruned channels, and the spec that builds it.
 
     Args:
-        network: what `spec` builds, with layer scale folded; left as it is.
-        pruned: for each group by name, bool `[channels]`; at least one channel of each is kept.
+        network: The network of `spec`, with layer scale folded; it stays as it is.
+        pruned: bool `[channels]` for each group by name; at least one channel of each stays.
 
     Returns:
         The smaller network, in evaluation mode on the CPU. It equals `network` where the pruned channels are zero,
@@ -106,7 +107,7 @@ def cut_channels(
         for part in group.slices():
             state[part.name] = state[part.name].index_select(part.axis, entries(kept, part.repeat))
     shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
-    narrow = copy.deepcopy(network, shared)  # modules are copied, tensors are not: the cut ones take their places
+    narrow = copy.deepcopy(network, shared)  # copies modules, not tensors: the cut ones replace them
     for name, tensor in state.items():
         path, _, attribute = name.rpartition(".")
         owner = narrow.get_submodule(path)
@@ -137,7 +138,7 @@ def check_exact(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelG
     """Prove on a copy, before any training, that cutting zeroed channels changes nothing.
 
     Raises:
-        UserError: with the name of the layers whose channels cannot be cut exactly.
+        UserError: With the names of the layers whose channels cannot be cut exactly.
     """
     if culprits := inexact_groups(network, spec, groups, input_size):
         raise UserError(
@@ -149,33 +150,33 @@ def check_exact(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelG
 
 
 def inexact_groups(network: nn.Module, spec: NetworkSpec, groups: Sequence[ChannelGroup], input_size: int) -> list[str]:
-    """Names of the groups without which the others can be cut exactly; empty where all can.
+    """Names of the groups that must stay whole, so that all others can be cut exactly.
 
-    Tried on a copy in float64, half of the channels zeroed, with LayerNorms that count. Biases, norms and running
-    statistics are random there, since those of a fresh network, at 0 and 1, would hide a difference.
+    The proof cuts half of the channels from a copy in float64. Its biases, norms and running statistics are random,
+    since the values of a fresh network, 0 and 1, would hide a difference.
     """
     x = torch.randn(2, 3, input_size, input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    counting_spec = replace(spec, layer_norm="exact")
+    exact_spec = replace(spec, layer_norm="exact")
 
     def differs(some: Sequence[ChannelGroup]) -> bool:
         generator = torch.Generator().manual_seed(0)
         zeroed = copy.deepcopy(network).cpu().double().eval()
-        _randomise(zeroed, generator)
+        _randomize(zeroed, generator)
         pruned = {group.name: torch.zeros(group.channels, dtype=torch.bool) for group in groups}
         for group in some:
             pruned[group.name] = torch.rand(group.channels, generator=generator).argsort() < group.channels // 2
         zero_channels(zeroed, groups, pruned)
         try:
-            subnet, _ = cut_channels(zeroed, counting_spec, groups, pruned)
+            subnet, _ = cut_channels(zeroed, exact_spec, groups, pruned)
             return not relative_difference(zeroed, subnet, x) < PROBE_TOLERANCE
-        except (RuntimeError, UserError):  # shapes that do not fit each other, a module that cannot be narrowed
+        except (RuntimeError, UserError):  # shapes do not fit each other, or a module cannot be narrowed
             return True
 
     if not differs(groups):
         return []
     culprits = [group.name for group in groups if differs([group])]
     exact = [group for group in groups if group.name not in culprits]
-    if differs(exact):  # each alone is exact, but not together: take them in one by one
+    if differs(exact):  # each alone is exact, but not together: add them one by one
         together: list[ChannelGroup] = []
         for group in exact:
             (culprits.append(group.name) if differs([*together, group]) else together.append(group))
@@ -183,7 +184,7 @@ def inexact_groups(network: nn.Module, spec: NetworkSpec, groups: Sequence[Chann
 
 
 @torch.no_grad()
-def _randomise(network: nn.Module, generator: torch.Generator) -> None:
+def _randomize(network: nn.Module, generator: torch.Generator) -> None:
     for parameter in network.parameters():
         if parameter.dim() == 1:
             parameter.normal_(0.5, 0.3, generator=generator)

@@ -1,8 +1,8 @@
-"""Everything that touches only_train_once: its dependency graph, read off as typed channel groups.
+"""The only module that uses only_train_once: it converts the package's dependency graph to typed channel groups.
 
-The package is used for its graph and partition only. Its optimizer needs CUDA and its subnets are whole-module
-pickles that change the output of LayerNorm networks, so those parts are never called. Whatever the package does to
-the interpreter (search path, module names, torch's ONNX settings, printing) is undone when the call returns.
+Only the package's graph and partition are used. Its optimizer needs CUDA, and its subnets are pickled modules that
+change the output of LayerNorm networks. All that the package changes in the interpreter (search path, module names,
+torch's ONNX settings, printing) is restored when the call returns.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
-from stages.networks.build import NetworkSpec
+from stages.networks.spec import NetworkSpec
 from stages.pruning.groups import PARTIAL_REMEDY, ChannelGroup, Slice, check_exact, inexact_groups
 
 NOT_ITS_OWN = ("graph", "operation", "transform")
-"""Top-level names under which the package imports parts of itself a second time."""
-RECURSION_LIMIT = 20_000  # its searches go as deep as the longest path of operators; ConvNeXt-Base exceeds the default
-OPSET = 16  # the one it was written for: from 17 on LayerNorm is one operator whose parameters it does not find
+"""Top-level names under which the package imports its own parts a second time."""
+RECURSION_LIMIT = 20_000  # its searches recurse along the longest path of operators: ConvNeXt-Base exceeds the default
+OPSET = 16  # from 17 on LayerNorm is one operator, whose parameters the package does not find
 CUTTABLE = (nn.Conv2d, nn.Linear, _BatchNorm, nn.LayerNorm, GlobalResponseNorm)
 
 
@@ -39,15 +39,14 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
     """Partition a classifier into groups of channels that can be removed together.
 
     Args:
-        network: layer scale folded (`networks.reparameterize.fold_layer_scale`); left as it is, on any device.
-        input_size: side S of its input `[N, 3, S, S]`, in pixels.
+        network: Layer scale folded, on any device; it stays as it is.
+        input_size: Side S of its input `[N, 3, S, S]`, in pixels.
 
     Returns:
         The groups in the network's order, without those that make the logits.
 
     Raises:
-        UserError: naming the module that cannot be pruned exactly, or if the graph cannot be built, or if no group
-            can be pruned.
+        UserError: If the graph cannot be built, a named module cannot be pruned exactly, or no group can be pruned.
     """
     groups, refused = _partition(network, input_size)
     if refused:
@@ -60,18 +59,16 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
 def exact_groups(
     network: nn.Module, spec: NetworkSpec, input_size: int, allow_partial: bool
 ) -> tuple[list[ChannelGroup], list[str]]:
-    """The groups of `network` for which it is proven that cutting zeroed channels changes nothing.
+    """The groups of the network of `spec` with a proof that cutting zeroed channels changes nothing.
 
     Args:
-        network: what `spec` builds, with layer scale folded; left as it is, on any device.
-        input_size: side of its input in pixels.
-        allow_partial: leave whole what cannot be cut exactly, instead of refusing the network.
+        allow_partial: Leave whole what cannot be cut exactly, instead of refusing the network.
 
     Returns:
-        The groups, and the names of the layers whose channels are left whole (empty unless `allow_partial`).
+        The groups, and the names of the layers whose channels stay whole (empty unless `allow_partial`).
 
     Raises:
-        UserError: naming what cannot be cut exactly, or if nothing can be cut.
+        UserError: If a named layer cannot be cut exactly, or nothing can be cut.
     """
     if not allow_partial:
         groups = channel_groups(network, input_size)
@@ -90,16 +87,16 @@ def exact_groups(
 
 
 def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup], dict[str, str]]:
-    """The groups that can be typed, and for each other one the reason by name, both in the network's order."""
+    """The groups that can be typed, and the reasons why others cannot, by name; both in the network's order."""
     model = copy.deepcopy(network).cpu().float().eval().requires_grad_(True)
     with _library(model) as library:
         try:
-            # Graph and partition one by one: the package's own entry point adds its clustering and a second pass.
+            # The package's own entry point would add a clustering and a second pass.
             with _resizing_pools():
                 graph = library.Graph(model, torch.zeros(1, 3, input_size, input_size))
-            _remember_neighbours(graph)
+            _index_neighbors(graph)
             library.build_pruning_dependency_graph(graph)
-        except Exception as error:  # it raises whatever its string parsing stumbles over
+        except Exception as error:  # its string parsing raises errors of many kinds
             raise UserError(
                 f"{type(network).__name__}: only_train_once cannot tell which of its channels belong together"
                 f" ({_obstacle(model, error)}): only l1_unstructured and random_unstructured can prune it"
@@ -108,7 +105,7 @@ def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup],
 
 
 def _obstacle(model: nn.Module, error: Exception) -> str:
-    """What keeps the package from building its graph, in plain words: its own name its internal nodes."""
+    """The reason why the package cannot build its graph; its own messages name internal nodes."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -121,9 +118,9 @@ def _obstacle(model: nn.Module, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _resizing_pools() -> Iterator[None]:
-    """Adaptive pooling as resizing: the tracer knows the former only where the sizes divide each other.
+    """Replace adaptive pooling by resizing, since the tracer needs sizes that divide each other.
 
-    The trace tells which channels depend on which, and both operators keep channels apart; its values are not used.
+    Only the trace's channel dependencies are used, not its values, and neither operator mixes channels.
     """
     pool = F.adaptive_avg_pool2d
 
@@ -142,16 +139,16 @@ def _resizing_pools() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _library(model: nn.Module) -> Iterator[types.ModuleType]:
-    """only_train_once with all that it needs in place and the module types of `model` made known to it."""
+    """only_train_once, with all that it needs, and with the module types of `model` registered."""
     import torch.onnx._internal.torchscript_exporter._globals as onnx_globals
     import torch.onnx._internal.torchscript_exporter.utils as onnx_utils
 
     opset, limit, path = onnx_globals.GLOBALS.export_onnx_opset_version, sys.getrecursionlimit(), sys.path[:]
     optimize = getattr(torch.onnx, "_optimize_graph", None)
     hidden = {name: sys.modules.pop(name) for name in _borrowed_names()}
-    sys.modules["torch.onnx._globals"] = onnx_globals  # their places before torch 2.9
+    sys.modules["torch.onnx._globals"] = onnx_globals  # its name before torch 2.9
     torch.onnx._optimize_graph = onnx_utils._optimize_graph
-    sys.modules["imp"] = types.ModuleType("imp")  # imported, never used, and gone from Python 3.12
+    sys.modules["imp"] = types.ModuleType("imp")  # imported but never used; Python 3.12 has no such module
     try:
         sys.path[:0] = importlib.util.find_spec("only_train_once").submodule_search_locations
         sys.setrecursionlimit(max(limit, RECURSION_LIMIT))
@@ -182,12 +179,12 @@ def _library(model: nn.Module) -> Iterator[types.ModuleType]:
 
 
 def _borrowed_names() -> list[str]:
-    """Module names that mean something else while the package is at work."""
+    """Loaded modules under names that the package uses for others."""
     return [n for n in sys.modules if n.split(".")[0] in NOT_ITS_OWN or n in ("imp", "torch.onnx._globals")]
 
 
 def _unknown_types(model: nn.Module, known: dict[str, type], operator: types.ModuleType) -> dict[str, type]:
-    """Its operator for each type that it does not know by name, by what the type descends from (`LayerNorm2d`, ...)."""
+    """The package's operator for each type that it does not know by name, by its base class (`LayerNorm2d`, ...)."""
     families = {
         nn.Conv2d: operator.Conv2dOTO,
         nn.Linear: operator.LinearOTO,
@@ -202,8 +199,8 @@ def _unknown_types(model: nn.Module, known: dict[str, type], operator: types.Mod
     }
 
 
-def _remember_neighbours(graph: Any) -> None:
-    """Look up neighbours in tables: the package walks the list of all edges each time, thousands of times."""
+def _index_neighbors(graph: Any) -> None:
+    """Look up neighbors in tables: the package searches the list of all edges thousands of times."""
     before: dict[str, list] = {}
     after: dict[str, list] = {}
     for source, target, _ in graph.edges:
@@ -216,7 +213,7 @@ def _remember_neighbours(graph: Any) -> None:
 
 @dataclass
 class _Union:
-    """Node groups that can only be cut together, before it is known whether they can be cut at all."""
+    """Node groups that can only be cut together, if they can be cut at all."""
 
     makes: list[str]
     """Parameters and buffers, in the network's order."""
@@ -239,7 +236,7 @@ def _typed_groups(model: nn.Module, graph: Any) -> tuple[list[ChannelGroup], dic
 
 
 def _unions(model: nn.Module, graph: Any, order: dict[str, int]) -> list[_Union]:
-    """The package's prunable node groups, those that a grouped convolution ties together as one, in order."""
+    """The package's prunable node groups in order, where a grouped convolution ties several into one."""
     makes = {
         group_id: names
         for group_id, node_group in graph.node_groups.items()
@@ -277,18 +274,19 @@ def _unions(model: nn.Module, graph: Any, order: dict[str, int]) -> list[_Union]
 def _readers(
     graph: Any, modules: dict[str, nn.Module], cuttable: Set[str]
 ) -> tuple[dict[str, set[str]], list[tuple[set[str], int]], dict[str, str]]:
-    """What ties the cuttable node groups to the layers behind them.
+    """Relate the cuttable node groups to the layers behind them.
 
     Returns:
-        For each node group the names of the weights that read its channels along axis 1; for each grouped convolution
-        the node groups before and behind it and the number of its groups; the problem of each that cannot be cut.
+        The names of the weights that read a node group's channels along axis 1, by node group; for each grouped
+        convolution the node groups before and behind it and its number of groups; the problems of node groups that
+        cannot be cut.
     """
     reads: dict[str, set[str]] = {group_id: set() for group_id in cuttable}
     grouped, problems = [], {}
     for node in graph.nodes.values():
         if not node.is_stem():
             continue
-        weight = next(name for name in node.param_names if name.endswith("weight"))  # stems are modules: all have one
+        weight = next(name for name in node.param_names if name.endswith("weight"))  # stems are modules, which have one
         module, own = modules[_owner(weight)], set(node.node_group_ids)
         sources = {group_id for before in graph.incoming(node) for group_id in before.node_group_ids}
         touched = (own | sources) & cuttable
@@ -308,7 +306,7 @@ def _readers(
 
 
 def _concatenated(graph: Any, cuttable: Set[str]) -> list[str]:
-    """The node groups whose channels come out of a concatenation or go into one, each once."""
+    """The node groups whose channels enter or leave a concatenation, each once."""
     found = {}
     for node in graph.nodes.values():
         if node.is_concat(axis=1):
@@ -335,20 +333,20 @@ def _typed_group(union: _Union, model: nn.Module) -> ChannelGroup:
 
 
 def _layers(union: _Union, model: nn.Module) -> list[str]:
-    """Paths of its convolutions and linear layers, in the network's order."""
+    """Names of its convolutions and linear layers, in the network's order."""
     paths = [_owner(name) for name in union.makes if name.endswith("weight")]
     return [path for path in paths if isinstance(model.get_submodule(path), nn.Conv2d | nn.Linear)]
 
 
 def _owner(name: str) -> str:
-    """The path of the module that holds a tensor."""
+    """The name of the module that holds a tensor."""
     return name.rpartition(".")[0]
 
 
 def _require_cuttable(name: str, module: nn.Module, tensor: torch.Tensor) -> None:
     """Raise a `UserError` for a tensor that `networks.reshape` cannot shorten.
 
-    Beside the known kinds a module of the network's own may hold vectors with one entry for each channel, such as a
+    Besides the known kinds, a module of the network's own may hold vectors with one entry for each channel, such as a
     learned scale of shape `[C]` or `[C, 1, 1]`.
     """
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:

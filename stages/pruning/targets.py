@@ -1,4 +1,4 @@
-"""Which channels go: the least important ones, until the pruner's one target is met exactly as it is counted."""
+"""The choice of channels to remove: the least important ones, until the pruner's one target is exactly met."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from stages.params.pruners import Structured
 from stages.pruning.costs import Costs
 from stages.pruning.groups import ChannelGroup
 
-KEPT_SHARE = 0.05
-"""Of the channels of each group, at least this share (and at least one) stays: fewer would cut the network's flow."""
+KEPT_FRACTION = 0.05
+"""Each group keeps at least this fraction of its channels, and at least one: fewer would block the network."""
 ROUNDING = 1e-9
-"""A reduction that falls short of the target by this share of the dense cost, float64's noise, meets it."""
+"""A reduction still meets the target if it falls short by this fraction of the dense cost, float64's noise."""
 
 
 def choose_channels(
@@ -22,32 +22,30 @@ def choose_channels(
     costs: Costs,
     pruner: Structured,
     *,
-    share: float = 1.0,
+    fraction: float = 1.0,
     pruned: torch.Tensor | None = None,
     key: str,
 ) -> torch.Tensor:
-    """The channels to be zero so that `share` of the pruner's target is met, the least important first.
+    """Choose the least important channels, so that `fraction` of the pruner's target is met.
 
-    Within each group the channels go in order of score, in units: one channel, or with `divisible_by` as many as lead
-    to the next multiple (a width that is no multiple first goes down to one). Over all groups the units go in order of
-    their mean score, ties in the network's order, so that the outcome is the same in every run. `group_sparsity` stops
-    where the number of channels is nearest to round(share x target x all channels); the other two targets stop as soon
-    as the exact reduction reaches share x target. Every group keeps max(minimum_width, 5 % of its width) channels, or
-    all where it has no more.
+    Within each group channels go in order of score, in units: one channel, or with `divisible_by` as many as lead to
+    the next multiple. Over all groups the units go in order of their mean score, ties in the network's order, so that
+    the result is the same in every run. `group_sparsity` stops where the number of channels is nearest to
+    round(fraction x target x all channels); the other two targets stop as soon as the exact reduction reaches
+    fraction x target. Every group keeps max(minimum_width, 5 % of its width) channels, or all where it has no more.
 
     Args:
-        scores: importance of each of C channels, all groups in one row, `[C]`; the lower, the sooner it goes. Those of
-            `pruned` channels are not looked at.
-        costs: of the dense network, for the same groups.
-        share: of the target, in (0, 1].
+        scores: Importance of each of C channels, all groups in one row, `[C]`. Scores of `pruned` channels are ignored.
+        costs: The dense network's costs, for the same groups.
+        fraction: In (0, 1].
         pruned: bool `[C]`, channels that are pruned already: they stay so, and count.
-        key: of the pruner in the params, for messages.
+        key: The pruner's place in params.yaml, for messages.
 
     Returns:
         bool `[C]` on the CPU.
 
     Raises:
-        UserError: if a score is NaN or infinite, or no choice of channels meets the whole target.
+        UserError: If a score is NaN or infinite, or no choice of channels meets the whole target.
     """
     check_target(groups, costs, pruner, key)
     scores = scores.detach().cpu().double()
@@ -63,7 +61,7 @@ def choose_channels(
     first = widths.cumsum(0) - widths
     scores = torch.where(pruned, -torch.inf, scores)
 
-    # Channels in order of group, then score: a channel's rank in its group says which unit it goes with.
+    # Channels in order of group, then score: a channel's rank in its group determines its unit.
     by_score = scores.argsort(stable=True)
     order = by_score[group_of[by_score].argsort(stable=True)]
     group = group_of[order]
@@ -80,10 +78,10 @@ def choose_channels(
     )
     last = sizes.cumsum(0) - 1
     means = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, unit_of, scores[order]) / sizes
-    # Rounded means of equal scores may differ: held between their extremes, no unit overtakes one of its own group.
+    # Rounded means of equal scores may differ: clamped to their extremes, no unit overtakes one of its own group.
     means = means.clamp(scores[order[last - sizes + 1]], scores[order[last]])
     units, owner = means.argsort(stable=True), group[last]
-    count = _units_needed(units, sizes, owner, widths, costs, pruner, share)
+    count = _units_needed(units, sizes, owner, widths, costs, pruner, fraction)
     goes = torch.zeros(len(sizes), dtype=torch.bool).index_fill_(0, units[:count], True)
     chosen = pruned.clone()
     chosen[order[goes[unit_of]]] = True
@@ -91,10 +89,10 @@ def choose_channels(
 
 
 def check_target(groups: Sequence[ChannelGroup], costs: Costs, pruner: Structured, key: str) -> None:
-    """Whether some choice of channels meets the pruner's whole target: known before any training.
+    """Refuse, before any training, a target that no choice of channels meets.
 
     Raises:
-        UserError: naming the nearest target that can be met.
+        UserError: With the nearest target that can be met.
     """
     [(name, target)] = pruner.target.items()
     widths = torch.tensor([group.channels for group in groups])
@@ -102,36 +100,35 @@ def check_target(groups: Sequence[ChannelGroup], costs: Costs, pruner: Structure
     total = int(widths.sum())
     match name:
         case "group_sparsity":
-            most, what = int((widths - lows).sum()) / total, f"{total} channels"
-            met = round(target * total) <= int((widths - lows).sum())
+            free = int((widths - lows).sum())
+            most, what, met = free / total, f"{total} channels", round(target * total) <= free
         case "params_reduction":
             most, what = 1 - float(costs.params(lows)) / costs.params_dense, f"{costs.params_dense:,} parameters"
             met = target <= most + ROUNDING
         case "macs_reduction":
             most, what = 1 - float(costs.macs(lows)) / costs.macs_dense, f"{costs.macs_dense:,} MACs"
             met = target <= most + ROUNDING
-    if met:
-        return
-    raise UserError(
-        f"{key}.{name} = {target}: at most {rounded_down(most)} of this network's {what} can go, since every layer"
-        f" keeps {what_every_layer_keeps(pruner)}"
-    )
+    if not met:
+        raise UserError(
+            f"{key}.{name} = {target}: at most {rounded_down(most)} of this network's {what} can go, since every layer"
+            f" keeps {what_every_layer_keeps(pruner)}"
+        )
 
 
-def rounded_down(share: float) -> float:
-    """To a number that is accepted where it is given instead."""
-    return math.floor(1000 * (share + ROUNDING)) / 1000
+def rounded_down(fraction: float) -> float:
+    """Round to three digits, such that the result is still accepted as a target."""
+    return math.floor(1000 * (fraction + ROUNDING)) / 1000
 
 
 def what_every_layer_keeps(pruner: Structured) -> str:
-    """`least_widths` in words."""
-    floor = f"{100 * KEPT_SHARE:.0f} % of its channels and at least {pruner.minimum_width}"
+    """Describe `least_widths`, for messages."""
+    floor = f"{100 * KEPT_FRACTION:.0f} % of its channels and at least {pruner.minimum_width}"
     return floor + (f", and a multiple of {pruner.divisible_by} where it is cut" if pruner.divisible_by > 1 else "")
 
 
 def least_widths(widths: torch.Tensor, pruner: Structured) -> torch.Tensor:
     """The fewest channels that each group may keep, int64 `[G]`."""
-    floor = (KEPT_SHARE * widths.double() - ROUNDING).ceil().long().clamp_min(pruner.minimum_width)
+    floor = (KEPT_FRACTION * widths.double() - ROUNDING).ceil().long().clamp_min(pruner.minimum_width)
     multiple = torch.div(floor + pruner.divisible_by - 1, pruner.divisible_by, rounding_mode="floor")
     return torch.minimum(multiple * pruner.divisible_by, widths)
 
@@ -143,14 +140,14 @@ def _units_needed(
     widths: torch.Tensor,
     costs: Costs,
     pruner: Structured,
-    share: float,
+    fraction: float,
 ) -> int:
-    """How many of the units, in the order given, meet `share` of the target."""
+    """The number of units, in the order given, that meet `fraction` of the target."""
     [(name, target)] = pruner.target.items()
     removed = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[units].cumsum(0)])  # after 0, 1, ... units
     if name == "group_sparsity":
-        goal = round(share * target * int(widths.sum()))
-        return int((removed - goal).abs().argmin())  # the first of two that are as near: fewer channels
+        goal = round(fraction * target * int(widths.sum()))
+        return int((removed - goal).abs().argmin())  # of two that are equally near, the fewer channels
     count, dense = {
         "params_reduction": (costs.params, costs.params_dense),
         "macs_reduction": (costs.macs, costs.macs_dense),
@@ -159,7 +156,7 @@ def _units_needed(
     while low < high:
         middle = (low + high) // 2
         gone = torch.zeros_like(widths).index_add_(0, owner[units[:middle]], sizes[units[:middle]])
-        if dense - float(count(widths - gone)) >= (share * target - ROUNDING) * dense:
+        if dense - float(count(widths - gone)) >= (fraction * target - ROUNDING) * dense:
             high = middle
         else:
             low = middle + 1

@@ -1,4 +1,4 @@
-"""Unstructured pruning: single weights set to zero, at once or little by little, and kept there."""
+"""Unstructured pruning: single weights become zero, at once or gradually, and stay zero."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.params.pruners import Unstructured
+from stages.pruning.steering import pruning_schedule
 
 
 def prunable_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of all convolutions and Linear layers by name; biases and norms are left alone.
+    """The weights of all convolutions and Linear layers by name.
 
     Raises:
-        UserError: if there are none.
+        UserError: If there are none.
     """
     weights = {
         f"{name}.weight": module.weight.detach()
@@ -37,19 +38,19 @@ def zeros_of(
     """Choose the weights to prune: those of least magnitude, or at random.
 
     Args:
-        pruner: round(sparsity * weights) are chosen, among all at once (`global`) or in each layer (`layer`); with the
-            pattern 2:4, two of every four neighbouring inputs, in every layer whose inputs are a multiple of 4.
-        seed: of the random choice, whose order it fixes for every sparsity; torch's own random state is left as it is.
-        sparsity: instead of the pruner's.
-        zeros: an earlier choice, all of it chosen again, from which no weight comes back.
-        key: of the pruner in the params, for messages.
+        pruner: round(sparsity * weights) are chosen, among all at once (`global`) or in each layer (`layer`). The
+            pattern 2:4 chooses two of every four neighboring inputs in every layer whose inputs are a multiple of 4.
+        seed: Seed of the random choice; it fixes one order for every sparsity. torch's random state stays as it is.
+        sparsity: Replaces the pruner's.
+        zeros: An earlier choice, all of which is chosen again.
+        key: The pruner's place in params.yaml, for messages.
 
     Returns:
-        For each weight by name, bool of its shape, on its device: True where it is to be zero.
+        bool of each weight's shape by name, on its device: True where it becomes zero.
 
     Raises:
-        UserError: if no weight of some layer would be left: nothing passes such a layer, nor any gradient to train it.
-            With the pattern 2:4, if no layer fits.
+        UserError: If some layer would keep no weight, and so pass neither signal nor gradient; with the pattern 2:4, if
+            it fits no layer.
     """
     sparsity = pruner.sparsity if sparsity is None else sparsity
     scores = _scores(prunable_weights(network), pruner, seed)
@@ -73,16 +74,16 @@ def zeros_of(
 
 
 def left_dense(network: nn.Module) -> list[str]:
-    """The layers that the pattern 2:4 does not fit: those whose outputs read a number of inputs that 4 does not divide.
+    """The layers that the pattern 2:4 does not fit, since 4 does not divide the number of inputs of an output.
 
-    Among them all depthwise convolutions (one input for each output) and a stem that reads three colours.
+    Depthwise convolutions (one input) and a stem that reads three colors are among them.
     """
     weights = prunable_weights(network)
     return [name.removesuffix(".weight") for name, weight in weights.items() if weight.shape[1] % 4]
 
 
 def _scores(weights: dict[str, torch.Tensor], pruner: Unstructured, seed: int) -> dict[str, torch.Tensor]:
-    """What is lowest goes first: the magnitude, or one random number for each weight; never negative."""
+    """Scores of at least 0, of which the lowest go first: magnitudes, or one random number for each weight."""
     if pruner.method == "l1_unstructured":
         return {name: weight.abs() for name, weight in weights.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +97,7 @@ def _lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 
 
 def _two_of_four(scores: dict[str, torch.Tensor], unfit: list[str], key: str) -> dict[str, torch.Tensor]:
-    """The two lowest of every four neighbouring inputs of each output, in convolutions at each kernel position."""
+    """Choose the two lowest of every four neighboring inputs of each output, at each kernel position."""
     chosen = {}
     for name, score in scores.items():
         if name.removesuffix(".weight") not in unfit:
@@ -113,57 +114,49 @@ def _two_of_four(scores: dict[str, torch.Tensor], unfit: list[str], key: str) ->
 
 
 def sparsity_of(network: nn.Module) -> float:
-    """Share of zeros among the weights that can be pruned."""
+    """Fraction of zeros among the weights that can be pruned."""
     weights = prunable_weights(network).values()
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
 def sparsities(pruner: Unstructured, steps: int, key: str) -> dict[int, float]:
-    """When weights are chosen (after how many steps of a training of `steps`), and what share of them is then zero.
+    """Map the steps after which weights are chosen to the fraction of weights that is zero from then on.
 
     `one_shot` chooses before the first step. `gradual` is equation 1 of arXiv 1710.01878 with s_i = 0:
     s_t = s_f (1 - (1 - (t - t0) / (n dt))^3) at t = t0 + dt, ..., t0 + n dt, from `start_fraction` to at most
-    `end_fraction` of the steps, n being `pruning_periods`. (At t0 itself nothing is zero.)
+    `end_fraction` of the steps, n being `pruning_periods`. (At t0 itself no weight is zero.)
 
     Raises:
-        UserError: if there is not at least one step for each pruning.
+        UserError: If there is not at least one step for each choice.
     """
     if pruner.schedule == "one_shot":
         return {0: pruner.sparsity}
-    start, end, count = round(pruner.start_fraction * steps), round(pruner.end_fraction * steps), pruner.pruning_periods
-    interval = (end - start) // count
-    if interval < 1:
-        raise UserError(
-            f"{key}.pruning_periods = {count}: only {end - start} of {steps} steps lie between start_fraction"
-            f" {pruner.start_fraction} and end_fraction {pruner.end_fraction}; each period needs one: lower"
-            f" pruning_periods or finetune.batch_size (steps in an epoch: {steps // pruner.epochs}), or raise epochs or"
-            " end_fraction"
-        )
-    return {start + i * interval: pruner.sparsity * (1 - (1 - i / count) ** 3) for i in range(1, count + 1)}
+    timing, count = pruning_schedule(pruner, steps, key, pruner.pruning_periods), pruner.pruning_periods
+    return {timing.start + i * timing.length: pruner.sparsity * (1 - (1 - i / count) ** 3) for i in range(1, count + 1)}
 
 
 class KeepZeros:
-    """Chooses weights when the schedule says so and keeps them at zero (`training.constraint.Constraint`).
+    """A constraint (`training.constraint.Constraint`) that chooses weights by a schedule and keeps them at zero.
 
-    Each choice is made anew from the weights of the moment, but what is zero stays zero.
+    Each choice depends on the present weights, but weights that are zero stay zero.
 
     Args:
-        network: its weights are zeroed in place: at once by a one-shot pruner, else after the steps. It may be moved to
-            another device before the first step.
-        steps: in the whole training.
-        seed: of the random choice.
-        key: of the pruner in the params, for messages.
+        network: Its weights are zeroed in place: at once by a one-shot pruner, otherwise after the scheduled steps. It
+            may move to another device before the first step.
+        steps: Optimizer steps of the whole training.
+        seed: Seed of the random choice.
+        key: The pruner's place in params.yaml, for messages.
 
     Raises:
-        UserError: if the periods do not fit into the steps, or would leave no weight in some layer. Which layers a
-            gradual global choice by magnitude empties shows only while it trains; all else is refused here.
+        UserError: If the periods do not fit into the steps, or some layer would keep no weight. (Only training shows
+            which layers a gradual global choice by magnitude empties.)
     """
 
     def __init__(self, network: nn.Module, pruner: Unstructured, steps: int, seed: int, key: str) -> None:
         self._network, self._pruner, self._seed, self._key = network, pruner, seed, key
         self._sparsities = sparsities(pruner, steps, key)
         self.zeros: dict[str, torch.Tensor] = {}
-        """For each weight by name, bool of its shape: True where it is held at zero."""
+        """bool of each weight's shape by name: True where it is held at zero."""
         self._factors: tuple[list[nn.Parameter], list[torch.Tensor]] | None = None
         if 0 in self._sparsities:
             self._choose(0)
@@ -180,11 +173,11 @@ class KeepZeros:
             self._choose(step + 1)
         if self.zeros:
             self._factors = self._factors or _factors(self._network, self.zeros)
-            torch._foreach_mul_(*self._factors)  # a tenth of the time of masked_fill_, which no CPU vectorises
+            torch._foreach_mul_(*self._factors)  # a tenth of the time of masked_fill_, which is not vectorized
 
     @torch.no_grad()
     def project(self, network: nn.Module) -> None:
-        """Put a copy on the constraint, or the trained network: products are zeros of either sign, these are all +0."""
+        """Set the chosen weights of a network to +0; `after_step` leaves zeros of either sign."""
         parameters = dict(network.named_parameters())
         for name, zeros in self.zeros.items():
             parameters[name].masked_fill_(zeros.to(parameters[name].device), 0)
@@ -206,6 +199,6 @@ class KeepZeros:
 
 
 def _factors(network: nn.Module, zeros: dict[str, torch.Tensor]) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
-    """The parameters, and for each the factors 0 and 1, on its device and laid out in memory as it is."""
+    """The parameters, and for each its factors 0 and 1, on its device and in its memory layout."""
     held = [(p, torch.empty_like(p).copy_(~zeros[name])) for name, p in network.named_parameters() if name in zeros]
     return [parameter for parameter, _ in held], [factors for _, factors in held]

@@ -1,4 +1,4 @@
-"""Calibration images, and what they tell: the ranges of activations, and the second moments of layers' inputs."""
+"""Calibration: the ranges of activations, and the second moments of layers' inputs, on training images."""
 
 import io
 from collections.abc import Callable
@@ -15,21 +15,21 @@ from stages.params.quantizers import Calibrated, Int8Static
 
 BATCH = 64
 BINS, QUANTIZED_BINS = 1024, 256
-"""Of the histograms from which percentiles and entropies are read, and the levels that entropy compares with."""
+"""Bins of the histograms, and the number of levels that the entropy method compares with."""
 LARGEST_WINDOWS = 2**28
-"""Bytes of a convolution's windows that are laid out at once: each place of its input stands in many of them."""
+"""Bytes of a convolution's unfolded windows at once: each input position is part of many windows."""
 
 
 def calibration_images(part: Part, quantizer: Calibrated, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels drawn without replacement from the training part: uint8 `[n, H, W, 3]`, int64 `[n]`.
+    """Draw images, uint8 `[n, H, W, 3]`, and their labels, int64 `[n]`, without replacement from the training part.
 
     Raises:
-        UserError: if the part holds fewer images than are asked for.
+        UserError: If the part has too few images.
     """
     wanted = quantizer.calibration_images
     if wanted > len(part):
         raise UserError(
-            f"{key}.calibration_images = {wanted}: the training part holds {len(part)} images: lower it to that"
+            f"{key}.calibration_images = {wanted}: the training part has {len(part)} images: lower it to that"
         )
     chosen = np.sort(np.random.default_rng(quantizer.calibration_seed).permutation(len(part))[:wanted])
     return np.asarray(part.images[chosen]), np.asarray(part.labels[chosen], np.int64)
@@ -42,13 +42,13 @@ def activation_ranges(
     images: np.ndarray,
     quantizer: Int8Static,
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """For each layer by name the `(low, high)` of its wanted sides over the images.
+    """The `(low, high)` of each layer's sides over the images, by layer name and side.
 
-    The smallest and largest value, or what ONNX Runtime's histogram calibrators choose between them. Layers that the
-    network never runs are missing.
+    They are the smallest and largest value, or the range that ONNX Runtime's histogram calibrators choose within.
+    Layers that never run are missing.
 
     Args:
-        sides: of each layer, from `input` and `output`.
+        sides: `input`, `output` or both, by layer name.
     """
     if quantizer.calibration == "minmax":
         found = _extremes(classifier, layers, sides, images)
@@ -64,7 +64,7 @@ def activation_ranges(
 def _extremes(
     classifier: nn.Module, layers: dict[str, nn.Module], sides: dict[str, tuple[str, ...]], images: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    """By `<name> <side>`."""
+    """Smallest and largest value by `<name> <side>`."""
     found: dict[str, tuple[float, float]] = {}
 
     def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -84,7 +84,7 @@ def _by_histograms(
     images: np.ndarray,
     quantizer: Int8Static,
 ) -> dict[str, tuple[float, float]]:
-    """By `<name> <side>`."""
+    """Ranges from histograms by `<name> <side>`."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     collector = HistogramCollector(
@@ -99,7 +99,7 @@ def _by_histograms(
     def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
         collector.collect({f"{name} {side}": [tensors[side].cpu().numpy()] for side in sides[name]})
 
-    with redirect_stdout(io.StringIO()):  # it tells its settings aloud
+    with redirect_stdout(io.StringIO()):  # it prints its settings
         _watch(classifier, layers, images, note)
         ranges = collector.compute_collection_result()
     return {name: (float(low), float(high)) for name, (low, high, *_) in ranges.items()}
@@ -107,7 +107,7 @@ def _by_histograms(
 
 @torch.no_grad()
 def hessians(classifier: nn.Module, layers: dict[str, nn.Module], images: np.ndarray) -> dict[str, torch.Tensor]:
-    """For each layer by name the sum of x x^T over all inputs of one output value: float32 `[groups, n, n]`."""
+    """The sum of x x^T over all inputs x of output values, float32 `[groups, n, n]` by layer name."""
     found: dict[str, torch.Tensor] = {}
 
     def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -122,15 +122,15 @@ def hessians(classifier: nn.Module, layers: dict[str, nn.Module], images: np.nda
 
 
 def _at_once(layer: nn.Module, output: torch.Tensor) -> int:
-    """How many images' windows may be laid out at once; one in any case."""
+    """Number of images whose windows are unfolded at once, at least one."""
     if isinstance(layer, nn.Linear):
-        return len(output)  # its input is laid out as it must be
+        return len(output)  # its input needs no unfolding
     windows = layer.groups * layer.weight[0].numel() * output[0, 0].numel() * output.element_size()
-    return max(1, LARGEST_WINDOWS // (2 * windows))  # as unfold gives them, and in the order of groups
+    return max(1, LARGEST_WINDOWS // (2 * windows))  # twice: the result of unfold, and its copy in the order of groups
 
 
 def _columns(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What each output value sums over, `[groups, n, places]`."""
+    """The inputs of each output value, `[groups, n, positions]`."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1]).T[None]
     sides, mode = layer._reversed_padding_repeated_twice, layer.padding_mode
@@ -146,9 +146,9 @@ def _watch(
     images: np.ndarray,
     note: Callable[[str, dict[str, torch.Tensor]], None],
 ) -> None:
-    """Call `note` with a layer's name, `input` and `output` whenever it has run.
+    """Call `note` with a layer's name, `input` and `output` directly after it has run.
 
-    At once, since what follows may work in place, and all layers' activations together may not fit into memory.
+    Later modules may work in place, and all layers' activations together may not fit into memory.
     """
 
     def hook(name: str) -> Callable:

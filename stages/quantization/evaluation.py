@@ -1,10 +1,9 @@
-"""The network with other bits in its layers, evaluated on calibration images again and again, as fast as may be."""
+"""Fast evaluation, on calibration images, of one network with different bits in its layers."""
 
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,33 +14,19 @@ from stages.quantization.calibration import BATCH
 from stages.quantization.rounding import Rounded
 
 LARGEST_CACHE = 2**30
-"""Bytes of outputs that are remembered."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of one network on the calibration images."""
-
-    loss: float
-    """Mean cross entropy."""
-    top1: float
-
-    def objective(self, name: str) -> float:
-        """`loss` or `accuracy`, turned so that less is better."""
-        return self.loss if name == "loss" else 1 - self.top1
+"""Bytes of outputs that are cached at most."""
 
 
 class Evaluator:
-    """Sets the bits of layers and scores the network.
+    """Sets the bits of layers and computes the loss (mean cross entropy) of the network.
 
-    The integers of every layer and number of bits are found once and kept (one byte a weight); only layers whose bits
-    change are set. What lies before the first layer that is not float is the same in every evaluation: the largest
-    modules that end there give their remembered outputs instead of computing them.
+    Only layers whose bits change are set. All that runs before the first layer with integers gives the same output in
+    every evaluation: the largest modules that end there return their cached outputs.
 
     Args:
-        classifier: takes uint8 pixels, float weights; left as it is.
-        layers: names of its layers, as in `classifier.network`, in the order of execution.
-        rounded: for each layer by name, its integers by number of bits.
+        classifier: Takes uint8 pixels and has float weights; it stays as it is.
+        layers: Names of layers of `classifier.network`, in the order of execution.
+        rounded: The integers of each layer by name and number of bits.
         images: uint8 `[n, H, W, 3]`.
         labels: int64 `[n]`.
     """
@@ -61,17 +46,17 @@ class Evaluator:
         self._bits: dict[str, int | None] = dict.fromkeys(layers)
         self._labels = torch.from_numpy(labels)
         self.evaluations = 0
-        """How often a network was scored, the float one not counted."""
+        """Number of evaluations, without that of the float network."""
         with torch.no_grad():
             self._inputs = [
                 self._classifier.preprocess(torch.from_numpy(images[start : start + BATCH]))
                 for start in range(0, len(images), BATCH)
             ]
             self._prefix = _Prefix(self._classifier.network, self._inputs)
-            self.float_score = self._score(first=None)
+            self.float_loss = self._loss(first=None)
 
-    def __call__(self, bits: Mapping[str, int | None]) -> Score:
-        """Score the network with so many bits in each layer; None leaves a layer in float."""
+    def __call__(self, bits: Mapping[str, int | None]) -> float:
+        """The loss with these bits in each named layer; None stands for float."""
         self.evaluations += 1
         for name, wanted in bits.items():
             if wanted != self._bits[name]:
@@ -80,27 +65,25 @@ class Evaluator:
                 self._bits[name] = wanted
         first = next((name for name in self.layers if self._bits[name] is not None), None)
         with torch.no_grad():
-            return self._score(first)
+            return self._loss(first)
 
     def float_weight(self, name: str) -> torch.Tensor:
         """A layer's weight before any rounding."""
         return self._float[name]
 
-    def _score(self, first: str | None) -> Score:
-        loss, right = 0.0, 0
+    def _loss(self, first: str | None) -> float:
+        loss = 0.0
         with self._prefix.before(self._modules.get(first)) as network:
             for index, (x, labels) in enumerate(zip(self._inputs, self._labels.split(BATCH), strict=True)):
-                logits = network(index, x).float()
-                loss += F.cross_entropy(logits, labels, reduction="sum").item()
-                right += int((logits.argmax(1) == labels).sum())
-        return Score(loss / len(self._labels), right / len(self._labels))
+                loss += F.cross_entropy(network(index, x).float(), labels, reduction="sum").item()
+        return loss / len(self._labels)
 
 
 class _Prefix:
-    """Outputs of a float network's modules, to give in place of computing them anew.
+    """Cached outputs of a float network's modules.
 
-    Remembered are modules that run once and give one tensor: those with parts, and the parts of a plain sequence. One
-    that ended before some layer began sees the same input whatever that layer and all later ones do.
+    The cache holds modules that run once and return one tensor: those with submodules, and the parts of a `Sequential`.
+    A module that ends before some layer starts does not depend on that layer or any later one.
     """
 
     def __init__(self, network: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
@@ -127,7 +110,7 @@ class _Prefix:
             handle.remove()
 
     def _time(self, x: torch.Tensor, outputs: dict[nn.Module, list[torch.Tensor]]) -> set[nn.Module]:
-        """Note when every module starts and ends, and single-tensor outputs; returns the modules that run twice."""
+        """Record the order in which modules start and end, and their outputs; return the modules that run twice."""
         clock, again = itertools.count(), set()
 
         def start(module: nn.Module, _: tuple) -> None:
@@ -149,11 +132,11 @@ class _Prefix:
         return again
 
     def _remember(self, module: nn.Module, _: tuple, output: torch.Tensor) -> None:
-        self._outputs.setdefault(module, []).append(output.detach().clone())  # what follows may work in place
+        self._outputs.setdefault(module, []).append(output.detach().clone())  # later modules may work in place
 
     @contextmanager
     def before(self, layer: nn.Module | None) -> Iterator[Callable[[int, torch.Tensor], torch.Tensor]]:
-        """The network as a function of a batch's index and input, with all that ends before `layer` remembered."""
+        """The network as a function of a batch's index and input; all that ends before `layer` comes from the cache."""
         done = [m for m in self._outputs if layer is not None and self._ended[m] < self._started[layer]]
         inner = {part for module in done for part in module.modules() if part is not module}
         done = [module for module in done if module not in inner]

@@ -1,4 +1,4 @@
-"""The layers of a network that get integer weights, and what a search may know of them."""
+"""The layers of a network that can have integer weights, and the features of each that a search uses."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from stages.networks.reparameterize import is_pointwise
 
 LAYER_KINDS = ("linear", "pointwise", "depthwise", "convolution")
 HAS_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
-"""Kinds of modules that multiply weights; those without an integer form are named and stay in float."""
+"""Kinds of modules that multiply weights; those without an integer form stay in float, and messages name them."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,22 @@ class Layer:
     """One of `LAYER_KINDS`."""
     weights: int
     macs: int
-    """For one image."""
+    """Multiply-accumulates for one image."""
     inputs: int
-    """Channels."""
+    """Input channels."""
     outputs: int
-    """Channels."""
+    """Output channels."""
     window: int
-    """Places of a kernel: 1 for linear layers."""
+    """Positions of the kernel: 1 for linear layers."""
 
 
 def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer], list[str]]:
-    """The layers that can have integer weights, in the order of execution, and the names of those that stay in float.
+    """The layers that can have integer weights, in the order of execution, and the names of those that cannot.
 
-    The latter have no integer form, or the network never runs them.
+    The latter have no integer form, or never run.
 
     Raises:
-        UserError: if there is none, a weight is NaN or infinite, or two layers share a weight.
+        UserError: If there is none, a weight is NaN or infinite, or two layers share a weight.
     """
     refuse_shared_weights(network)
     modules = dict(network.named_modules())
@@ -55,9 +55,9 @@ def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer]
 
 
 def refuse_shared_weights(network: nn.Module) -> None:
-    """Raise a `UserError` where a layer that would get integers shares a parameter, or stands in two places itself.
+    """Raise a `UserError` if a layer that would get integers shares a parameter, or is itself in two places.
 
-    Only one of the places would get them, and the network would be another with more parameters.
+    Only one of the places would get them, and the result would be another network with more parameters.
     """
     modules = dict(network.named_modules(remove_duplicate=False))
     names: dict[nn.Parameter, str] = {}
@@ -71,12 +71,12 @@ def refuse_shared_weights(network: nn.Module) -> None:
 
 
 def without_integer_form(network: nn.Module) -> list[str]:
-    """Names of the layers whose weights stay in float, being of a kind that has no integer form."""
+    """Names of the layers of a kind that has no integer form."""
     return [name for name in layers_with_weights(network) if type(network.get_submodule(name)) not in KINDS]
 
 
 def layers_with_weights(network: nn.Module) -> list[str]:
-    """Names of the layers that multiply float weights of their own."""
+    """Names of the layers that multiply their own float weights."""
     return [
         name
         for name, module in network.named_modules()

@@ -9,18 +9,18 @@ from stages.artifacts.packing import limits
 from stages.networks.integer_weights import with_integers
 from stages.networks.modules import along_outputs
 
-LEAST_SHARE = {2: 0.2, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}
-"""By bits: where the search for the best scale begins, as a share of the one that reaches the largest magnitude."""
-SHARES = 9
-FINE_SHARES = 4
-"""To either side of the best share, down to the next one."""
+LEAST_FRACTION = {2: 0.2, 3: 0.3, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.85}
+"""Where the search for the best scale starts, by bits, as a fraction of the scale that covers the largest magnitude."""
+COARSE_STEPS = 9
+FINE_STEPS = 4
+"""Steps to either side of the best coarse fraction, within the distance to the next one."""
 REFINEMENTS = 2
 CHUNK = 2**16
-"""Weights that are searched at once: what is between two steps of the search stays in a core's cache."""
+"""Weights that are searched at once, so that intermediate results stay in a core's cache."""
 DAMPING = 0.01
-"""Share of its mean diagonal that is added to GPTQ's Hessian, as in the paper."""
+"""Fraction of its mean diagonal that is added to the diagonal of GPTQ's Hessian, as in the paper."""
 BLOCK = 128
-"""Columns of a block of GPTQ, as in the paper."""
+"""Columns in a block of GPTQ, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,26 @@ class Rounded:
     """A layer's weight as integers."""
 
     integers: torch.Tensor
-    """int8, of the weight's shape, in [-2^(bits-1), 2^(bits-1) - 1]."""
+    """int8 in the weight's shape, from -2^(bits-1) to 2^(bits-1) - 1."""
     scale: torch.Tensor
     """float32 `[out]`."""
     bits: int
 
     def values(self) -> torch.Tensor:
-        """float32: what the integers stand for."""
+        """The weights that the integers represent, float32."""
         return self.integers * along_outputs(self.scale, self.integers)
 
     def layer(self, layer: nn.Module) -> nn.Module:
-        """The integer form of the float layer whose weight this is."""
+        """The integer form of the float layer with this weight."""
         return with_integers(layer, self.integers, self.scale, self.bits)
 
 
 @torch.no_grad()
 def round_nearest(weight: torch.Tensor, bits: int) -> Rounded:
-    """Round to the nearest integer, each channel with the scale of least squared error.
+    """Round a weight `[out, ...]` to the nearest integers, each channel with the scale of least squared error.
 
-    Found from a grid of shares of the largest scale and a finer one around the best, and then by turns: with the
-    integers fixed, the best scale is the least-squares one, `<w, q> / <q, q>`.
-
-    Args:
-        weight: `[out, ...]`, float.
+    The search tries a grid of fractions of the largest scale and a finer grid around the best. It then alternates: with
+    the integers fixed, the best scale is the least-squares one, `<w, q> / <q, q>`.
     """
     rows = weight.detach().float().reshape(len(weight), -1)
     scale = torch.cat([_best_scale(some, bits) for some in rows.split(max(1, CHUNK // rows.shape[1]))])
@@ -63,12 +60,12 @@ def _best_scale(rows: torch.Tensor, bits: int) -> torch.Tensor:
     largest = torch.maximum(rows.amax(1).clamp_min(0) / high, (-rows.amin(1)).clamp_min(0) / -low)
     largest = torch.where(largest == 0, 1.0, largest)
     best, best_error = largest, torch.full_like(largest, torch.inf)
-    shares = torch.linspace(LEAST_SHARE[bits], 1.0, SHARES).tolist()
-    step = (shares[1] - shares[0]) / (FINE_SHARES + 1)
-    for share in shares:
-        best, best_error = _better(rows, share * largest, bits, best, best_error)
+    fractions = torch.linspace(LEAST_FRACTION[bits], 1.0, COARSE_STEPS).tolist()
+    step = (fractions[1] - fractions[0]) / (FINE_STEPS + 1)
+    for fraction in fractions:
+        best, best_error = _better(rows, fraction * largest, bits, best, best_error)
     coarse = best
-    for fine in (*range(-FINE_SHARES, 0), *range(1, FINE_SHARES + 1)):
+    for fine in (*range(-FINE_STEPS, 0), *range(1, FINE_STEPS + 1)):
         best, best_error = _better(rows, coarse + fine * step * largest, bits, best, best_error)
     for _ in range(REFINEMENTS):
         steps = _steps(rows, best, bits)
@@ -81,8 +78,8 @@ def _best_scale(rows: torch.Tensor, bits: int) -> torch.Tensor:
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """The upper triangular F with `F^T F` the inverse of the damped Hessian: float64 `[groups, n, n]`.
 
-    What `round_gptq` needs of a layer, whatever the bits. With the order of inputs turned round, the Hessian's own
-    Cholesky factor is an upper triangular U with `U U^T` the Hessian, and F is its inverse.
+    `round_gptq` needs it for any number of bits. With the order of inputs reversed, the Cholesky factor of the Hessian
+    is an upper triangular U with `U U^T` the Hessian, and F is the inverse of U.
 
     Args:
         hessian: float32 `[groups, n, n]`, the sum of x x^T over a group's inputs (`calibration.hessians`).
@@ -97,10 +94,10 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def round_gptq(weight: torch.Tensor, bits: int, factor: torch.Tensor) -> Rounded:
-    """Round column by column, each column's error made up for by those that are still to come (GPTQ, arXiv 2210.17323).
+    """Round column by column; the columns still to come compensate each column's error (GPTQ, arXiv 2210.17323).
 
-    As in algorithm 1 there, columns beyond a block of `BLOCK` learn of the whole block's errors at once. The scales are
-    `round_nearest`'s. Weights that are zero stay zero.
+    As in algorithm 1 there, columns beyond a block of `BLOCK` are updated with the whole block's errors at once. The
+    scales are those of `round_nearest`. Weights that are zero stay zero.
 
     Args:
         weight: `[out, ...]`, float.
@@ -134,7 +131,7 @@ def _steps(rows: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
 def _better(
     rows: torch.Tensor, scale: torch.Tensor, bits: int, best: torch.Tensor, best_error: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The better of two scales for each row, with its error."""
+    """The better of two scales for each row, and its error."""
     error = torch.linalg.vector_norm(_steps(rows, scale, bits).mul_(scale[:, None]).sub_(rows), dim=1)
     better = error < best_error
     return torch.where(better, scale, best), torch.where(better, error, best_error)

@@ -1,7 +1,7 @@
-"""Searches for the bits of each layer within a budget: at random, and on measured sensitivities.
+"""Searches for the bits of each layer within a budget: random, greedy, and by an integer linear program (ILP).
 
-The controller that learns its choice (`controller`) works on the same `Problem`. All have the same evaluations, try
-even bits first and end with the best allocation that they tried.
+The controller that learns its choice (`controller`) solves the same `Problem`. All searches have the same number of
+evaluations, try even bits first, and end with the best allocation that they tried.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,49 +10,97 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stages.common.errors import UserError
-from stages.quantization.budget import Budget
+from stages.params.quantizers import AllocatedBits
 from stages.quantization.layers import Layer
 
-SPREAD = 1.0
-"""Standard deviation of what is drawn for a layer at first, in steps from choice to choice."""
+STD = 1.0
+"""Standard deviation of random draws around the average, in steps between choices."""
 SCALE = 1000.0
-"""The largest coefficient that the solver of the integer programme is given."""
+"""Largest coefficient of the integer linear program."""
+
+
+@dataclass(frozen=True)
+class BitBudget:
+    """Bits of L layers within a total. Allocations are int64 `[L]` indices of `choices`."""
+
+    weights: np.ndarray
+    """int64 `[L]`: number of weights of each layer."""
+    choices: np.ndarray
+    """int64 `[B]`, rising: the bits that a layer may have."""
+    bits: int
+    """Largest total of the bits of all weights."""
+
+    @classmethod
+    def of(cls, layers: list[Layer], quantizer: AllocatedBits) -> "BitBudget":
+        weights = np.array([layer.weights for layer in layers])
+        return cls(weights, np.array(quantizer.choices), int(quantizer.average_bits * weights.sum()))
+
+    def used(self, allocation: np.ndarray) -> int:
+        """Total bits of an allocation."""
+        return int(self.weights @ self.choices[allocation])
+
+    def project(self, allocation: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Lower an allocation until it is within the budget, then raise it as far as the budget allows.
+
+        Each move is the one that costs least, or gains most, for the bits that it frees or takes.
+
+        Args:
+            values: float64 `[L, B]`: value of each choice of each layer (log-probability, or negative loss). No layer
+                moves to a choice of value -inf.
+        """
+        allocation = allocation.copy()
+        rows = np.arange(len(allocation))
+        while (used := self.used(allocation)) > self.bits:
+            lower = np.maximum(allocation - 1, 0)
+            freed = self.weights * (self.choices[allocation] - self.choices[lower])
+            cost = np.where(freed > 0, values[rows, allocation] - values[rows, lower], np.inf) / np.maximum(freed, 1)
+            allocation[np.argmin(cost)] -= 1
+        while True:
+            higher = np.minimum(allocation + 1, len(self.choices) - 1)
+            taken = self.weights * (self.choices[higher] - self.choices[allocation])
+            fits = (taken > 0) & (used + taken <= self.bits)
+            gain = np.where(fits, values[rows, higher] - values[rows, allocation], -np.inf) / np.maximum(taken, 1)
+            best = int(np.argmax(gain))
+            if gain[best] == -np.inf:
+                return allocation
+            allocation[best] += 1
+            used += int(taken[best])
 
 
 @dataclass
 class Problem:
-    """What a search is given, and a record of what it tried."""
+    """The problem that a search solves, and the record of what it tried."""
 
     layers: list[Layer]
-    budget: Budget
+    budget: BitBudget
     errors: np.ndarray
     """float64 `[L, B]`: squared error of each layer's weight at each choice."""
     statistics: np.ndarray
-    """float64 `[L, 2]`: of each layer's weights, standard deviation (its logarithm) and kurtosis."""
+    """float64 `[L, 2]`: logarithm of the standard deviation, and kurtosis, of each layer's weights."""
     evaluate: Callable[[Mapping[str, int | None]], float]
-    """The objective (less is better) with so many bits in each named layer; the others stay in float."""
+    """The loss on calibration images with these bits in each named layer; None stands for float."""
     unquantized: float
-    """The objective of the float network."""
+    """The loss of the float network."""
     evaluations: int
-    """How often `evaluate` may be called."""
+    """Number of calls of `evaluate` that the search may make."""
     seed: int
     param: str = "evaluations"
-    """Where `evaluations` stands in params.yaml, for messages."""
+    """The place of `evaluations` in params.yaml, for messages."""
     tried: list[float] = field(default_factory=list)
-    """The objective of every allocation tried, in order."""
+    """The loss of every allocation tried, in order."""
     best: np.ndarray | None = None
     """int64 `[L]`, indices of the budget's choices: the best allocation tried."""
 
     def try_evenly(self) -> None:
-        """Try the allocation that is nearest to equal bits within the budget: the first of each search."""
+        """Try the allocation within the budget that is nearest to equal bits, as every search does first."""
         budget = self.budget
         lowest = np.flatnonzero(budget.choices * budget.weights.sum() <= budget.bits)[-1]
         self.try_out(budget.project(np.full(len(self.layers), lowest), -self.errors))
 
     def try_out(self, allocation: np.ndarray) -> float:
-        """Evaluate an allocation, `[L]` indices of the choices, which is within the budget."""
+        """Evaluate an allocation within the budget, given as int64 `[L]` indices of the choices."""
         if self.budget.used(allocation) > self.budget.bits:
-            raise ValueError("an allocation beyond the budget was proposed")
+            raise ValueError("a search proposed an allocation beyond the budget")
         bits = self.budget.choices[allocation]
         value = self.evaluate({layer.name: int(b) for layer, b in zip(self.layers, bits, strict=True)})
         if self.best is None or value < min(self.tried):
@@ -63,30 +111,29 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """How much the objective rises when one layer alone gets so many bits."""
+    """The rise of the loss when a single layer has integers."""
 
     rises: np.ndarray
     """float64 `[L, B]`."""
     measured: np.ndarray
-    """bool `[B]`: the choices that were measured; the others follow from the squared errors of the weights."""
+    """bool `[B]`: the measured choices; the others are derived from the squared errors of the weights."""
 
 
 def measure_sensitivities(problem: Problem, evaluations: int) -> Sensitivities:
     """Measure as many choices for every layer as `evaluations` allow, those nearest to the budget's average first.
 
-    A rise that was not measured is taken to be in proportion to the squared error of the layer's weight, as at the
-    nearest measured choice; where that was no rise at all, in the least proportion that any layer showed there.
+    Other rises are derived from the nearest measured choice, in proportion to the squared error of the layer's weight.
+    If the loss did not rise there, the least proportion among all layers is used.
 
     Raises:
-        UserError: if not even one choice can be measured for every layer.
+        UserError: If not even one choice can be measured for every layer.
     """
     layers, choices = problem.layers, problem.budget.choices
     columns = min(evaluations // len(layers), len(choices))
     if columns < 1:
         raise UserError(
             f"{problem.param} = {problem.evaluations}: the sensitivities of this network's {len(layers)} layers take at"
-            f" least {len(layers)}, and trying even bits and what comes of them two more: raise it to"
-            f" {len(layers) + 2} or more"
+            f" least {len(layers)}, and trying even bits and the result two more: raise it to {len(layers) + 2} or more"
         )
     nearest_first = np.argsort(np.abs(choices - average_bits(problem.budget)), kind="stable")
     measured = np.sort(nearest_first[:columns])
@@ -105,7 +152,7 @@ def measure_sensitivities(problem: Problem, evaluations: int) -> Sensitivities:
 
 
 def search_at_random(problem: Problem) -> None:
-    """Try allocations drawn around the budget's average and projected onto it, as many as may be evaluated."""
+    """Try allocations drawn around the budget's average and projected onto the budget."""
     generator = np.random.default_rng(problem.seed)
     logits = around(problem.budget, np.full(len(problem.layers), average_bits(problem.budget)))
     problem.try_evenly()
@@ -114,35 +161,35 @@ def search_at_random(problem: Problem) -> None:
         problem.try_out(problem.budget.project(values.argmax(1), values))
 
 
-def average_bits(budget: Budget) -> float:
-    """Of all weights together, where the whole budget is used."""
+def average_bits(budget: BitBudget) -> float:
+    """Bits per weight if the whole budget is used."""
     return budget.bits / float(budget.weights.sum())
 
 
-def around(budget: Budget, centres: np.ndarray, spread: float = SPREAD) -> np.ndarray:
+def around(budget: BitBudget, centers: np.ndarray, std: float = STD) -> np.ndarray:
     """Logits of a normal distribution over the choices of each layer: float64 `[L, B]`.
 
     Args:
-        centres: float64 `[L]`, in bits.
-        spread: the standard deviation, in mean steps from choice to choice.
+        centers: float64 `[L]`, in bits.
+        std: In mean steps between choices.
     """
     step = np.ptp(budget.choices) / (len(budget.choices) - 1)
-    return -np.square((budget.choices - centres[:, None]) / (spread * step)) / 2
+    return -np.square((budget.choices - centers[:, None]) / (std * step)) / 2
 
 
 def search_greedily(problem: Problem) -> Sensitivities:
-    """From the most bits everywhere down to the budget: step by step where the least is lost for the bits freed."""
+    """Reduce the most bits everywhere to the budget, step by step, where the loss rises least for the bits freed."""
     most = np.full(len(problem.layers), len(problem.budget.choices) - 1)
     return _search_on_sensitivities(problem, lambda rises: problem.budget.project(most, -rises))
 
 
 def search_by_ilp(problem: Problem) -> Sensitivities:
-    """The allocation with the least sum of rises within the budget, exactly (SciPy's `milp`)."""
+    """Find the allocation with the least sum of rises within the budget, exactly, by an integer linear program."""
     return _search_on_sensitivities(problem, lambda rises: solve(rises, problem.budget))
 
 
 def _search_on_sensitivities(problem: Problem, propose: Callable[[np.ndarray], np.ndarray]) -> Sensitivities:
-    """Try what follows from the rises; the evaluations that are left go into single moves away from the best."""
+    """Try the proposal for the measured rises; use the evaluations that are left for single moves from the best."""
     problem.try_evenly()
     sensitivities = measure_sensitivities(problem, problem.evaluations - 2)
     problem.try_out(propose(sensitivities.rises))
@@ -152,26 +199,26 @@ def _search_on_sensitivities(problem: Problem, propose: Callable[[np.ndarray], n
 
 
 def _improve(problem: Problem, rises: np.ndarray, evaluations: int) -> None:
-    """Try neighbours of the best allocation, in random order, each only once, and go on from every better one.
+    """Try neighbors of the best allocation in random order, each only once, and continue from every better one.
 
-    A neighbour has a bit choice more or less in one layer; the others are projected onto the budget by their rises.
+    A neighbor has the next higher or lower choice in one layer; the others are projected onto the budget by rises.
     """
     generator = np.random.default_rng(problem.seed)
     seen = {tuple(problem.best)}
     while evaluations > 0:
-        for neighbour in _neighbours(problem, rises, generator):
-            if tuple(neighbour) in seen:
+        for neighbor in _neighbors(problem, rises, generator):
+            if tuple(neighbor) in seen:
                 continue
-            seen.add(tuple(neighbour))
+            seen.add(tuple(neighbor))
             evaluations -= 1
-            better = problem.try_out(neighbour) == min(problem.tried)
+            better = problem.try_out(neighbor) == min(problem.tried)
             if better or not evaluations:
                 break
         else:
             return
 
 
-def _neighbours(problem: Problem, rises: np.ndarray, generator: np.random.Generator) -> Iterator[np.ndarray]:
+def _neighbors(problem: Problem, rises: np.ndarray, generator: np.random.Generator) -> Iterator[np.ndarray]:
     budget, best = problem.budget, problem.best
     moves = [(layer, step) for layer in range(len(best)) for step in (-1, 1)]
     for layer, step in generator.permutation(moves):
@@ -182,17 +229,17 @@ def _neighbours(problem: Problem, rises: np.ndarray, generator: np.random.Genera
             continue
         moved, values = best.copy(), -rises
         moved[layer] = choice
-        values[layer, np.arange(len(budget.choices)) != choice] = -np.inf  # the others make room, or take it
+        values[layer, np.arange(len(budget.choices)) != choice] = -np.inf  # only the others move
         yield budget.project(moved, values)
 
 
-def solve(rises: np.ndarray, budget: Budget) -> np.ndarray:
-    """The allocation of least total rise: int64 `[L]`, indices of the budget's choices.
+def solve(rises: np.ndarray, budget: BitBudget) -> np.ndarray:
+    """Solve the integer linear program: the allocation of least total rise, int64 `[L]`, indices of the choices.
 
     Raises:
-        UserError: if the solver gives up.
+        UserError: If the solver finds no solution.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here, since it is slow to import
 
     layers, choices = rises.shape
     largest = np.abs(rises).max()
@@ -207,7 +254,7 @@ def solve(rises: np.ndarray, budget: Budget) -> np.ndarray:
         options={"mip_rel_gap": 0},
     )
     if result.x is None:
-        raise UserError(f"the integer programme found no allocation of bits: {result.message}")
+        raise UserError(f"the integer linear program found no allocation of bits: {result.message}")
     allocation = result.x.reshape(layers, choices).argmax(1)
     within = budget.used(allocation) <= budget.bits  # the solver allows itself a tolerance
     return allocation if within else budget.project(allocation, -rises)

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from stages.reporting.cards import environment
+from stages.reporting.drawing import Picture
 from stages.reporting.edge import runtimes_of, too_few_images
 from stages.reporting.inputs import CompletedRun
-from stages.reporting.plots import CONFUSION_TABLE, Picture
+from stages.reporting.plots import CONFUSION_TABLE
 from stages.reporting.robustness import robustness_of
 from stages.reporting.rows import Choices, Group, Row, dense_of, extra_training, groups_of, is_control
 from stages.reporting.tables import confusion_counts, worst_classes

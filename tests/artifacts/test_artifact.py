@@ -12,8 +12,9 @@ from stages.artifacts.artifact import load_artifact, load_classifier, save_artif
 from stages.artifacts.description import Description, LayerStorage, parent_of, read_description
 from stages.common.errors import UserError
 from stages.common.files import sha256_of
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears, unpack_layer
+from stages.networks.spec import NetworkSpec
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": False}
 SPEC = NetworkSpec("timm", "convnext_atto", ARGUMENTS, 4)

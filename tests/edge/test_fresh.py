@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from stages.common.errors import UserError
-from stages.edge.fresh import measure_fresh, peak_rss_bytes
+from stages.edge.fresh import measure_fresh
+from stages.edge.memory import peak_rss_bytes
 from stages.edge.runtimes import ONNXRUNTIME
 
 

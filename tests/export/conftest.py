@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from stages.export.onnx_file import export_onnx
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.networks.spec import NetworkSpec
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ from stages.artifacts.artifact import load_artifact, load_classifier, save_artif
 from stages.artifacts.description import Description
 from stages.export.onnx_file import export_onnx
 from stages.export.session import open_session, session_logits
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.predict import predict_logits
 from stages.networks.reparameterize import fold_layer_scale
+from stages.networks.spec import NetworkSpec
 from stages.pruning.groups import cut_channels
 from stages.pruning.only_train_once_adapter import channel_groups
 

@@ -18,8 +18,8 @@ from stages.networks.modules import replace_module
 from stages.networks.predict import predict_logits
 from stages.params.export import Export
 from stages.params.quantizers import Int8Static
+from stages.quantization.int8 import int8_static
 from stages.quantization.rounding import round_nearest
-from stages.quantization.static import int8_static
 
 NO_OVERFLOW = pytest.mark.skipif(int8_overflows(), reason="products of 8 bits overflow here")
 

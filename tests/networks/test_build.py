@@ -7,8 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.networks.build import NetworkSpec, build_network, load_weights, spec_of
+from stages.networks.build import build_network, load_weights, spec_of
 from stages.networks.reparameterize import PointwiseLinear
+from stages.networks.spec import NetworkSpec
 from stages.params.models import Model
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}

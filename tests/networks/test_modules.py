@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.modules import load_tensors, output_positions, replace_module
+from stages.networks.spec import NetworkSpec
 
 MNASNET = NetworkSpec("torchvision", "mnasnet0_5", {}, 4)  # refuses tensors that come without its version
 

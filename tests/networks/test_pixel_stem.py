@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD, on_pixels, pixel_stem, take_pixels
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.networks.spec import NetworkSpec
 
 ARGUMENTS = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": False}
 SIZE = 32

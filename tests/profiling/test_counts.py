@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.artifacts.description import LayerStorage
 from stages.common.errors import UserError
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.dynamic_int8 import unpack_layer
 from stages.networks.norms import FixedDivisorLayerNorm
+from stages.networks.spec import NetworkSpec
 from stages.profiling.counts import count_layers, macs_visible, params_visible, totals
-from stages.quantization.dynamic import int8_dynamic
+from stages.quantization.int8 import int8_dynamic
 
 TINY = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 NETWORKS = {

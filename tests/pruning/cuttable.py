@@ -1,4 +1,4 @@
-"""Networks to cut: weights such that nothing is at its neutral value, real images, and a choice of channels."""
+"""Networks to cut, with weights away from their neutral values, real images, and a random choice of channels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,9 +9,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.reparameterize import fold_layer_scale
 from stages.networks.reshape import reshape
+from stages.networks.spec import NetworkSpec
 from stages.pruning.groups import ChannelGroup
 
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 12, 16, 24)}
@@ -19,8 +20,8 @@ TOY = NetworkSpec("timm", "toy", {}, classes=4)
 
 
 @torch.no_grad()
-def randomise(network: nn.Module) -> nn.Module:
-    """Weights such that no bias, norm or statistic is at its neutral value."""
+def randomize(network: nn.Module) -> nn.Module:
+    """Set random weights, such that no bias, norm or statistic is at its neutral value."""
     torch.manual_seed(0)
     for parameter in network.parameters():
         if parameter.dim() == 1:
@@ -36,7 +37,7 @@ def randomise(network: nn.Module) -> nn.Module:
 
 def folded(library: str, architecture: str, arguments: dict) -> tuple[nn.Module, NetworkSpec]:
     spec = NetworkSpec(library, architecture, arguments, classes=5)
-    network = randomise(build_network(spec))
+    network = randomize(build_network(spec))
     fold_layer_scale(network)
     return network, replace(spec, layer_scale_folded=True)
 
@@ -52,7 +53,7 @@ def digits(size: int) -> torch.Tensor:
 
 
 def builder(make: Callable[[], nn.Module]) -> Callable[[NetworkSpec], nn.Module]:
-    """In place of `build_network`: a network of the test's own at the widths of a spec."""
+    """A replacement of `build_network` for the test's own network, at the widths of a spec."""
 
     def build(spec: NetworkSpec) -> nn.Module:
         network = make()

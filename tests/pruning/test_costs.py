@@ -4,9 +4,10 @@ import pytest
 import torch
 from toy_groups import GROUPS, toy
 
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.modules import output_positions
 from stages.networks.reparameterize import fold_layer_scale
+from stages.networks.spec import NetworkSpec
 from stages.profiling.counts import count_layers, totals
 from stages.pruning.costs import costs_of
 from stages.pruning.groups import cut_channels

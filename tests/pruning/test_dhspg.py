@@ -1,13 +1,10 @@
 """DHSPG against a reference that follows the paper channel by channel, in loops."""
 
-import contextlib
 import copy
-import io
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy_groups import (
     CHANNELS,
     GROUPS,
@@ -17,43 +14,27 @@ from toy_groups import (
     entries_of,
     norms,
     optimizer_of,
-    oto,
+    rate,
     rows_of,
     run,
+    steering_of,
     toy,
-    toy_costs,
 )
 
-from stages.common.errors import UserError
-from stages.params.pruners import Oto
-from stages.pruning.channel_mask import ChannelMask
-from stages.pruning.dhspg import Dhspg, Products, _Phase, penalise
-from stages.pruning.hesso import Hesso, saliency
+from stages.params.pruners import ALL_SCORES
+from stages.pruning.dhspg import Products, _Phase, penalize
+from stages.pruning.steering import saliency
 
 ALL = [(g, c) for g, group in enumerate(GROUPS) for c in range(group.channels)]
-RATE = 0.01
-
-
-def rate(step: int) -> float:
-    return RATE * (1 - step / STEPS)
-
-
-def settings_with(**changes) -> Oto:
-    settings = {"optimizer": "dhspg", "start_fraction": 0.2, "end_fraction": 0.8} | changes  # steps 4 to 15
-    if settings["optimizer"] == "dhspg":
-        settings = {"penalty": 1e-3, "penalty_limit": 10.0} | settings
-    return oto(**settings)
-
-
-def dhspg_for(network: nn.Module, settings: Oto) -> Dhspg:
-    return Dhspg(network, GROUPS, toy_costs(), settings, STEPS, "pruners.toy", rate)
 
 
 class Reference:
     """Algorithm 3 of arXiv 2303.06862, with the forgetting at its end, one channel at a time."""
 
-    def __init__(self, network: nn.Module, settings: Oto) -> None:
-        self.network, self.settings = network, settings
+    def __init__(
+        self, network: nn.Module, penalty: float = 1e-3, penalty_limit: float = 10.0, half_space: float = 0.0
+    ) -> None:
+        self.network, self.limits, self.half_space = network, (penalty, penalty_limit), half_space
         self.redundant, self.zero, self.before = [], set(), {}
         self.projected = self.adjusted = 0
         self.start, self.end, self.forgetting = 4, 16, 3
@@ -62,7 +43,7 @@ class Reference:
         if step == self.start:
             parameters = dict(self.network.named_parameters())
             every = torch.ones(CHANNELS, dtype=torch.bool)
-            scores = saliency(GROUPS, parameters, self.settings.importance, every).tolist()
+            scores = saliency(GROUPS, parameters, ALL_SCORES, every).tolist()
             self.redundant = [ALL[i] for i in sorted(range(CHANNELS), key=scores.__getitem__)[: CHANNELS // 2]]
         self.before = {(g, c): entries_of(self.network, GROUPS[g], c) for g, c in self.redundant}
 
@@ -74,7 +55,7 @@ class Reference:
             if (g, c) in self.zero or step >= self.end:
                 self.put(g, c, torch.zeros_like(x))
                 continue
-            alpha, limits = rate(step), (self.settings.penalty, self.settings.penalty_limit)
+            alpha, limits = rate(step), self.limits
             d, direction = (x - moved) / alpha, x / x.norm()
             cosine = float(d @ direction / d.norm())
             lamb = limits[0]
@@ -85,7 +66,7 @@ class Reference:
                 if lamb >= most:
                     lamb = (least + most) / 2
             trial = moved - alpha * lamb * direction
-            if trial @ x < self.settings.half_space * (x @ x):
+            if trial @ x < self.half_space * (x @ x):
                 self.zero.add((g, c))
                 self.projected += 1
                 trial = torch.zeros_like(x)
@@ -107,9 +88,9 @@ class Reference:
 )
 def test_trajectory_is_that_of_the_paper_followed_channel_by_channel(optimizer, changes):
     # float64: Adam blows the rounding noise of gradients that are 0 up to whole steps
-    network, settings = toy().double(), settings_with(**changes)
+    network = toy().double()
     twin = copy.deepcopy(network)
-    dhspg, reference = dhspg_for(network, settings), Reference(twin, settings)
+    dhspg, reference = steering_of("dhspg", network, **changes), Reference(twin, **changes)
     one, other = optimizer_of(optimizer, network), optimizer_of(optimizer, twin)
     for step in range(STEPS):
         run(network, one, dhspg, [step])
@@ -130,7 +111,7 @@ def test_adjusted_direction_descends_for_the_loss_and_for_the_norm():
     generator = torch.Generator().manual_seed(0)
     x, step = torch.randn(2, 200, 5, generator=generator, dtype=torch.float64)
     products = Products((x * x).sum(1), (x * step).sum(1), (step * step).sum(1))
-    shrink, _ = penalise(products, 1.0, 1e-9, 1e9, 0.0)
+    shrink, _ = penalize(products, 1.0, 1e-9, 1e9, 0.0)
     direction = step - shrink[:, None] * x
     growing = products.xs > 0
     assert 50 < growing.sum() < 150
@@ -142,7 +123,7 @@ def test_adjusted_direction_descends_for_the_loss_and_for_the_norm():
 
 def test_penalty_stays_within_its_limits():
     products = Products(*(torch.tensor(v, dtype=torch.float64) for v in ([4.0] * 3, [2.0, 1e-6, -2.0], [1e6] * 3)))
-    shrink, projected = penalise(products, 0.1, 0.5, 3.0, 0.0)
+    shrink, projected = penalize(products, 0.1, 0.5, 3.0, 0.0)
     # lengths: alpha lambda = 1.1 x 2 / 2 over the limit of 0.3; under 0.05; any will do
     torch.testing.assert_close(shrink * 2, torch.tensor([0.3, 0.05, 0.05], dtype=torch.float64))
     assert not projected.any()
@@ -151,9 +132,9 @@ def test_penalty_stays_within_its_limits():
 def test_half_space_projection_is_strict():
     xx, xs = torch.tensor([1.0, 1.0, 1.0, 0.0]).double(), torch.tensor([-1.0, -1.1, -0.4, 0.0]).double()
     products = Products(xx, xs, torch.ones(4).double())
-    _, projected = penalise(products, 0.0, 1.0, 1.0, 0.0)
+    _, projected = penalize(products, 0.0, 1.0, 1.0, 0.0)
     assert projected.tolist() == [False, True, False, True]  # at 0 not yet; a channel of zeros is zero
-    _, projected = penalise(products, 0.0, 1.0, 1.0, 0.7)
+    _, projected = penalize(products, 0.0, 1.0, 1.0, 0.7)
     assert projected.tolist() == [True, True, True, True]
 
 
@@ -180,96 +161,11 @@ def test_both_layouts_of_the_parameters_compute_and_move_alike(channels_last):
         torch.testing.assert_close(rows, laid)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_masks_scale_channels_and_nothing_else(full):
-    network = toy().to(memory_format=torch.channels_last)
-    values = torch.rand(CHANNELS, generator=torch.Generator().manual_seed(0)).round(decimals=1)
-    values[:3], values[10:16] = torch.tensor([0.0, 1.0, 0.5]), 1.0
-    before, parameters = copy.deepcopy(network), dict(network.named_parameters())
-    ChannelMask(parameters, GROUPS, values, 1, full).multiply()
-    torch.testing.assert_close(norms(network), norms(before) * values)
-    assert torch.equal(norms(network)[values == 1], norms(before)[values == 1])
-    assert torch.equal(norms(network) == 0, values == 0)
-    assert torch.equal(network[8].weight, before[8].weight)
-    mask = ChannelMask(parameters, GROUPS, values > 0.5, 0, full)
-    before = copy.deepcopy(network)
-    mask.subtract(0.25)
-    torch.testing.assert_close(norms(network), norms(before) * (1 - 0.25 * (values > 0.5)))
-    mask.subtract(1.0)
-    assert torch.equal(norms(network) == 0, (values > 0.5) | (values == 0))
-
-
-@pytest.mark.parametrize("method", [Hesso, Dhspg])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_important_channels_follow_the_base_optimizer_alone(method, optimizer):
-    network = toy()
-    twin = copy.deepcopy(network)
-    more = () if method is Hesso else (rate,)
-    settings = settings_with(optimizer="hesso") if method is Hesso else settings_with(penalty=1.0)
-    constraint = method(network, GROUPS, toy_costs(), settings, STEPS, "p", *more)
-    if optimizer == "muon":  # mixes the rows of a matrix: only other layers' rows can be compared
-        for each in (network, twin):
-            each[6].requires_grad_(False)
-    one, other = optimizer_of(optimizer, network), optimizer_of(optimizer, twin)
-    for step in range(STEPS):
-        backward(twin, step)
-        for mine, theirs in zip(network.parameters(), twin.parameters(), strict=True):
-            mine.grad = None if theirs.grad is None else theirs.grad.clone()  # the same gradients for both
-        constraint.before_step(step)
-        one.step()
-        other.step()
-        constraint.after_step(step)
-    important = ~constraint.pruned
-    if optimizer == "muon":
-        important[16:] = False
-    assert 5 < important.sum() < CHANNELS
-    assert torch.equal(norms(network)[important], norms(twin)[important])
-    assert torch.equal(network[8].weight, twin[8].weight)
-
-
-class Waits(TorchDispatchMode):
-    """Fails where the host would have to wait for a device: it asks for a value or for a shape that depends on one."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function._schema.name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("method", [Hesso, Dhspg])
-def test_host_does_not_wait_in_a_normal_step(method):
-    network = toy()
-    more = () if method is Hesso else (rate,)
-    settings = settings_with(optimizer="hesso", pruning_periods=2) if method is Hesso else settings_with()
-    constraint = method(network, GROUPS, toy_costs(), settings, STEPS, "p", *more)
-    steps = optimizer_of("adamw", network)
-    for step in range(STEPS):
-        backward(network, step)
-        # the choice at 4 and HESSO's second at 10; masks are laid at the first step after each and of recovery
-        with contextlib.nullcontext() if step in (4, 10, 15, 16) else Waits():
-            constraint.before_step(step)
-            constraint.after_step(step) if step >= 4 else None
-        steps.step()
-    phase = _Phase(dict(network.named_parameters()), GROUPS, constraint.pruned, flat=True)
-    with Waits():
-        products = phase.products()
-        phase.move(products.xx, products.xs)
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.01])  # 0.01 of 28 channels is none
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_zero_target_leaves_the_base_optimizers_trajectory_bit_for_bit(optimizer, sparsity):
-    network = toy()
-    twin = copy.deepcopy(network)
-    run(network, optimizer_of(optimizer, network), dhspg_for(network, settings_with(group_sparsity=sparsity)))
-    run(twin, optimizer_of(optimizer, twin), None)
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("penalty", [1e-3, 5.0])
 def test_redundant_channels_are_exactly_zero_at_the_end_of_the_phase_and_stay_so(optimizer, penalty):
     network = toy()
-    dhspg = dhspg_for(network, settings_with(penalty=penalty))
+    dhspg = steering_of("dhspg", network, penalty=penalty)
     steps = optimizer_of(optimizer, network)
     chosen = []
     for step in range(STEPS):
@@ -288,71 +184,7 @@ def test_higher_penalty_projects_more_channels_before_the_forgetting():
     zeros = []
     for penalty in (1e-3, 40.0):
         network = toy()
-        dhspg = dhspg_for(network, settings_with(penalty=penalty, penalty_limit=100.0))
+        dhspg = steering_of("dhspg", network, penalty=penalty, penalty_limit=100.0)
         run(network, optimizer_of("sgd", network), dhspg, range(13))
         zeros.append(int(dhspg.pruned.sum()))
     assert zeros[0] < zeros[1]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("stop", [3, 4, 9, 14, 16, 18])
-def test_training_resumed_anywhere_ends_bit_for_bit_the_same(optimizer, stop):
-    network, settings = toy(), settings_with(penalty=40.0, penalty_limit=100.0, half_space=0.5)
-    steps, dhspg = optimizer_of(optimizer, network), dhspg_for(network, settings)
-    run(network, steps, dhspg, range(stop))
-    saved = io.BytesIO()
-    torch.save([network.state_dict(), steps.state_dict(), dhspg.state_dict()], saved)
-    run(network, steps, dhspg, range(stop, STEPS))
-
-    saved.seek(0)
-    states = torch.load(saved, weights_only=True)
-    resumed = toy()
-    steps, again = optimizer_of(optimizer, resumed), dhspg_for(resumed, settings)
-    for part, state in zip((resumed, steps, again), states, strict=True):
-        part.load_state_dict(state)
-    run(resumed, steps, again, range(stop, STEPS))
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), resumed.parameters(), strict=True))
-    assert torch.equal(dhspg.pruned, again.pruned)
-    assert int(again.pruned.sum()) == 14
-    assert again.channels_projected == dhspg.channels_projected > 0
-
-
-def test_projection_zeroes_the_channels_that_are_zero_by_now_in_another_copy():
-    network = toy()
-    average = copy.deepcopy(network)
-    dhspg = dhspg_for(network, settings_with(penalty=40.0, penalty_limit=100.0))
-    run(network, optimizer_of("sgd", network), dhspg, range(12))
-    untouched = norms(average)
-    dhspg.project(average)
-    assert 0 < int(dhspg.pruned.sum()) <= 14
-    assert torch.equal(norms(average) == 0, dhspg.pruned)
-    assert torch.equal(norms(average)[~dhspg.pruned], untouched[~dhspg.pruned])
-
-
-def test_parameters_in_channels_last_memory_are_pruned_in_place():
-    network = toy().to(memory_format=torch.channels_last)
-    address = network[3].weight.data_ptr()
-    dhspg = dhspg_for(network, settings_with())
-    run(network, optimizer_of("adamw", network), dhspg)
-    assert network[3].weight.data_ptr() == address
-    assert torch.equal(norms(network) == 0, dhspg.redundant)
-
-
-def test_phase_without_a_step_is_refused_with_the_key():
-    with pytest.raises(UserError, match=r"pruners\.toy\.end_fraction = 0\.21: no step of 20") as error:
-        dhspg_for(toy(), settings_with(end_fraction=0.21))
-    assert "lower finetune.batch_size (steps in an epoch: 20)" in str(error.value)
-
-
-def test_target_that_cannot_be_met_is_refused_before_training():
-    with pytest.raises(UserError, match=r"pruners\.toy\.macs_reduction = 0\.999: at most 0\.9"):
-        dhspg_for(toy(), settings_with(macs_reduction=0.999))
-
-
-def test_gradients_that_are_not_finite_are_refused():
-    network = toy()
-    dhspg = dhspg_for(network, settings_with())
-    backward(network, 0)
-    network[0].weight.grad[0] = torch.nan
-    with pytest.raises(UserError, match="NaN or infinite"):
-        dhspg.before_step(4)

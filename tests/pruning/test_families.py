@@ -4,42 +4,37 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torchvision
-from cuttable import SMALL, TOY, builder, digits, folded, random_half, randomise
+from cuttable import SMALL, TOY, builder, digits, folded, random_half, randomize
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
+from stages.networks.spec import NetworkSpec
 from stages.pruning.costs import costs_of
 from stages.pruning.groups import check_exact, cut_channels, relative_difference, zero_channels
 from stages.pruning.only_train_once_adapter import channel_groups, exact_groups
 
 TOLERANCE = 1e-4  # of the logits' scale
-THIN_VGG = {"mlp_ratio": 1 / 64}  # the head's hidden layer, which holds 9 of 10 weights at ratio 1
+THIN_VGG = {"mlp_ratio": 1 / 64}  # narrows the head's hidden layer, which holds 9 of 10 weights at ratio 1
 
 FAMILIES = [
     ("timm", "convnext_atto", SMALL | {"conv_mlp": True, "ls_init_value": None}),
     ("timm", "convnext_atto", SMALL | {"conv_mlp": True, "ls_init_value": 0.1}),
     ("timm", "convnext_atto", SMALL | {"conv_mlp": False, "ls_init_value": None}),
     ("timm", "convnext_atto", SMALL | {"conv_mlp": False, "ls_init_value": 0.1}),
-    ("timm", "convnext_atto", {}),
     ("timm", "convnext_base", {"depths": (1, 1, 1, 1)}),
-    ("torchvision", "convnext_tiny", {}),
+    ("torchvision", "convnext_tiny", {"block_setting": [[8, 12, 1], [12, 16, 1], [16, 20, 2], [20, None, 1]]}),
     ("timm", "convnextv2_atto", SMALL | {"conv_mlp": True}),
     ("timm", "convnextv2_atto", SMALL | {"conv_mlp": False}),
     ("timm", "resnet18", {}),
     ("timm", "resnet50", {"layers": (1, 2, 1, 1)}),
     ("torchvision", "resnet18", {}),
-    ("torchvision", "resnet50", {}),
     ("torchvision", "resnext50_32x4d", {}),
     ("timm", "vgg11_bn", THIN_VGG),
-    ("timm", "regnetx_002", {}),
     ("timm", "regnety_002", {}),
-    ("torchvision", "regnet_x_400mf", {}),
     ("torchvision", "regnet_y_400mf", {}),
     ("timm", "mobilenetv3_small_100", {}),
-    ("timm", "mobilenetv3_large_100", {}),
     ("torchvision", "mobilenet_v3_small", {}),
-    ("torchvision", "mobilenet_v3_large", {}),
     ("timm", "efficientnet_b0", {}),
     ("torchvision", "efficientnet_b0", {}),
 ]
@@ -74,24 +69,34 @@ def test_subnet_equals_the_zeroed_network_on_real_images(library, architecture, 
 
 
 def test_torchvisions_vgg_with_its_flattening_head_is_cut_exactly(monkeypatch):
-    def make() -> nn.Module:
-        layers = torchvision.models.vgg.make_layers([8, "M", 12, "M", 16, 16, "M", "M"], batch_norm=True)
-        network = torchvision.models.VGG(layers, num_classes=4, init_weights=False)
-        network.classifier[0], network.classifier[3] = nn.Linear(16 * 49, 40), nn.Linear(40, 24)
-        network.classifier[6] = nn.Linear(24, 4)
-        return network
+    class Vgg(torchvision.models.VGG):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)  # the library's own would build a head of 120 million weights first
+            self.features = torchvision.models.vgg.make_layers([8, "M", 12, 16, "M", "M"], batch_norm=True)
+            self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
+            hidden = nn.Linear(16 * 49, 40), nn.ReLU(), nn.Dropout(), nn.Linear(40, 24), nn.ReLU(), nn.Dropout()
+            self.classifier = nn.Sequential(*hidden, nn.Linear(24, 4))
 
-    monkeypatch.setattr("stages.pruning.groups.build_network", builder(make))
-    network = randomise(make())
-    for size in (32, 112):  # its pooling makes 7 x 7 out of 2 x 2, then of 7 x 7
-        assert_cut_is_exact(randomise(make()), TOY, size)
-    flattened = channel_groups(network, 32)[3]
+    monkeypatch.setattr("stages.pruning.groups.build_network", builder(Vgg))
+    network = randomize(Vgg())
+    for size in (16, 56):  # its pooling makes 7 x 7 out of 2 x 2, then of 7 x 7
+        assert_cut_is_exact(randomize(Vgg()), TOY, size)
+    flattened = channel_groups(network, 16)[2]
     assert [(part.name, part.repeat) for part in flattened.reads] == [("classifier.0.weight", 49)]
 
 
-@pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_convnext_small_at_full_depth_is_partitioned_and_cut(library):
-    network, spec = folded(library, "convnext_small", {})
+DEPTHS, WIDTHS = (3, 3, 27, 3), (8, 12, 16, 20)
+
+
+@pytest.mark.parametrize(
+    ("library", "arguments"),
+    [
+        ("timm", {"depths": DEPTHS, "dims": WIDTHS}),
+        ("torchvision", {"block_setting": list(zip(WIDTHS, (*WIDTHS[1:], None), DEPTHS, strict=True))}),
+    ],
+)
+def test_a_convnext_as_deep_as_small_is_partitioned_and_cut(library, arguments):
+    network, spec = folded(library, "convnext_small", arguments)
     groups = channel_groups(network, 32)
     assert len(groups) == 36 + 4
     pruned = random_half(groups)
@@ -120,12 +125,9 @@ def test_the_unit_of_a_grouped_convolution_is_one_of_its_groups():
     subnet, _ = cut_channels(network, spec, list(groups.values()), none | {unit.name: torch.tensor([True, False])})
     cut = subnet.get_submodule("trunk_output.block1.block1-0.f.b.0")
     assert (cut.groups, cut.in_channels, cut.out_channels, cut.weight.shape) == (1, 16, 16, (16, 16, 3, 3))
-    saved = sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in subnet.parameters())
-    widths = torch.tensor([group.channels for group in groups.values()])
-    one_less = widths - torch.tensor([int(group is unit) for group in groups.values()])
-    assert saved == sum(p.numel() for p in network.parameters()) - costs_of(network, list(groups.values()), 32).params(
-        one_less
-    )
+    one_less = torch.tensor([group.channels - (group is unit) for group in groups.values()])
+    left = costs_of(network, list(groups.values()), 32).params(one_less)
+    assert sum(p.numel() for p in subnet.parameters()) == left
 
 
 def test_grouped_convolutions_in_a_row_share_the_divisor_of_their_groups(monkeypatch):
@@ -135,7 +137,7 @@ def test_grouped_convolutions_in_a_row_share_the_divisor_of_their_groups(monkeyp
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
     monkeypatch.setattr("stages.pruning.groups.build_network", builder(make))
-    network = randomise(make())
+    network = randomize(make())
     first, second = channel_groups(network, 32)
     assert (first.name, first.channels, second.name, second.channels) == ("0", 4, "6", 8)
     assert_cut_is_exact(network, TOY, 32)
@@ -154,13 +156,13 @@ def test_learned_scales_outside_any_known_module_are_cut_along(monkeypatch):
             return self.head(self.act(x + self.shift.view(1, -1, 1, 1)).mean((2, 3)))
 
     monkeypatch.setattr("stages.pruning.groups.build_network", builder(Scaled))
-    _, smaller = assert_cut_is_exact(randomise(Scaled()), TOY, 16)
+    _, smaller = assert_cut_is_exact(randomize(Scaled()), TOY, 16)
     assert smaller.widths[""] == {"scale": 4, "shift": 6}
     assert smaller.widths["act"] == {"weight": 6}
 
 
 def test_a_group_that_lacks_one_slice_is_caught():
-    network, spec = folded("timm", "convnext_atto", SMALL | {"conv_mlp": False})
+    network, spec = folded("timm", "convnext_atto", {"depths": (1, 1, 1, 1), "dims": (4, 6, 8, 8), "conv_mlp": False})
     groups = channel_groups(network, 32)
     check_exact(network, spec, groups, 32)
     stage = next(position for position, group in enumerate(groups) if group.name == "stages.1.downsample.1")
@@ -174,7 +176,7 @@ def test_a_group_that_lacks_one_slice_is_caught():
 
 
 def test_a_group_that_reads_the_wrong_channels_of_the_right_shape_is_caught():
-    network, spec = folded("timm", "resnet18", {})
+    network, spec = folded("timm", "resnet18", {"layers": (2, 1, 1, 1), "channels": (8, 8, 8, 8)})
     groups = channel_groups(network, 32)
     inner = [position for position, group in enumerate(groups) if group.name in ("layer1.0.conv1", "layer1.1.conv1")]
     one, other = (groups[position] for position in inner)
@@ -214,7 +216,7 @@ def test_groups_that_only_fail_the_proof_are_left_whole_too(monkeypatch):
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
     monkeypatch.setattr("stages.pruning.groups.build_network", builder(make))
-    network = randomise(make())
+    network = randomize(make())
     with pytest.raises(UserError, match="removing zeroed channels of 0 would change the output"):
         exact_groups(network, TOY, 12, allow_partial=False)
     groups, left = exact_groups(network, TOY, 12, allow_partial=True)
@@ -231,4 +233,4 @@ def test_a_network_of_which_nothing_can_be_cut_is_refused_even_in_part():
             return self.head(torch.cat([self.one(x), self.other(x)], 1)).flatten(1)
 
     with pytest.raises(UserError, match=r"no channels that could be pruned \(of 2 layers such as one none can be cut"):
-        exact_groups(randomise(Joined()), TOY, 8, allow_partial=True)
+        exact_groups(randomize(Joined()), TOY, 8, allow_partial=True)

@@ -41,7 +41,7 @@ def reduction(name, kept):
             return 1 - costs.macs(kept).item() / costs.macs_dense
 
 
-def brute_force(scores, pruner, share=1.0):
+def brute_force(scores, pruner, fraction=1.0):
     """Channels taken away one unit at a time, the unit of least mean score among those next in line, in plain loops."""
     [(name, target)] = pruner.target.items()
     d = pruner.divisible_by
@@ -66,12 +66,12 @@ def brute_force(scores, pruner, share=1.0):
         outcomes.append(outcomes[-1] | set(left[g][:size]))
         left[g] = left[g][size:]
     if name == "group_sparsity":
-        goal = round(share * target * CHANNELS)
+        goal = round(fraction * target * CHANNELS)
         return None if goal > len(outcomes[-1]) else min(outcomes, key=lambda out: abs(len(out) - goal))
     for out in outcomes:
         gone = torch.zeros(CHANNELS, dtype=torch.bool)
         gone[list(out)] = True
-        if reduction(name, kept_of(gone)) >= share * target - 1e-12:
+        if reduction(name, kept_of(gone)) >= fraction * target - 1e-12:
             return out
     return None
 
@@ -80,15 +80,15 @@ def brute_force(scores, pruner, share=1.0):
 @pytest.mark.parametrize(("minimum_width", "divisible_by"), [(1, 1), (3, 1), (1, 4), (5, 2), (6, 4)])
 def test_choice_is_that_of_a_brute_force_search(name, minimum_width, divisible_by):
     changed = 0
-    for seed, target, share in itertools.product(range(3), (0.1, 0.3, 0.45), (1.0, 0.4)):
+    for seed, target, fraction in itertools.product(range(3), (0.1, 0.3, 0.45), (1.0, 0.4)):
         pruner = oto(**{name: target}, minimum_width=minimum_width, divisible_by=divisible_by)
         scores = random_scores(seed)
-        expected = brute_force(scores.double(), pruner, share)
+        expected = brute_force(scores.double(), pruner, fraction)
         if brute_force(scores.double(), pruner) is None:
             with pytest.raises(UserError, match="at most"):
-                choose(scores, pruner, share=share)
+                choose(scores, pruner, fraction=fraction)
             continue
-        assert set(choose(scores, pruner, share=share).nonzero().flatten().tolist()) == expected
+        assert set(choose(scores, pruner, fraction=fraction).nonzero().flatten().tolist()) == expected
         changed += len(expected) > 0
     assert changed >= 3
 
@@ -122,13 +122,13 @@ def test_equal_scores_keep_the_order_of_the_network_and_allowed_widths():
 @pytest.mark.parametrize("name", TARGETS)
 def test_pruned_channels_stay_pruned_and_count(name):
     pruner = oto(**{name: 0.5}, divisible_by=2)
-    first = choose(random_scores(0), pruner, share=0.5)
+    first = choose(random_scores(0), pruner, fraction=0.5)
     scores = random_scores(1).masked_fill(first, torch.nan)  # nobody looks at them
-    second = choose(scores, pruner, share=1.0, pruned=first)
+    second = choose(scores, pruner, fraction=1.0, pruned=first)
     assert (second | ~first).all()
     assert second.sum() > first.sum()
     assert reduction(name, kept_of(second)) == pytest.approx(0.5, abs=0.08)
-    again = choose(scores, pruner, share=0.5, pruned=second)  # less than is pruned already: nothing comes back
+    again = choose(scores, pruner, fraction=0.5, pruned=second)  # less than is pruned already: nothing comes back
     assert torch.equal(again, second)
 
 

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.params.pruners import Oto
+from stages.params.pruners import Importance, Oto
 from stages.pruning.costs import Costs, costs_of
+from stages.pruning.dhspg import Dhspg
 from stages.pruning.groups import ChannelGroup, Slice
+from stages.pruning.hesso import Hesso
+from stages.pruning.steering import Steering
 
 GROUPS = [
     ChannelGroup(
@@ -31,6 +34,7 @@ GROUPS = [
 CHANNELS = 28
 STEPS = 20
 OPTIMIZERS = ["sgd", "adamw", "muon"]
+COSINE = Importance(cosine_similarity=1.0)
 
 
 def toy() -> nn.Sequential:
@@ -63,6 +67,24 @@ def oto(**changes: Any) -> Oto:
     if not {"params_reduction", "macs_reduction"} & changes.keys():
         settings["group_sparsity"] = 0.5
     return Oto(method="oto", **settings | {"end_fraction": 0.65} | changes)
+
+
+def rate(step: int) -> float:
+    return 0.01 * (1 - step / STEPS)
+
+
+def steering_of(method: str, network: nn.Module, **changes: Any) -> Steering:
+    """HESSO or DHSPG for the toy network over steps 4 to 15; each ignores the settings of the other."""
+    settings = {"end_fraction": 0.8} | changes
+    arguments = network, GROUPS, toy_costs()
+    if method == "dhspg":
+        settings = {"penalty": 1e-3, "penalty_limit": 10.0} | settings
+        settings.pop("pruning_periods", None)
+        return Dhspg(*arguments, oto(optimizer="dhspg", **settings), STEPS, "pruners.toy", rate)
+    settings = {
+        name: value for name, value in settings.items() if name not in ("penalty", "penalty_limit", "half_space")
+    }
+    return Hesso(*arguments, oto(**settings), STEPS, "pruners.toy")
 
 
 class Both:
@@ -118,6 +140,11 @@ def rows_of(network: nn.Module, group: ChannelGroup, channel: int) -> list[tuple
 def entries_of(network: nn.Module, group: ChannelGroup, channel: int) -> torch.Tensor:
     """All that makes one channel, as float64 in one row."""
     return torch.cat([p.detach()[rows].double().flatten() for p, rows in rows_of(network, group, channel)])
+
+
+def gradients_of(network: nn.Module, group: ChannelGroup, channel: int) -> torch.Tensor:
+    """The gradients of all that makes one channel, as float64 in one row."""
+    return torch.cat([p.grad[rows].double().flatten() for p, rows in rows_of(network, group, channel)])
 
 
 def norms(network: nn.Module) -> torch.Tensor:

@@ -134,5 +134,5 @@ def test_calibration_images_are_drawn_by_their_seed_and_keep_their_labels():
 
 
 def test_more_calibration_images_than_there_are_is_refused():
-    with pytest.raises(UserError, match=r"quantize\.q\.calibration_images = 256: the training part holds 50"):
-        calibration_images(part_of(50), Int8Static(method="int8_static"), "quantize.q")
+    with pytest.raises(UserError, match=r"quantizers\.q\.calibration_images = 256: the training part has 50"):
+        calibration_images(part_of(50), Int8Static(method="int8_static"), "quantizers.q")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from toy_problem import many_layers, toy_problem
+from toys import many_layers, toy_problem
 
 from stages.params.quantizers import LearnedBits
 from stages.quantization.controller import Controller, learn_bits
@@ -12,7 +12,7 @@ SETTINGS = LearnedBits(method="learned_bits", average_bits=4, choices=[2, 4, 8])
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_what_it_finds_is_better_than_even_bits_and_chance_and_no_better_than_exact(seed):
+def test_learned_bits_are_better_than_even_and_random_ones_and_no_better_than_exact_ones(seed):
     learned, drawn, exact = (many_layers(seed) for _ in range(3))
     learn_bits(learned, SETTINGS)
     search_at_random(drawn)
@@ -22,25 +22,28 @@ def test_what_it_finds_is_better_than_even_bits_and_chance_and_no_better_than_ex
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_it_tries_becomes_better_where_sensitivities_say_nothing(seed):
-    """Against the same draws of a policy that never moves."""
-    learned, untrained = (uninformative(many_layers(seed, evaluations=1200)) for _ in range(2))
+def test_draws_improve_over_those_of_a_fixed_policy_where_sensitivities_say_nothing(seed):
+    learned, untrained = (
+        uninformative(toy_problem(WEIGHTS, HARM, (2, 3, 4, 5, 6, 7, 8), evaluations=600, seed=seed)) for _ in range(2)
+    )
     learn_bits(learned, SETTINGS.model_copy(update={"learning_rate": 0.05}))
     learn_bits(untrained, SETTINGS.model_copy(update={"learning_rate": 0.0}))
-    assert learned.tried[:10] == untrained.tried[:10]  # even bits, the likeliest, and the first eight draws
+    assert learned.tried[:10] == untrained.tried[:10]  # even bits, the most probable, and the first eight draws
     assert np.mean(learned.tried[-100:]) - 1 < 0.7 * (np.mean(untrained.tried[-100:]) - 1)
 
 
-def test_the_sensitivities_are_where_the_policy_begins():
+def test_the_policy_starts_at_the_ilp_of_the_sensitivities():
     problem = many_layers(0)
     learn_bits(problem, SETTINGS.model_copy(update={"learning_rate": 0.0}))
     exact = many_layers(0)
     search_by_ilp(exact)
-    assert problem.tried[1] == problem.tried[-1] == pytest.approx(exact.tried[1])  # the likeliest, as it never moved
+    assert (
+        problem.tried[1] == problem.tried[-1] == pytest.approx(exact.tried[1])
+    )  # the most probable, as the policy never moved
     assert np.mean(problem.tried[1:]) < problem.tried[0]  # its draws are better than even bits
 
 
-def test_without_noise_the_likeliest_choice_of_each_layer_comes():
+def test_without_noise_each_layer_gets_its_most_probable_choice():
     controller = Controller(torch.randn(4, 3), torch.randn(4, 5), hidden_units=8)
     allocation, _, _, values = controller(1, None)
     assert torch.equal(allocation[0], controller.prior.argmax(1))
@@ -100,8 +103,7 @@ def test_every_evaluation_is_used_and_none_beyond(evaluations):
 
 def test_the_same_seed_tries_the_same_and_another_one_others():
     def tried(seed: int) -> list[float]:
-        problem = toy_problem(WEIGHTS, HARM, evaluations=60)
-        problem.seed = seed
+        problem = toy_problem(WEIGHTS, HARM, evaluations=60, seed=seed)
         learn_bits(problem, SETTINGS)
         return problem.tried
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from toy_task import task_of
+from toys import session_of
 
 from stages.common.errors import UserError
 from stages.params.quantizers import Int8Dynamic, Int8Static, UniformBits
@@ -61,7 +61,7 @@ def one_weight_of_two_modules() -> nn.Module:
 )
 def test_shared_weights_are_refused_with_both_names(build: Callable[[], nn.Module], first, second, quantizer):
     with pytest.raises(UserError, match=f"^{first} and {second} are one and the same parameter: .* fp32 quantizer$"):
-        quantize(task_of(build(), QUANTIZERS[quantizer]))
+        quantize(session_of(build(), QUANTIZERS[quantizer]))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -69,6 +69,6 @@ def test_shared_modules_that_get_no_integers_are_no_reason_to_refuse(quantizer):
     norm, activation = nn.LayerNorm(8), nn.ReLU()
     body = nn.Sequential(nn.Linear(192, 8), norm, activation, nn.Linear(8, 8), norm, activation, nn.Linear(8, 2))
     network = nn.Sequential(nn.Flatten(), body)
-    quantized = quantize(task_of(network, QUANTIZERS[quantizer]))
+    quantized = quantize(session_of(network, QUANTIZERS[quantizer]))
     assert quantized.layers.keys() == {"1.0", "1.3", "1.6"}
     assert quantized.network[1][1] is quantized.network[1][4]

@@ -2,10 +2,11 @@ import itertools
 
 import numpy as np
 import pytest
-from toy_problem import toy_problem
+from toys import toy_problem
 
 from stages.common.errors import UserError
 from stages.quantization.searches import (
+    BitBudget,
     measure_sensitivities,
     search_at_random,
     search_by_ilp,
@@ -14,6 +15,40 @@ from stages.quantization.searches import (
 )
 
 WEIGHTS, HARM = [40, 10, 25, 5, 60, 30], [9.0, 100.0, 1.0, 400.0, 3.0, 30.0]
+SEARCHES = [search_at_random, search_greedily, search_by_ilp]
+
+
+def budget_of(*weights: int, average: float = 4.0) -> BitBudget:
+    return BitBudget(np.array(weights), np.arange(2, 9), int(average * sum(weights)))
+
+
+def test_no_projected_allocation_exceeds_the_budget_and_none_leaves_room():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(generator.integers(1, 9))
+        budget = budget_of(*generator.integers(1, 1000, count), average=generator.uniform(2, 8))
+        values = generator.normal(size=(count, 7))
+        allocation = budget.project(generator.integers(0, 7, count), values)
+        room = budget.bits - budget.used(allocation)
+        assert room >= 0
+        assert all(weight > room for weight, choice in zip(budget.weights, allocation, strict=True) if choice < 6)
+
+
+RISING = np.arange(7.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "average", "start", "values", "expected"),
+    [
+        ((10, 10, 20), 4, [0, 4, 2], np.zeros((3, 7)), [0, 4, 2]),  # it fills the budget and stays
+        ((10, 10), 5, [6, 6], np.stack([RISING, 0 * RISING]), [6, 0]),  # only the first layer wants bits
+        ((100, 1), 6, [6, 6], np.stack([RISING, RISING]), [3, 6]),  # a large layer loses as little for more bits
+        ((7, 3), 2, [3, 5], np.zeros((2, 7)), [0, 0]),  # the least budget leaves no choice
+        ((7, 3), 8, [3, 5], np.zeros((2, 7)), [6, 6]),  # nor does the largest
+    ],
+)
+def test_a_projection_moves_where_the_least_is_lost_for_the_bits(weights, average, start, values, expected):
+    assert budget_of(*weights, average=average).project(np.array(start), values).tolist() == expected
 
 
 def best_by_brute_force(rises: np.ndarray, problem) -> float:
@@ -32,12 +67,6 @@ def test_the_ilp_is_as_good_as_trying_everything(seed):
     assert rises[np.arange(6), allocation].sum() == pytest.approx(best_by_brute_force(rises, problem), abs=1e-9)
 
 
-def test_on_losses_that_add_up_the_ilp_finds_the_best_of_all():
-    problem = toy_problem(WEIGHTS, HARM)
-    search_by_ilp(problem)
-    assert problem.tried[1] - 1 == pytest.approx(best_by_brute_force(problem.errors, problem))
-
-
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e7])
 def test_the_ilp_is_exact_whatever_the_size_of_the_rises(size):
     generator = np.random.default_rng(0)
@@ -48,15 +77,13 @@ def test_the_ilp_is_exact_whatever_the_size_of_the_rises(size):
     assert problem.errors[rows, solve(size * problem.errors, problem.budget)].sum() == pytest.approx(best, rel=1e-6)
 
 
-def test_greedy_is_near_the_ilp_and_far_better_than_uniform():
+def test_on_losses_that_add_up_the_ilp_is_best_and_greedy_near_it():
     greedy, exact = toy_problem(WEIGHTS, HARM), toy_problem(WEIGHTS, HARM)
     search_greedily(greedy)
     search_by_ilp(exact)
+    assert exact.tried[1] - 1 == pytest.approx(best_by_brute_force(exact.errors, exact))
     uniform = greedy.evaluate({layer.name: 4 for layer in greedy.layers})
     assert min(exact.tried) <= min(greedy.tried) < 1 + 0.5 * (uniform - 1)
-
-
-SEARCHES = [search_at_random, search_greedily, search_by_ilp]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -71,18 +98,17 @@ def test_every_search_uses_its_evaluations_and_no_more_bits_than_it_may(search, 
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_every_search_tries_even_bits_first_and_is_never_worse(search):
+def test_every_search_tries_even_bits_first_and_ends_with_the_best_that_it_tried(search):
     problem = toy_problem(WEIGHTS, [1.0] * 6, evaluations=8)
     search(problem)
     assert problem.tried[0] == problem.evaluate({layer.name: 4 for layer in problem.layers})
-    assert problem.evaluate({f"layer{i}": int(problem.budget.choices[c]) for i, c in enumerate(problem.best)}) == min(
-        problem.tried
-    )
+    best = {f"layer{i}": int(problem.budget.choices[c]) for i, c in enumerate(problem.best)}
+    assert problem.evaluate(best) == min(problem.tried)
 
 
 @pytest.mark.parametrize("search", [search_greedily, search_by_ilp])
 def test_evaluations_that_are_left_mend_what_single_layers_could_not_tell(search):
-    """A layer that is ruinous at few bits only together with others: rises alone lead astray, neighbours lead back."""
+    """A layer is ruinous at few bits only together with others: rises mislead the search, and neighbors mend that."""
 
     def problem_of(evaluations):
         problem = toy_problem([50] * 6, HARM, (2, 3, 4, 5, 6), evaluations=evaluations)
@@ -97,29 +123,25 @@ def test_evaluations_that_are_left_mend_what_single_layers_could_not_tell(search
     assert min(with_some.tried) < min(without.tried)
 
 
-def test_a_neighbour_that_no_budget_allows_is_left_out():
+def test_a_neighbor_that_no_budget_allows_is_left_out():
     problem = toy_problem([1000, 1, 1], [1.0, 5.0, 1.0], evaluations=60)  # layer 0 can never have 8 bits
     search_greedily(problem)
     assert len(problem.tried) < 60 - 9
     assert problem.budget.used(problem.best) <= problem.budget.bits
 
 
-def test_random_search_keeps_the_best_and_another_seed_tries_others():
-    one, other = toy_problem(WEIGHTS, HARM, evaluations=30), toy_problem(WEIGHTS, HARM, evaluations=30)
-    other.seed = 1
+def test_random_search_tries_others_under_another_seed():
+    one, other = (toy_problem(WEIGHTS, HARM, evaluations=30, seed=seed) for seed in (0, 1))
     search_at_random(one)
     search_at_random(other)
     assert len(one.tried) == 30
-    bits = {layer.name: int(b) for layer, b in zip(one.layers, one.budget.choices[one.best], strict=True)}
-    assert one.evaluate(bits) == min(one.tried)
     assert one.tried != other.tried
 
 
-def test_with_few_evaluations_the_rises_that_are_not_measured_follow_from_the_errors():
-    problem = toy_problem(WEIGHTS, HARM, evaluations=13)
-    found = measure_sensitivities(problem, 12)
+def test_rises_that_are_not_measured_follow_from_the_errors():
+    found = measure_sensitivities(toy_problem(WEIGHTS, HARM, evaluations=13), 12)
     assert found.measured.tolist() == [True, True, False]  # nearest to the average of 4 bits, the fewer first
-    assert np.allclose(found.rises, problem.errors)
+    assert np.allclose(found.rises, toy_problem(WEIGHTS, HARM).errors)
 
 
 def test_a_layer_that_seemed_to_help_is_not_taken_for_free_at_other_bits():

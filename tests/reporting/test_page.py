@@ -8,8 +8,8 @@ import pytest
 from synthetic_run import change_edge, page_of, params_of, read, write_run
 
 from stages.reporting.cards import card
+from stages.reporting.drawing import Picture
 from stages.reporting.inputs import CompletedRun
-from stages.reporting.plots import Picture
 from stages.reporting.rows import Row, assemble_rows, choose, groups_of
 from stages.reporting.wording import ms_text, points_text
 

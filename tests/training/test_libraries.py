@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
+from stages.networks.spec import NetworkSpec
 
 NETWORKS = {
     "timm": ("convnext_atto", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32], "conv_mlp": False}),

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
+from stages.networks.spec import NetworkSpec
 from stages.params.finetune import Finetune
 from stages.training import muon
 from stages.training.muon import Muon, orthogonalize

@@ -6,7 +6,8 @@ import numpy as np
 from torch import nn
 
 from stages.datasets.store import Part
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
+from stages.networks.spec import NetworkSpec
 from stages.params.base import Base
 
 BASE = Base(device="cpu", threads=1)

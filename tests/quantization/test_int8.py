@@ -3,14 +3,15 @@ import pytest
 import torch
 from torch import nn
 
-from stages.networks.build import NetworkSpec, build_network
+from stages.networks.build import build_network
 from stages.networks.integer_weights import Grid, dequantized, integer_layers
 from stages.networks.predict import predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
+from stages.networks.spec import NetworkSpec
 from stages.params.quantizers import Int8Static
-from stages.quantization.static import int8_static
+from stages.quantization.int8 import int8_static
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (96, 32, 32, 3), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

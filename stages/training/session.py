@@ -1,7 +1,7 @@
-"""One pruning: what it starts from, how it trains, and what it leaves."""
+"""A session changes one network: it prunes the network of a dense artifact, or quantizes that of a pruned one."""
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +10,12 @@ from torch import nn
 
 from stages.artifacts.description import Description
 from stages.datasets.store import Part
-from stages.networks.build import NetworkSpec
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
-from stages.networks.reparameterize import fold_layer_scale
+from stages.params.base import Base
+from stages.params.budget import Budget
 from stages.params.finetune import Finetune
-from stages.params.pruners import Pruner
-from stages.params.whole import Params
+from stages.params.section import Section
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
 from stages.training.host import prepare_host
@@ -25,86 +24,67 @@ from stages.training.trainer import Trained, train
 
 
 @dataclass
-class Pruned:
-    """What a pruner leaves."""
-
-    network: nn.Module
-    spec: NetworkSpec
-    metrics: dict[str, float]
-    """Figures on validation images, and counts of what was removed."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass
 class Session:
-    """One pruning of one dense network."""
+    """One network from its parent artifact, and one entry of params.yaml that says how to change it."""
 
-    params: Params
+    stage: Literal["prune", "quantize"]
     key: str
-    dense: nn.Module
-    """As the dense artifact has it; left as it is."""
+    """Name of the artifact that the session makes: an entry of `pruned` or `variants`."""
+    network: nn.Module
+    """The parent's network, on the CPU. Nothing changes it: sessions work on copies."""
     parent: Description
+    settings: Section
+    """The entry of `pruners` or `quantizers`; a session trains only if it is a `Budget`."""
+    param: str
+    """The place of `settings` in params.yaml, for messages: `pruners.oto50`."""
+    base: Base
+    finetune: Finetune
     train_part: Part
     validation_part: Part
     checkpoints: Path | None = None
 
     @property
-    def pruner_name(self) -> str:
-        return self.params.pruned[self.key].pruner
-
-    @property
-    def pruner(self) -> Pruner:
-        return self.params.pruners[self.pruner_name]
-
-    @property
-    def param(self) -> str:
-        """The pruner's place in params.yaml, for messages."""
-        return f"pruners.{self.pruner_name}"
-
-    @property
     def seed(self) -> int:
-        return self.params.seed_of(self.parent.model)
+        return self.parent.seed
 
     @property
     def input_size(self) -> int:
         return self.parent.input_size
 
-    @cached_property
-    def folded(self) -> nn.Module:
-        """A copy of the dense network with its layer scale folded: what every pruner that trains starts from, the
-        control too, or it would have other parameters."""
-        network = copy.deepcopy(self.dense)
-        fold_layer_scale(network)
-        return network
-
     @property
-    def folded_spec(self) -> NetworkSpec:
-        return replace(self.parent.network, layer_scale_folded=True)
+    def classifier(self) -> Classifier:
+        return Classifier(self.parent.preprocess(), self.network).eval()
 
     @cached_property
     def recipe(self) -> Finetune:
-        return recipe_for(self.params.finetune, self.pruner)
+        """The recipe of `finetune` with the epochs and the learning rate factor of `settings`."""
+        return recipe_for(self.finetune, self._budget)
+
+    @property
+    def _budget(self) -> Budget:
+        assert isinstance(self.settings, Budget), f"{self.param} does not train"
+        return self.settings
 
     @property
     def steps(self) -> int:
-        """Optimizer steps in the pruner's whole budget."""
+        """Optimizer steps of the whole recipe."""
         return steps_in(self.recipe, len(self.train_part))
 
     def learning_rate(self, step: int) -> float:
         return self.recipe.learning_rate * schedule(step, self.steps, self.recipe)
 
     def epochs_until(self, step: int) -> int:
-        """Whole epochs after which `step` steps are done."""
+        """Number of whole epochs after which `step` steps are done."""
         return -(-step // steps_per_epoch(self.recipe, len(self.train_part)))
 
     def identity(self) -> dict[str, Any]:
-        """All that determines the result."""
+        """All that determines the result: a checkpoint of another identity is not continued."""
         return {
             "parent": self.parent.tensors,
             "data": self.parent.data,
-            "pruner": self.pruner.model_dump(),
-            "finetune": self.params.finetune.model_dump(),
-            "base": self.params.base.model_dump(),
+            "settings": self.settings.model_dump(),
+            "finetune": self.finetune.model_dump(),
+            "base": self.base.model_dump(),
             "seed": self.seed,
         }
 
@@ -118,15 +98,16 @@ class Session:
         phase: str = "",
         recipe: Finetune | None = None,
     ) -> Trained:
-        """Train `network` in place by the pruner's recipe, or another one (see `training.trainer.train`).
+        """Train `network` in place (see `training.trainer`), with the parent's network as the teacher of distillation.
 
         Args:
-            phase: names the checkpoints of a training that is one of several.
+            phase: Names the checkpoints of a training that is one of several.
+            recipe: Replaces the session's recipe.
         """
-        pruner, distillation = self.pruner, None
-        if pruner.distillation:
-            teacher = copy.deepcopy(self.dense)
-            distillation = Distillation(teacher, pruner.distillation, pruner.distillation_temperature)
+        budget, distillation = self._budget, None
+        if budget.distillation:
+            teacher = copy.deepcopy(self.network)
+            distillation = Distillation(teacher, budget.distillation, budget.distillation_temperature)
         checkpoints = self.checkpoints and self.checkpoints / phase
         if checkpoints is not None:
             checkpoints.mkdir(exist_ok=True)
@@ -136,9 +117,9 @@ class Session:
             self.validation_part,
             self.parent.preprocess(),
             recipe or self.recipe,
-            base=self.params.base,
+            base=self.base,
             seed=self.seed,
-            title=f"prune {self.key}",
+            title=f"{self.stage} {self.key}",
             constraint=constraint,
             distillation=distillation,
             epochs=epochs,
@@ -148,8 +129,8 @@ class Session:
         )
 
     def validation_top1(self, network: nn.Module) -> float:
-        """In float32; the network, on the CPU, is left as it is."""
-        device = prepare_host(self.params.base)
+        """Top-1 on the validation images in float32. The network, on the CPU, stays as it is."""
+        device = prepare_host(self.base)
         classifier = copy.deepcopy(Classifier(self.parent.preprocess(), network)).to(device)
         logits = predict_logits(classifier, self.validation_part.images, EVALUATION_BATCH, device)
         return top1(logits, self.validation_part.labels)

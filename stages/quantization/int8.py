@@ -1,4 +1,4 @@
-"""Static int8: weights and activations on grids that are fixed before the network ships."""
+"""Int8 networks: dynamic (grids of activations are found in every call) and static (they are fixed here)."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stages.artifacts.description import LayerStorage
+from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears
 from stages.networks.integer_weights import KINDS, Grid, with_integers
 from stages.networks.modules import along_outputs, replace_module
 from stages.networks.pixel_stem import on_pixels, pixel_stem
@@ -19,31 +20,48 @@ from stages.quantization.rounding import Rounded, round_nearest
 
 ACTIVATION_BITS = 8
 LARGEST_BIAS = 2**30
-"""Steps: half of what an int32 holds, as the products are added to it."""
+"""Largest bias in steps: half the range of int32, since the products are added to it."""
 PIXELS = Grid(scale=1.0, zero_point=0)
-"""Of stored pixels, which are integers from 0 to 255."""
+"""Grid of stored pixels, which are integers from 0 to 255."""
+
+
+def int8_dynamic(network: nn.Module, per_channel: bool) -> tuple[nn.Module, dict[str, LayerStorage]]:
+    """Pack every Linear layer to int8, and every 1x1 convolution as a Linear layer; all other layers stay float.
+
+    Args:
+        network: Float; it stays as it is.
+        per_channel: One scale for each output channel, otherwise one for the whole weight.
+
+    Returns:
+        The packed network, and the storage of each packed layer.
+    """
+    linear = copy.deepcopy(network)
+    pointwise_to_linear(linear)
+    packed = quantize_linears(linear, per_channel)
+    scheme = "symmetric_per_channel" if per_channel else "symmetric_per_tensor"
+    return packed, {name: LayerStorage(8, 8, scheme) for name in dynamic_layers(packed)}
 
 
 def int8_static(
     classifier: Classifier, quantizer: Int8Static, images: np.ndarray
 ) -> tuple[Classifier, dict[str, LayerStorage], list[str], dict[str, int]]:
-    """Round weights for each channel, and the inputs of layers (of convolutions the outputs too) for each tensor.
+    """Round weights for each channel, and layers' inputs (and convolutions' outputs) for each tensor.
 
-    Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing; so do norms,
-    activation functions and layers that the network never runs, whose inputs have no range. 1x1 convolutions are
-    treated as the Linear layers that they are. Where the first convolution can take the stored pixels as they are, and
-    has as many weights then, it does: pixels are integers already, so that its input is not rounded at all.
+    Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing. So do norms,
+    activation functions, and layers that never run, whose inputs have no range. 1x1 convolutions become Linear layers.
+    If the first convolution can take stored pixels directly with as many weights, it does: pixels are integers, so that
+    its input is not rounded at all.
 
     Args:
-        classifier: float; left as it is.
-        images: uint8 `[n, H, W, 3]`, to calibrate on.
+        classifier: Float; it stays as it is.
+        images: uint8 `[n, H, W, 3]`, the calibration images.
 
     Returns:
-        The classifier, how each int8 layer is stored, the names of the layers that stayed in float, and the network's
+        The classifier, the storage of each int8 layer, the names of the layers in float, and the network's
         `pixel_stem`.
 
     Raises:
-        UserError: if two layers share a weight.
+        UserError: If two layers share a weight.
     """
     refuse_shared_weights(classifier.network)
     classifier, stem = _on_pixels(classifier, images.shape[1])
@@ -73,8 +91,7 @@ def int8_static(
 
 @torch.no_grad()
 def _with_room_for_the_bias(layer: nn.Module, rounded: Rounded, input_scale: float) -> Rounded:
-    """With coarser steps for channels of next to no weights: their bias, an int32 of steps of weight times input as the
-    runtime adds them up, would not fit otherwise."""
+    """Use coarser steps in channels whose weights are so small that the bias, in int32 steps, would overflow."""
     if layer.bias is None:
         return rounded
     least = layer.bias.abs().float() / (input_scale * LARGEST_BIAS)
@@ -85,7 +102,7 @@ def _with_room_for_the_bias(layer: nn.Module, rounded: Rounded, input_scale: flo
 
 
 def _on_pixels(classifier: Classifier, image_size: int) -> tuple[Classifier, dict[str, int]]:
-    """The classifier whose first convolution takes stored pixels, and its `pixel_stem`; the same one where none can."""
+    """The classifier whose first convolution takes stored pixels, and its `pixel_stem`; itself and {} if none can."""
     found = pixel_stem(classifier, image_size)
     twin = on_pixels(classifier, image_size, *found) if found else None
     if twin is None or _parameters(twin) != _parameters(classifier):
