@@ -39,7 +39,7 @@ def newton_schulz(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("iterations", [5, 3])
-def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network, iterations, monkeypatch):
+def test_muon_moves_hidden_matrices_by_their_orthogonalized_gradients(network, iterations, monkeypatch):
     monkeypatch.setattr(muon, "use_bfloat16", lambda precision, device: False)
     network.to(memory_format=torch.channels_last)
     reference = copy.deepcopy(network)
