@@ -75,7 +75,8 @@ def finetune(params: Params, key: str) -> None:
     network = build_network(spec)
     weights = params.models[key].weights
     if weights != "none":
-        print(f"{key}: loaded {weights}; fresh: {', '.join(load_weights(network, spec, weights)) or 'nothing'}")
+        random = ", ".join(load_weights(network, spec, weights)) or "nothing"
+        print(f"{key}: loaded {weights}; still random: {random}")
     identity = {
         "network": state_hash(network),
         "data": info.sha256,

@@ -90,10 +90,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        with contextlib.ExitStack() as stack:
-            if not is_main_process():
-                devnull = stack.enter_context(Path(os.devnull).open("w"))
-                stack.enter_context(contextlib.redirect_stdout(devnull))
+        if device.type == "cpu":
+            barrier()  # gloo logs an error of its own if one process fails while another still connects
+        with Path(os.devnull).open("w") as null, contextlib.redirect_stdout(sys.stdout if is_main_process() else null):
             yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -6,7 +6,6 @@ emulate at a hundredth of their speed. Here bfloat16 is used only where it is fa
 
 import itertools
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -20,16 +19,6 @@ class Muon(torch.optim.Muon):
 
     Momentum is Nesterov's; the learning rate of a matrix `[rows, columns]` has the factor sqrt(max(1, rows / columns)).
     """
-
-    def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        ns_steps: int = 5,
-    ) -> None:
-        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -41,15 +41,8 @@ from stages.training.host import clear_compile_errors, clear_memory_errors, prep
 from stages.training.optimizers import Optimizers
 from stages.training.recipe import schedule, steps_in, steps_per_epoch
 
-CURVE_COLUMNS = (
-    "epoch",
-    "learning_rate",
-    "training_loss",
-    "validation_loss",
-    "validation_top1",
-    "images_per_second",
-    "seconds",
-)
+LOSSES = ("training_loss", "validation_loss")
+CURVE_COLUMNS = ("epoch", "learning_rate", *LOSSES, "validation_top1", "images_per_second", "seconds")
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def test_two_epochs_show_every_image_both_ways():
 
 def test_without_augmentation_images_are_only_normalized(pixels):
     x, labels = augmented(Finetune(**BASE, horizontal_flip=False, crop_padding=0), pixels)
-    assert torch.equal(x, PREPROCESS.normalise(pixels))
+    assert torch.equal(x, PREPROCESS.normalize(pixels))
     assert torch.equal(labels, torch.arange(16) % 4)
 
 

@@ -23,26 +23,18 @@ def indices() -> list[np.ndarray]:
     return list(np.random.default_rng(1).permutation(60).reshape(6, 10))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("fraction", [0.5, 0.0], ids=["fits", "read ahead"])
-def test_batches_hold_the_indexed_images_in_order(part, fraction, monkeypatch):
+def test_batches_hold_the_indexed_images_in_order(part, fraction, device, monkeypatch):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     monkeypatch.setattr(batches, "FRACTION", fraction)
-    images = Images(part, CPU)
+    images = Images(part, torch.device(device))
     assert images.fit == (fraction > 0)
-    found = list(images.batches(iter(indices())))
-    assert len(found) == 6
-    for index, (pixels, labels) in zip(indices(), found, strict=True):
-        assert torch.equal(pixels, torch.from_numpy(np.array(part.images)[index]))
-        assert labels.tolist() == index.tolist()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("fraction", [0.5, 0.0], ids=["fits", "read ahead"])
-def test_batches_are_on_the_device(part, fraction, monkeypatch):
-    monkeypatch.setattr(batches, "FRACTION", fraction)
-    for index, (pixels, labels) in zip(indices(), Images(part, torch.device("cuda")).batches(indices()), strict=True):
-        assert pixels.is_cuda
-        assert labels.is_cuda
+    for index, (pixels, labels) in zip(indices(), images.batches(iter(indices())), strict=True):
+        assert pixels.device.type == labels.device.type == device
         assert torch.equal(pixels.cpu(), torch.from_numpy(np.array(part.images)[index]))
+        assert labels.tolist() == index.tolist()
 
 
 def test_a_thread_reads_the_next_batches_and_no_more(part, monkeypatch):

@@ -39,7 +39,7 @@ def newton_schulz(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("iterations", [5, 3])
-def test_muon_moves_hidden_matrices_by_their_orthogonalised_gradients(network, iterations, monkeypatch):
+def test_muon_moves_hidden_matrices_by_their_orthogonalized_gradients(network, iterations, monkeypatch):
     monkeypatch.setattr(muon, "use_bfloat16", lambda precision, device: False)
     network.to(memory_format=torch.channels_last)
     reference = copy.deepcopy(network)
@@ -110,22 +110,6 @@ def test_muon_does_not_move_the_first_and_last_layer_and_depthwise_weights(netwo
 def test_muon_is_refused_where_there_are_no_hidden_matrices():
     with pytest.raises(UserError, match="no hidden matrices"):
         Optimizers(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), recipe_with(optimizer="muon"))
-
-
-def test_a_loaded_state_continues_the_same_trajectory(network):
-    recipe = recipe_with(optimizer="muon")
-    optimizers = Optimizers(network, recipe)
-    backward(network)
-    optimizers.step()
-    other = copy.deepcopy(network)
-    resumed = Optimizers(other, recipe)
-    resumed.load_state_dict(copy.deepcopy(optimizers.state_dict()))
-    for each, own in ((network, optimizers), (other, resumed)):
-        each.zero_grad()
-        backward(each)
-        own.set_factor(0.5)
-        own.step()
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])

@@ -1,14 +1,11 @@
 import copy
-import multiprocessing
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_training import BASE, Recorder, Watched, interrupt_at, rows_of, weights
+from toy_training import Recorder, Watched, interrupt_at, rows_of, weights
 
 from stages.common.errors import UserError
 from stages.datasets.store import Part
@@ -19,7 +16,7 @@ from stages.training import distributed, host, trainer
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distillation import Distillation
 from stages.training.recipe import recipe_for, steps_in
-from stages.training.trainer import Trainer, TrainingData, train
+from stages.training.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")
 
@@ -52,38 +49,6 @@ def test_steps_by_hand_equal_fit_also_from_a_state_dict(network, fit, parts, pre
             loss = taken.step(step, *batch)
     assert loss.shape == ()
     assert weights(second.network.to(memory_format=torch.contiguous_format)) == weights(whole.network)
-
-
-def _train_until_killed(network, fit_arguments, folder: Path) -> None:
-    torch.set_num_threads(1)
-    part, *rest = fit_arguments
-
-    def kill(count: int) -> None:
-        if count == 5:  # in the second epoch
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with checkpoint_folder(folder, {"a": 1}) as checkpoints:
-        train(network, Watched(part, kill), *rest, base=BASE, seed=3, title="test", checkpoints=checkpoints)
-
-
-def test_a_killed_training_resumes_and_ends_bit_for_bit_where_the_uninterrupted_one_does(
-    network, fit, parts, preprocess, recipe, tmp_path
-):
-    recipe = recipe.model_copy(update={"optimizer": "muon"})
-    whole = fit(copy.deepcopy(network), recipe)
-    process = multiprocessing.get_context("spawn").Process(
-        target=_train_until_killed, args=(copy.deepcopy(network), (*parts, preprocess, recipe), tmp_path)
-    )
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    for reads in (6, 0):  # two epochs of three batches; and none if DVC was killed before it cached the outputs
-        with checkpoint_folder(tmp_path, {"a": 1}) as folder:
-            part = Watched(parts[0])
-            resumed = fit(copy.deepcopy(network), recipe, part, checkpoints=folder)
-        assert len(part.reads) == reads
-        assert weights(resumed.network) == weights(whole.network)
-        assert rows_of(resumed.curve) == rows_of(whole.curve)
 
 
 @pytest.mark.parametrize(
