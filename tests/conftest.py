@@ -1,4 +1,4 @@
-"""The suite runs in two processes (`addopts` in pyproject.toml): each keeps to one core, the longest file first."""
+"""The suite runs in two processes (`addopts` in pyproject.toml), each on one core; the longest file starts first."""
 
 import os
 import signal
@@ -10,4 +10,4 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")  # stable: all else keeps its order
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")  # stable: the other files keep their order

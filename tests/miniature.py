@@ -1,4 +1,4 @@
-"""The params of a pipeline in miniature: the shape of the default's, and none of what a person may change there."""
+"""The params of a pipeline in miniature, with the shape of the default's and independent of a user's changes there."""
 
 import subprocess
 from pathlib import Path

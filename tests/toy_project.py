@@ -1,4 +1,4 @@
-"""A folder as a pipeline run leaves it: params, images and the artifacts of a small ConvNeXt, made once per process."""
+"""A project after a run of the pipeline: params, images and a small ConvNeXt's artifacts, made once per process."""
 
 import contextlib
 import functools
@@ -42,18 +42,18 @@ PARAMS = {
 
 
 def pruned_project(folder: Path) -> Path:
-    """As the prune stage leaves it."""
+    """A project after the prune stage."""
     return shutil.copytree(_pruned(), folder, dirs_exist_ok=True)
 
 
 def compressed_project(folder: Path) -> Path:
-    """As the quantize stage leaves it, for every variant."""
+    """A project after the quantize stage of every variant."""
     return shutil.copytree(_compressed(), folder, dirs_exist_ok=True)
 
 
 @functools.cache
 def _pruned() -> Path:
-    folder = _kept_folder()
+    folder = _temporary_folder()
     (folder / paths.PARAMS).write_text(yaml.safe_dump(PARAMS))
     _write_images(folder / paths.IMAGES)
     torch.manual_seed(0)
@@ -84,8 +84,8 @@ def _pruned() -> Path:
 
 @functools.cache
 def _compressed() -> Path:
-    folder = pruned_project(_kept_folder())
-    with contextlib.chdir(folder):  # checkpoints go to the working folder, and other processes make this project too
+    folder = pruned_project(_temporary_folder())
+    with contextlib.chdir(folder):  # for checkpoints, since other processes build this project too
         params = load_params(Params, paths.PARAMS)
         for variant, entry in params.variants.items():
             compress(params, variant, paths.pruned(entry.pruned), paths.compressed(variant), paths.IMAGES, 1)
@@ -94,7 +94,7 @@ def _compressed() -> Path:
 
 
 def _write_images(folder: Path) -> None:
-    """Blurred noise with random labels: the logits spread over the classes, as those of pure noise would not."""
+    """Blurred noise with random labels; on pure noise, the logits would not spread over the classes."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     files = {}
@@ -123,9 +123,9 @@ def _write_images(folder: Path) -> None:
     (folder / "images.json").write_text(json.dumps(info))
 
 
-_KEPT: list[tempfile.TemporaryDirectory] = []  # removed when the interpreter ends
+_TEMPORARY: list[tempfile.TemporaryDirectory] = []  # removed when the interpreter ends
 
 
-def _kept_folder() -> Path:
-    _KEPT.append(tempfile.TemporaryDirectory(prefix="toy-project-"))
-    return Path(_KEPT[-1].name)
+def _temporary_folder() -> Path:
+    _TEMPORARY.append(tempfile.TemporaryDirectory(prefix="toy-project-"))
+    return Path(_TEMPORARY[-1].name)
