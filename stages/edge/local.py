@@ -1,6 +1,5 @@
 """Time variants on this machine, each in the runtimes asked for."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -66,23 +65,20 @@ def time_here(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     wanted, left_out = _wanted(candidates, runtimes)
     opened, runs, starts = [], [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, (candidate, runtime) in enumerate(wanted):
-            (prepared := Path(scratch) / str(number)).mkdir()
-            try:
-                folder = runtime.prepare(candidate.folder, prepared, protocol.batch)
-                run = runtime.open(folder, protocol.threads, protocol.batch)
-            except UserError as error:
-                if runtime in SURE:
-                    raise
-                left_out.append({"variant": candidate.variant, "runtime": runtime.name, "reason": str(error)})
-                say(f"left out: {error}")
-                continue
-            opened.append((candidate, runtime))
-            runs.append(run)
-            repeats = 3 if runtime in SURE else 1
-            start = measure_fresh(runtime, folder, protocol.threads, protocol.batch, repeats)
-            starts.append(asdict(start) | {"onnx_sha256": candidate.onnx_sha256})
+    for candidate, runtime in wanted:
+        try:
+            run = runtime.open(candidate.folder, protocol.threads, protocol.batch)
+        except UserError as error:
+            if runtime in SURE:
+                raise
+            left_out.append({"variant": candidate.variant, "runtime": runtime.name, "reason": str(error)})
+            say(f"left out: {error}")
+            continue
+        opened.append((candidate, runtime))
+        runs.append(run)
+        repeats = 3 if runtime in SURE else 1
+        start = measure_fresh(runtime, candidate.folder, protocol.threads, protocol.batch, repeats)
+        starts.append(asdict(start) | {"onnx_sha256": candidate.onnx_sha256})
     eager = {c.variant: index for index, (c, runtime) in enumerate(opened) if runtime is TORCH_EAGER}
     contenders = [
         Contender(

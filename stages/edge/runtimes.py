@@ -14,10 +14,6 @@ Run = Callable[[np.ndarray], np.ndarray]
 """uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
 
 
-def _as_it_is(folder: Path, prepared: Path, batch: int) -> Path:
-    return folder
-
-
 @dataclass(frozen=True)
 class Runtime:
     name: str
@@ -29,9 +25,6 @@ class Runtime:
     """From a prepared folder, a number of threads and one of images to a function that classifies so many."""
     install: str = "uv sync"
     """What a person does where it is missing."""
-    prepare: Callable[[Path, Path, int], Path] = _as_it_is
-    """Where the runtime has a format of its own: converts the artifact in a folder, for a number of images, into an
-    empty folder; gives back the one to open."""
 
 
 def not_installed(runtime: Runtime) -> str | None:
@@ -116,29 +109,8 @@ def _torch_run(classifier: Callable) -> Run:
     return run
 
 
-def _prepare_executorch(folder: Path, prepared: Path, batch: int) -> Path:
-    from stages.edge.executorch_file import write_executorch
-
-    write_executorch(folder, prepared, batch)
-    return prepared
-
-
-def _open_executorch(folder: Path, threads: int, batch: int) -> Run:
-    from stages.edge.executorch_file import open_executorch
-
-    return open_executorch(folder, threads)
-
-
 ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime)
 OPENVINO = Runtime("openvino", "openvino", ("openvino",), _open_openvino, "uv sync --extra openvino")
-EXECUTORCH = Runtime(
-    "executorch",
-    "executorch",
-    ("torch", "executorch.runtime"),
-    _open_executorch,
-    "uv pip install executorch",
-    _prepare_executorch,
-)
 TORCH_EAGER = Runtime("torch-eager", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_eager)
 TORCH_COMPILE = Runtime("torch-compile", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_compile)
-RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, EXECUTORCH, TORCH_EAGER, TORCH_COMPILE)}
+RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, TORCH_EAGER, TORCH_COMPILE)}
