@@ -36,11 +36,11 @@ def test_a_runtime_gives_the_logits_of_pytorch(project, runtime, variant):
     np.testing.assert_allclose(found, expected, atol=1e-4 if variant == FP32 else 0.2 * expected.std())
 
 
-def test_compiled_pytorch_gives_the_logits_of_eager_and_says_so_where_there_is_no_compiler(project, monkeypatch):
+def test_compiled_pytorch_gives_the_logits_of_eager_and_a_missing_compiler_is_an_error(project, monkeypatch):
     import torch
 
     folder = project / paths.compressed(FP32)
-    monkeypatch.setattr(torch, "compile", lambda module, dynamic: torch._dynamo.optimize("aot_eager")(module))
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: torch._dynamo.optimize("eager")(module))
     np.testing.assert_allclose(
         TORCH_COMPILE.open(folder, 1, 1)(PIXELS), TORCH_EAGER.open(folder, 1, 1)(PIXELS), atol=1e-4
     )
@@ -52,11 +52,11 @@ def test_compiled_pytorch_gives_the_logits_of_eager_and_says_so_where_there_is_n
         return run
 
     monkeypatch.setattr(torch, "compile", without_compiler)
-    with pytest.raises(UserError, match=r"does not compile .*No working C\+\+ compiler found\): install a C\+\+"):
+    with pytest.raises(UserError, match=r"No working C\+\+ compiler found\): install a C\+\+"):
         TORCH_COMPILE.open(folder, 1, 1)
 
 
-def test_one_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
+def test_a_missing_runtime_is_named_with_the_remedy(monkeypatch):
     def missing(package):
         raise importlib.metadata.PackageNotFoundError(package)
 
@@ -66,17 +66,16 @@ def test_one_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
     assert all(lines.values())
 
 
-def test_naming_the_runtimes_imports_none_of_them():
+def test_the_list_of_runtimes_imports_none_of_them():
     code = "import sys, stages.edge.runtimes; sys.exit(bool({'torch', 'onnxruntime', 'openvino'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("runtime", [ONNXRUNTIME, OPENVINO], ids=lambda runtime: runtime.name)
-def test_a_broken_file_ends_in_one_line(runtime, tmp_path):
+def test_a_broken_file_is_an_error_in_one_line(runtime, tmp_path):
     if reason := not_installed(runtime):
         pytest.skip(reason)
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError, match=r"^.*model\.onnx.*$") as caught:
         runtime.open(tmp_path, 1, 1)
-    assert "model.onnx" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
