@@ -19,8 +19,8 @@ from stages.common.errors import UserError, run_stage
 from stages.common.files import write_json
 from stages.datasets.store import Part, open_part
 from stages.edge.machine import EnergyMeter, RunWatch, describe_machine
-from stages.edge.protocol import Contender, Protocol, measure, random_pixels, timed_rows
-from stages.edge.runtimes import ONNXRUNTIME, OPENVINO, TORCH_EAGER, Run
+from stages.edge.protocol import Classify, Contender, Protocol, measure, random_pixels, timed_rows
+from stages.edge.runtimes import ONNXRUNTIME, OPENVINO, TORCH_EAGER
 from stages.params.load import load_params
 from stages.params.quantizers import Int8Static
 from stages.params.whole import Params
@@ -42,7 +42,7 @@ def quantize_by_nncf(float_onnx: Path, images: np.ndarray, out: Path) -> None:
     openvino.save_model(nncf.quantize(model, dataset, subset_size=len(images)), out, compress_to_fp16=False)
 
 
-def open_openvino(xml: Path) -> Run:
+def open_openvino(xml: Path) -> Classify:
     """Open OpenVINO's own files with the settings that `OPENVINO` uses for a model.onnx."""
     import openvino
 
@@ -52,7 +52,7 @@ def open_openvino(xml: Path) -> Run:
     return lambda pixels: request.infer([pixels], share_inputs=True)[output]
 
 
-def classes_of(run: Run, part: Part) -> np.ndarray:
+def classes_of(run: Classify, part: Part) -> np.ndarray:
     """Predicted classes, int64 `[N]`, one image at a time."""
     return np.array([run(np.ascontiguousarray(image[None])).argmax() for image in part.images])
 

@@ -1,11 +1,11 @@
-"""Edge benchmark: latency, throughput, energy, memory and start-up of all listed variants, in one interleaved run; a
-soak of one of them, and its accuracy on test images that are printed and filmed in simulation, where asked for.
+"""Edge benchmark: latency, throughput, energy, memory and start-up of all variants, in one interleaved run. Optionally
+also a soak of one variant, and its accuracy on test images that are printed and filmed in simulation.
 
-In:  `params.yaml`, `models/compressed/<variant>/` of every listed variant; the test part of `data/images/` for the
-     printed samples (as profile does: it measures what was chosen before).
-Out: `reports/edge/`: `edge.json` (run id, machine, protocol, one flat row for each variant and runtime, and for each
-     model's dense float baseline in PyTorch eager), `windows.csv`, `soak.csv`, `printed.json`. Timings are not the same
-     in a second run.
+In:  `params.yaml`, `models/compressed/<variant>/` of every variant; the validation part of `data/images/` for a soak;
+     its test part for the printed samples (like the profile stage, it measures a finished model).
+Out: `reports/edge/`: `edge.json` (run id, machine, protocol, one flat row for each variant and runtime, and for the
+     dense float baseline of each model in PyTorch eager), `windows.csv`, `soak.csv`, `printed.json`. The timings depend
+     on the machine and differ between runs.
 Run: python -m stages.edge_benchmark
 """
 
@@ -14,27 +14,26 @@ import uuid
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from stages.artifacts.description import check_onnx, read_description
 from stages.common import paths
 from stages.common.cores import usable_cores
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, read_json, write_csv, write_json
 from stages.datasets.store import open_part
-from stages.edge.drift import drift_of
-from stages.edge.local import Candidate, Timing, refuse_many_threads, time_here
+from stages.edge.bundle import listed_variant
+from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads, time_here
 from stages.edge.machine import keep_to_cores
 from stages.edge.printed import printed_row, require_opencv, sample
 from stages.edge.protocol import Protocol
 from stages.edge.remote import time_there
-from stages.edge.repeat import repeat_of
 from stages.edge.soak import SoakPlan
+from stages.edge.stability import drift_of, repeat_of
 from stages.params.edge_benchmark import EdgeBenchmark
 from stages.params.load import load_params
 from stages.params.variants import Joins
 
-SOAK_IMAGES = 64  # from all over the validation part, again and again
+SOAK_IMAGES = 64  # spread over the validation part; the soak repeats them
+PROTOCOL = {"threads", "warmup_runs", "windows", "window_seconds", "seed", "batch", "minimum_runs", "confidence"}
 
 
 class Params(Joins):
@@ -42,23 +41,14 @@ class Params(Joins):
 
 
 def protocol_of(section: EdgeBenchmark) -> Protocol:
-    return Protocol(
-        threads=section.threads,
-        warmup_runs=section.warmup_runs,
-        windows=section.windows,
-        window_seconds=section.window_seconds,
-        seed=section.seed,
-        batch=section.batch,
-        minimum_runs=section.minimum_runs,
-        confidence=section.confidence,
-    )
+    return Protocol(**section.model_dump(include=PROTOCOL))
 
 
 def candidates_of(params: Params) -> list[Candidate]:
-    """Every listed variant.
+    """All variants of the params.
 
     Raises:
-        UserError: if a variant's artifact is missing, broken or not the one that its `model.json` describes.
+        UserError: if the artifact of a variant is missing or broken, or its `model.json` describes another model.
     """
     candidates = []
     for variant in params.variants:
@@ -70,39 +60,40 @@ def candidates_of(params: Params) -> list[Candidate]:
     return candidates
 
 
-def soak_of(section: EdgeBenchmark, candidates: list[Candidate]) -> tuple[Candidate, np.ndarray, SoakPlan] | None:
-    """What to soak, on validation images uint8 `[N, H, W, 3]`, and how long."""
-    if (soak := section.soak) is None:
+def soak_of(params: Params, candidates: list[Candidate]) -> Soaked | None:
+    """The variant to soak, its images and the plan; None if the params ask for no soak."""
+    if (soak := params.edge_benchmark.soak) is None:
         return None
+    variant = listed_variant(params, soak.variant)
     plan = SoakPlan(60 * soak.minutes, soak.images_per_second, soak.window_seconds)
-    chosen = next(candidate for candidate in candidates if candidate.variant == soak.variant)
+    chosen = next(candidate for candidate in candidates if candidate.variant == variant)
     return chosen, open_part(paths.IMAGES, "validation").spread(SOAK_IMAGES), plan
 
 
 def run_timing(params: Params) -> Timing:
-    """On this machine or on the device that `edge_benchmark.target` names."""
+    """Time on this machine, or on the device that `edge_benchmark.target` names."""
     section, candidates = params.edge_benchmark, candidates_of(params)
-    soaked, protocol = soak_of(section, candidates), protocol_of(section)
+    soaked, protocol = soak_of(params, candidates), protocol_of(section)
     if section.target != "local":
-        return time_there(section.target, candidates, section, protocol, soaked, say)
+        return time_there(section.target, candidates, section, protocol, soaked, log)
     if section.affinity is not None:
         try:
             keep_to_cores(section.affinity)
         except ValueError as error:
             raise UserError(f"edge_benchmark.{error}") from None
     refuse_many_threads(section.threads, usable_cores())
-    return time_here(candidates, section.runtimes, protocol, soaked, say)
+    return time_here(candidates, section.runtimes, protocol, soaked, log)
 
 
-def last_run() -> object:
-    """What the run before left in edge.json; None where there is none that can be read."""
+def previous_run() -> object:
+    """The `edge.json` of the previous run; None if it is missing or unreadable."""
     try:
         return read_json(paths.EDGE / "edge.json")
     except UserError:
         return None
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, flush=True)
 
 
@@ -115,9 +106,10 @@ def main() -> None:
             chosen = sample(len(open_part(paths.IMAGES, "test")), printed.images, printed.seed)
         except ValueError as error:
             raise UserError(f"edge_benchmark.printed.{error}") from None
+        variant = listed_variant(params, printed.variant)
         with tempfile.TemporaryDirectory() as folder:  # before the timing and the soak, which may take hours
-            filmed = printed_row(printed.variant, chosen, printed.seed, section.confidence, Path(folder))
-    before = last_run()
+            filmed = printed_row(variant, chosen, printed.seed, section.confidence, Path(folder))
+    before = previous_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
     repeat = repeat_of(result, before)
@@ -131,10 +123,10 @@ def main() -> None:
             write_json(unfinished / "printed.json", filmed)
         write_json(unfinished / "edge.json", result)
         write_csv(unfinished / "windows.csv", timing.windows)
-    tell(result)
+    print_result(result)
 
 
-def tell(result: dict) -> None:
+def print_result(result: dict) -> None:
     for row in result["rows"]:
         print(
             f"{row['variant']} ({row['runtime']}): {row['latency_ms_p50']:.3f} ms, {row['latency_ratio']:.2f}"
@@ -148,15 +140,15 @@ def tell(result: dict) -> None:
         reasons = "".join(f"; {reason}" for reason in soak["reasons"])
         print(f"soak of {soak['variant']}: {soak['verdict']} over {soak['soak_seconds'] / 60:.1f} minutes{reasons}")
     if repeat := result["repeat"]:
-        apart = ", ".join(repeat["apart"]) or "none by more than 5 %"
+        apart = f"more than 5 % apart: {', '.join(repeat['apart'])}" if repeat["apart"] else "none more than 5 % apart"
         print(
             f"speed-ups against run {repeat['run_id']}: {repeat['compared']} compared, at most"
             f" {100 * repeat['largest']:.1f} % apart; {apart}"
         )
     if result["busy"]:
-        print("busy: others used the processors: the run is marked")
+        print("busy: other programs used the processor, so the run is marked")
     if result["throttled"]:
-        print("throttled: the processor was slowed down: the run is marked")
+        print("throttled: the processor slowed down, so the run is marked")
 
 
 if __name__ == "__main__":

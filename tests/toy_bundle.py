@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from toy_project import compressed_project
 
-from stages.edge import bundle
+from stages import cli
 
 VARIANT = "toy-none-int8"
 WRAPPER = """\
@@ -26,22 +26,28 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def make_bundle(project: Path, *arguments: str) -> Path:
-    """Of `VARIANT`, by the command that a person gives."""
-    with contextlib.chdir(project), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["bundle", VARIANT, *arguments])
-        bundle.main()
+    """The bundle of `VARIANT`, made by the command line."""
+    with contextlib.chdir(project):
+        edgewise("bundle", VARIANT, *arguments)
     return project / "dist" / VARIANT
+
+
+def edgewise(*arguments: str) -> None:
+    """Run the command in this process, without its handling of errors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["edgewise", *arguments])
+        cli.command()
 
 
 @functools.cache
 def toy_bundle() -> Path:
-    """Not to be changed: tests that need another one copy it."""
+    """Do not change it: tests that need another one copy it."""
     _KEPT.append(tempfile.TemporaryDirectory(prefix="toy-bundle-"))
     return make_bundle(compressed_project(Path(_KEPT[-1].name)), "--accuracy", "0.25")
 
 
 def device_command(folder: Path, script: str, *arguments: object, blocked: tuple[str, ...] = ()) -> list[str]:
-    """A script of the bundle in a process that has neither torch nor this program, and leaves no bytecode."""
+    """The command that runs a script of the bundle without torch and this package, and leaves no bytecode."""
     argv = [str(folder / script), *map(str, arguments)]
     code = WRAPPER.format(blocked=("torch", "stages", *blocked), folder=str(folder), argv=argv)
     return [sys.executable, "-I", "-B", "-c", code]

@@ -1,10 +1,10 @@
 """Bundle: one folder that an edge device runs without PyTorch.
 
 In:  `params.yaml`, `models/compressed/<variant>/`, the validation part of `data/images/`, and the model card
-     `reports/cards/<variant>.md` where the report has been made.
-Out: `dist/<variant>/`: `model.onnx`, `bundle.json` (classes, image size, hash, the confidence under which it abstains),
-     the card as `README.md`, `predict.py`, `bench.py`, `camera.py` with their modules, and pinned requirements.
-Run: python -m stages.edge.bundle <variant> [--accuracy 0.95] [--out dist]
+     `reports/cards/<variant>.md` if the report has written it.
+Out: `dist/<variant>/`: `model.onnx`, `bundle.json` (classes, image size, hash, confidence threshold), the model card as
+     `README.md`, the scripts `predict.py`, `bench.py` and `camera.py` with their modules, and pinned requirements.
+Run: edgewise bundle <variant> [--accuracy 0.95] [--out dist]
 """
 
 import argparse
@@ -14,18 +14,17 @@ import platform
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from stages.artifacts.description import ONNX, Description, check_onnx, read_description
 from stages.common import paths
-from stages.common.errors import UserError, run_stage
+from stages.common.errors import UserError
 from stages.common.files import atomic_folder, clear_disk_errors, write_json, write_text
 from stages.datasets.store import open_part, read_info
 from stages.edge.device.edgewise_model import BUNDLE, confidences
 from stages.edge.selective import Threshold, best_threshold, lowest_threshold, proportion, thresholds
 from stages.export.session import open_session, session_logits
+from stages.params.edge_benchmark import EdgeBenchmark
 from stages.params.load import load_params
-from stages.params.whole import Params
+from stages.params.variants import Joins
 
 STAGES = Path(__file__).parents[1]
 DEVICE = ("bench.py", "camera.py", "edgewise_frames.py", "edgewise_model.py", "predict.py")
@@ -33,34 +32,37 @@ SOURCES = {
     **{name: STAGES / "edge/device" / name for name in DEVICE},
     "edgewise_decode.py": STAGES / "datasets/decode.py",
     "edgewise_machine.py": STAGES / "edge/machine.py",
-    "edgewise_memory.py": STAGES / "edge/memory.py",
     "edgewise_protocol.py": STAGES / "edge/protocol.py",
 }
-"""What is copied, by its name in the bundle: images are read there by the code that stored the training images."""
-REQUIREMENTS = ("onnxruntime", "numpy", "pillow")
+"""Files to copy, by their names in the bundle. The same code decodes images there and in the download stage."""
+REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "psutil")
 CAMERA = "opencv-python-headless"
 PRINTED = "printed"
 """Folder of the printed-sample test within a bundle."""
 CARD = "README.md"
 
 
-def listed_variant(params: Params, variant: str) -> str:
-    """Raises a `UserError` where the params do not list it."""
+class Params(Joins):
+    edge_benchmark: EdgeBenchmark = EdgeBenchmark()
+
+
+def listed_variant(params: Joins, variant: str) -> str:
+    """Raises a `UserError` if the params do not list the variant."""
     if variant not in params.variants:
         raise UserError(f"{variant!r}: give one entry of variants: {', '.join(params.variants)}")
     return variant
 
 
 def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Threshold, int]:
-    """The lowest confidence from which on `accuracy` of the validation images that are answered are right.
+    """The lowest confidence threshold with which at least `accuracy` of the answers on validation images are right.
 
-    One image at a time in one thread, as on a device.
+    It classifies one image at a time in one thread, as a device does.
 
     Returns:
         The threshold, and the number of validation images.
 
     Raises:
-        UserError: if no threshold reaches `accuracy`: with the nearest that can be had.
+        UserError: if no threshold reaches `accuracy`, with the highest accuracy that one reaches.
     """
     part = open_part(images, "validation")
     logits = session_logits(open_session(folder / ONNX, 1), part.images, 1)
@@ -68,9 +70,9 @@ def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Thres
     if (chosen := lowest_threshold(curve, accuracy)) is None:
         best = best_threshold(curve)
         raise UserError(
-            f"--accuracy {accuracy:g} cannot be reached on {len(part):,} validation images: the nearest is"
-            f" {best.accuracy:.4f} on {100 * best.coverage:.1f} % of them (confidence {best.confidence:.4f} or more):"
-            f" ask for less, or for another variant"
+            f"--accuracy {accuracy:g} is out of reach on {len(part):,} validation images: the highest accuracy is"
+            f" {best.accuracy:.4f}, with answers on {100 * best.coverage:.1f} % of them (confidence"
+            f" {best.confidence:.4f} or more): lower --accuracy, or choose another variant"
         )
     return chosen, len(part)
 
@@ -95,7 +97,7 @@ def bundle_json(description: Description, threshold: Threshold, n_validation: in
 
 
 def pinned(package: str) -> str:
-    """The version that is installed here: the one that the tests have run with."""
+    """The version installed here, with which the tests have run."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -105,22 +107,22 @@ def pinned(package: str) -> str:
 
 
 def refuse_other_folder(folder: Path) -> None:
-    """Raise a `UserError` where `folder` holds something else than a bundle: it would be lost."""
+    """Raise a `UserError` if `folder` contains anything but a bundle, because it would be lost."""
     if not folder.exists():
         return
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if held - {PRINTED} and BUNDLE not in held:
-        raise UserError(f"{folder} is there already and is no bundle: move it away, or give another --out")
+        raise UserError(f"{folder} already exists and is not a bundle: move it away, or give another --out")
 
 
 def write_bundle(folder: Path, source: Path, description: Description, content: dict, card: str | None) -> None:
-    """Write a new folder, or a new bundle over the former one in it: what else lies there stays.
+    """Write the bundle, or replace the files of an earlier one.
 
-    Nothing is replaced before all is written, and `bundle.json`, which has the model's hash, comes last: a device
-    refuses what is half one bundle and half another.
+    It replaces nothing before all files are written, and `bundle.json` with the hash of the model comes last: a device
+    refuses a mixture of two bundles.
 
     Raises:
-        UserError: if there is no room or no access, or the copied model is not the one described.
+        UserError: if the disk is full or not writable, or the copied model is not the one described.
     """
     staged = folder / ".new" if folder.exists() else folder
     with atomic_folder(staged) as unfinished:
@@ -145,34 +147,36 @@ def write_bundle(folder: Path, source: Path, description: Description, content: 
 
 
 def read_card(variant: str, onnx_sha256: str) -> tuple[str | None, str]:
-    """The model card, None where the report has written none for this very model; and a line that says so."""
+    """The model card (None if the report has not written one for this model), and a line for the user about it."""
     path = paths.REPORTS / "cards" / f"{variant}.md"
     if not path.is_file():
-        return None, f"no model card: {path} is missing; `dvc repro` writes it, then bundle again"
+        return None, f"no model card: {path} is missing; run `dvc repro` to write it, then bundle again"
     card = path.read_text(encoding="utf-8")
     if onnx_sha256 not in card:
-        return None, f"no model card: {path} is about another model.onnx; `dvc repro` writes it anew, then bundle again"
+        return None, f"no model card: {path} describes another model.onnx; run `dvc repro`, then bundle again"
     return card, "README.md is the model card"
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m stages.edge.bundle", description="Write what a device runs.")
-    parser.add_argument("variant")
+def accuracy(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a fraction of more than 0 and at most 1, such as 0.95")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("variant", help="an entry of variants in params.yaml")
     parser.add_argument(
         "--accuracy",
-        type=float,
+        type=accuracy,
         default=0.95,
-        help="share of the answers that has to be right; what is less certain is not answered (default: 0.95)",
+        help="fraction of the answers that must be right on validation images. The bundle answers only if the top"
+        " softmax confidence reaches a threshold, which this sets; otherwise it prints `unsure` (default: 0.95)",
     )
-    parser.add_argument("--out", type=Path, default=Path("dist"), help="the bundle is a folder in it (default: dist)")
-    arguments = parser.parse_args()
-    if not 0 < arguments.accuracy <= 1:
-        parser.error("--accuracy: more than 0 and at most 1")
-    return arguments
+    parser.add_argument("--out", type=Path, default=Path("dist"), help="parent folder of the bundle (default: dist)")
 
 
-def main() -> None:
-    arguments = parse()
+def run(arguments: argparse.Namespace) -> None:
     params = load_params(Params)
     variant = listed_variant(params, arguments.variant)
     source, folder = paths.compressed(variant), arguments.out / variant
@@ -185,16 +189,12 @@ def main() -> None:
     content = bundle_json(description, threshold, n_validation, arguments.accuracy)
     write_bundle(folder, source, description, content, card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    are_right = np.arange(threshold.answered) < round(threshold.accuracy * threshold.answered)
-    right = proportion("right", are_right, params.report.confidence)
+    n_right, answered = round(threshold.accuracy * threshold.answered), threshold.answered
+    right = proportion("right", n_right, answered, params.edge_benchmark.confidence)
     print(
-        f"{folder}: {size / 1e6:.2f} MB; answers from confidence {threshold.confidence:.4f} on:"
-        f" {100 * threshold.coverage:.1f} % of {n_validation:,} validation images, {100 * threshold.accuracy:.2f} % of"
-        f" them right [{100 * right['right_ci_low']:.1f}, {100 * right['right_ci_high']:.1f}] (asked:"
-        f" {100 * arguments.accuracy:g} %)"
+        f"{folder}: {size / 1e6:.2f} MB; confidence threshold {threshold.confidence:.4f}: answers"
+        f" {100 * threshold.coverage:.1f} % of {n_validation:,} validation images, and {100 * threshold.accuracy:.2f} %"
+        f" of the answers are right [{100 * right['right_ci_low']:.1f}, {100 * right['right_ci_high']:.1f}]"
+        f" (--accuracy {arguments.accuracy:g})"
     )
     print(remark)
-
-
-if __name__ == "__main__":
-    run_stage(main)

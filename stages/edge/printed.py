@@ -1,10 +1,10 @@
 """Printed samples: test images, printed and filmed in simulation, classified as camera.py does.
 
-In:  `params.yaml`, `models/compressed/<variant>/`, the test part of `data/images/` (like profile: it measures what was
-     chosen before).
-Out: `dist/<variant>/printed/`: `printed.mp4`, one frame for each image, and `printed.json`: the accuracy on these
-     frames, and on the same images as they are stored.
-Run: python -m stages.edge.printed <variant> [--images 1000] [--seed 0] [--out dist/<variant>/printed]
+In:  `params.yaml`, `models/compressed/<variant>/`, the test part of `data/images/` (like the profile stage, it measures
+     a finished model).
+Out: `dist/<variant>/printed/`: `printed.mp4` with one frame for each image, and `printed.json` with the accuracy on
+     these frames and on the stored images.
+Run: edgewise printed <variant> [--images 1000] [--seed 0] [--out dist/<variant>/printed]
 """
 
 import argparse
@@ -18,30 +18,29 @@ import numpy as np
 
 from stages.artifacts.description import ONNX, check_onnx, read_description
 from stages.common import paths
-from stages.common.errors import UserError, run_stage
+from stages.common.errors import UserError
 from stages.common.files import atomic_folder, write_json
 from stages.datasets.decode import decode
 from stages.datasets.store import Part, open_part, read_info
-from stages.edge.bundle import CAMERA, PRINTED, listed_variant
+from stages.edge.bundle import CAMERA, PRINTED, Params, listed_variant
 from stages.edge.selective import proportion
 from stages.export.session import open_session, session_logits
 from stages.params.load import load_params
-from stages.params.whole import Params
 
 VIDEO, RESULT = "printed.mp4", "printed.json"
 IMAGES = 1000
-"""Where nothing is said and the test part has as many."""
+"""Default number of images, if the test part has as many."""
 
 
 def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
-    """Which test images are printed: a seeded sample without repetition, in the stored order.
+    """Indices of the test images to print: a seeded sample without repetition, in the stored order.
 
     Raises:
-        ValueError: in words for the user, if there are not so many.
+        ValueError: with a message for the user, if the test part has fewer images.
     """
     images = min(IMAGES, n_test) if images is None else images
     if not 1 <= images <= n_test:
-        raise ValueError(f"images = {images}: 1 to {n_test:,}, the images of the test part")
+        raise ValueError(f"images = {images}: give 1 to {n_test:,}, the size of the test part")
     return np.sort(np.random.default_rng(seed).choice(n_test, images, replace=False))
 
 
@@ -49,9 +48,9 @@ def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confiden
     """Film the images `chosen` of `part`, play the video and classify its frames.
 
     Raises:
-        UserError: if the video does not play back frame for frame.
+        UserError: if the video does not play back frame by frame.
     """
-    from stages.edge.device.edgewise_frames import CROP, centre_square
+    from stages.edge.device.edgewise_frames import CROP, center_square
     from stages.edge.printing import FRAMES_PER_SECOND, Strengths, film, photograph, play
 
     strengths = Strengths()
@@ -67,29 +66,29 @@ def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confiden
     written = film(video, pictures(), strengths.frame_px)
     size, printed = part.images.shape[1], []
     for frame in play(video, written):
-        square = frame[centre_square(frame, CROP)]
+        square = frame[center_square(frame, CROP)]
         pixels, _ = decode(np.ascontiguousarray(square[..., ::-1]), size)
         printed.append(class_of(pixels))
     predicted = np.array(printed)
     clean = np.array([class_of(part.images[index]) for index in chosen])
-    labels = part.labels[chosen]
+    labels, n = part.labels[chosen], len(chosen)
     return {
-        "n_images": len(chosen),
+        "n_images": n,
         "seed": seed,
         "confidence": confidence,
-        **proportion("top1_printed", predicted == labels, confidence),
-        **proportion("top1_clean", clean == labels, confidence),
+        **proportion("top1_printed", int((predicted == labels).sum()), n, confidence),
+        **proportion("top1_clean", int((clean == labels).sum()), n, confidence),
         "agreement": float((predicted == clean).mean()),
         "video_frames": written,
         "video_frames_per_s": FRAMES_PER_SECOND,
         "video_bytes": video.stat().st_size,
-        "crop_share": CROP,
+        "crop_fraction": CROP,
         **asdict(strengths),
     }
 
 
 def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, folder: Path) -> dict:
-    """Put the variant to the test on the test images `chosen`; the video is left in `folder`.
+    """Test the variant on the test images `chosen`, and leave the video in `folder`.
 
     Raises:
         UserError: if the artifact is missing, broken or made from other images.
@@ -109,33 +108,27 @@ def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, 
 
 
 def require_opencv() -> None:
-    """Raises a `UserError` where it is not installed."""
+    """Raises a `UserError` if OpenCV is not installed."""
     if importlib.util.find_spec("cv2") is None:
         raise UserError("OpenCV is not installed here: run `uv sync --extra camera`, then again")
 
 
 def refuse_other_folder(folder: Path) -> None:
-    """Raise a `UserError` where `folder` holds something else than an earlier result: it would be lost."""
+    """Raise a `UserError` if `folder` contains anything but an earlier result, because it would be lost."""
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {VIDEO, RESULT}):
-        raise UserError(f"{folder} holds other files: move them away, or give another --out")
+        raise UserError(f"{folder} contains other files: move them away, or give another --out")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m stages.edge.printed", description="Classify test images, printed and filmed in simulation."
-    )
-    parser.add_argument("variant")
-    parser.add_argument("--images", type=int, help=f"how many (default: {IMAGES}, or all where there are fewer)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample and the simulation (default: 0)")
-    parser.add_argument("--out", type=Path, help="a folder (default: dist/<variant>/printed)")
-    arguments = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("variant", help="an entry of variants in params.yaml")
+    parser.add_argument("--images", type=int, help=f"number of test images (default: {IMAGES}, or all if fewer)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample and the simulation (default: 0)")
+    parser.add_argument("--out", type=Path, help="output folder (default: dist/<variant>/printed)")
+
+
+def run(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
-        parser.error("--seed: at least 0")
-    return arguments
-
-
-def main() -> None:
-    arguments = parse()
+        raise UserError(f"--seed {arguments.seed}: give 0 or more")
     require_opencv()
     params = load_params(Params)
     variant = listed_variant(params, arguments.variant)
@@ -146,13 +139,9 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"--{error}") from None
     with atomic_folder(folder) as unfinished:
-        row = printed_row(variant, chosen, arguments.seed, params.report.confidence, unfinished)
+        row = printed_row(variant, chosen, arguments.seed, params.edge_benchmark.confidence, unfinished)
         write_json(unfinished / RESULT, row)
-    for name, what in (("printed", "printed and filmed"), ("clean", "as they are")):
+    for name, label in (("printed", "printed and filmed"), ("clean", "as stored")):
         low, high = (100 * row[f"top1_{name}_ci_{side}"] for side in ("low", "high"))
-        print(f"{what}: top-1 {100 * row[f'top1_{name}']:.2f} % [{low:.2f}, {high:.2f}], n = {row['n_images']:,}")
+        print(f"{label}: top-1 {100 * row[f'top1_{name}']:.2f} % [{low:.2f}, {high:.2f}], n = {row['n_images']:,}")
     print(f"the same class on {100 * row['agreement']:.2f} %; {folder / RESULT}")
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -1,7 +1,7 @@
 """A seeded simulation of images that are printed and filmed.
 
-Each step is a function of pixels float32 `[H, W, 3]` in 0 to 255; `Strengths` says how strong each is. An image has
-its own generator, so that it comes out the same whatever is drawn beside it.
+Each step is a function of float32 pixels `[H, W, 3]` in 0 to 255, and `Strengths` sets its strength. Each image has its
+own generator, so its photograph does not depend on the other images.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from stages.edge.device.edgewise_frames import NoFrames, frames_of, open_video
 
 FRAMES_PER_SECOND = 25.0
 BITS, BIT_PX, STAMP_TOP, STAMP_LEFT = 16, 16, 8, 32
-"""Of the frame number in the table above the print: black and white blocks, which survive the video's encoder."""
+"""The stamp with the frame number, above the print: black and white blocks, which survive the video encoder."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class Strengths:
     frame_px: int = 320
     """Side of the photograph."""
     corner_shift: float = 0.04
-    """Perspective: how far each corner moves at most, as a share of the print's side."""
+    """Perspective: largest shift of each corner, as a fraction of the side of the print."""
     light_fall: float = 0.4
-    """Share of the light that the darkest side of the picture misses at most."""
+    """Largest loss of light on the darkest side of the picture, as a fraction."""
     exposure: float = 0.15
-    """Share by which the whole picture is too bright or too dark at most."""
+    """Largest error of the brightness of the whole picture, as a fraction."""
     blur_px: float = 1.5
-    """Standard deviation of the largest blur."""
+    """Std of the largest Gaussian blur."""
     moire_contrast: float = 0.06
-    """Amplitude of the largest moire, as a share of the light."""
+    """Largest amplitude of the moire, as a fraction of the light."""
     moire_period_px: float = 6.0
-    """Shortest period; the longest is four times it."""
+    """Shortest period; the longest is four times as long."""
     noise: float = 6.0
-    """Standard deviation of the sensor's noise, of 255."""
+    """Std of the sensor noise, on the scale of 0 to 255."""
     jpeg_quality: int = 70
-    """Of the camera's own encoding, 1 to 95."""
+    """Quality of the camera's own encoder, 1 to 95."""
 
     @property
     def margin_px(self) -> int:
@@ -48,7 +48,7 @@ class Strengths:
 
 
 def photograph(image: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
-    """A print of `image`, uint8 RGB `[S, S, 3]`, in a photograph, uint8 RGB `[frame_px, frame_px, 3]`."""
+    """Photograph a print of `image`: uint8 RGB `[S, S, 3]` to uint8 RGB `[frame_px, frame_px, 3]`."""
     pixels = lay_on_table(enlarge(image, strengths.print_px), strengths, generator)
     pixels = light(pixels, strengths, generator)
     pixels = blur(pixels, strengths, generator)
@@ -58,12 +58,12 @@ def photograph(image: np.ndarray, strengths: Strengths, generator: np.random.Gen
 
 
 def enlarge(image: np.ndarray, side: int) -> np.ndarray:
-    """As a printer draws a small image: smooth, by cubic interpolation."""
+    """Cubic interpolation, as a printer enlarges a small image."""
     return np.clip(cv2.resize(image.astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC), 0, 255)
 
 
 def lay_on_table(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
-    """The print in the middle of a plain table of some grey, seen at a slant: every corner moves on its own."""
+    """Put the print in the middle of a plain grey table, seen at an angle: each corner moves independently."""
     side, margin, frame = strengths.print_px, strengths.margin_px, strengths.frame_px
     corners = np.array([[0, 0], [side, 0], [side, side], [0, side]], np.float32)
     reach = strengths.corner_shift * side
@@ -81,7 +81,7 @@ def lay_on_table(pixels: np.ndarray, strengths: Strengths, generator: np.random.
 
 
 def light(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
-    """A lamp from one side: the light falls linearly along a random direction; and an exposure that is a little off."""
+    """A lamp on one side, whose light falls linearly in a random direction, and a slightly wrong exposure."""
     across = _along(pixels.shape[0], generator.uniform(0, 2 * np.pi))
     across = (across - across.min()) / np.ptp(across)
     fall = generator.uniform(0, strengths.light_fall)
@@ -90,13 +90,12 @@ def light(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generat
 
 
 def blur(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
-    """Out of focus: a Gaussian."""
-    deviation = generator.uniform(0, strengths.blur_px)
-    return cv2.GaussianBlur(pixels, (0, 0), max(deviation, 1e-3))
+    """Out of focus: a Gaussian blur."""
+    return cv2.GaussianBlur(pixels, (0, 0), max(generator.uniform(0, strengths.blur_px), 1e-3))
 
 
 def moire(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
-    """The beat between the print's dots and the sensor's: stripes, shifted against each other in the three colours."""
+    """The interference of the dots of the print with those of the sensor: stripes with another phase in each color."""
     stripes = _along(pixels.shape[0], generator.uniform(0, np.pi))
     period = strengths.moire_period_px * generator.uniform(1, 4)
     contrast = generator.uniform(0, strengths.moire_contrast)
@@ -105,25 +104,25 @@ def moire(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generat
 
 
 def noise(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
-    """The sensor's: Gaussian, independent in each pixel and colour."""
+    """Gaussian sensor noise, independent in each pixel and color."""
     return pixels + strengths.noise * generator.standard_normal(pixels.shape, np.float32)
 
 
 def jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """Through the camera's encoder and back: uint8 RGB to uint8 RGB."""
+    """Encode and decode as the camera does: uint8 RGB to uint8 RGB."""
     _, encoded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
+    return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR))[..., ::-1]
 
 
 def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
-    """Write pictures, uint8 RGB `[side, side, 3]`, to a video, each stamped with its number; how many there were.
+    """Write pictures, uint8 RGB `[side, side, 3]`, to a video, each stamped with its number. Returns their number.
 
     Raises:
-        UserError: if OpenCV cannot write there.
+        UserError: if OpenCV cannot write the video.
     """
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), FRAMES_PER_SECOND, (side, side))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), FRAMES_PER_SECOND, (side, side))
     if not writer.isOpened():
-        raise UserError(f"OpenCV {cv2.__version__} cannot write a video to {path}: make room or give access to it")
+        raise UserError(f"OpenCV {cv2.__version__} cannot write a video to {path}: is the folder writable?")
     written = 0
     for picture in pictures:
         writer.write(np.ascontiguousarray(stamp(picture, written)[..., ::-1]))
@@ -133,26 +132,28 @@ def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
 
 
 def play(path: Path, written: int) -> Iterator[np.ndarray]:
-    """The frames of a video of `film`, uint8 BGR, read as camera.py reads them.
+    """Yield the frames of a video of `film`, uint8 BGR, read as camera.py reads them.
 
     Raises:
-        UserError: if they are not those that were written, each once and in their order.
+        UserError: if they are not exactly the frames written, in their order.
     """
     number = 0
     try:
         for frame in frames_of(open_video(path)):
             if (found := stamped_number(frame.pixels)) != number % 2**BITS:
-                raise UserError(f"{path}: frame {number} was written as number {found}: this OpenCV plays it wrongly")
+                raise UserError(f"{path}: frame {number} has the stamp {found}: this OpenCV does not play it correctly")
             number += 1
             yield frame.pixels
     except NoFrames as error:
-        raise UserError(f"the video does not play: {error}") from None
+        raise UserError(f"cannot play the video: {error}") from None
     if number != written:
-        raise UserError(f"{path}: {written} frames were written and {number} read: this OpenCV plays it wrongly")
+        raise UserError(
+            f"{path}: {written} frames were written and {number} read: this OpenCV does not play it correctly"
+        )
 
 
 def stamp(picture: np.ndarray, number: int) -> np.ndarray:
-    """A copy of `[H, W, 3]` with the number in binary, the lowest bit first."""
+    """A copy of `[H, W, 3]` with `number` in binary, the lowest bit first."""
     stamped = picture.copy()
     for bit in range(BITS):
         left = STAMP_LEFT + bit * BIT_PX

@@ -1,57 +1,64 @@
-"""The timing protocol: all contenders in one process, interleaved, so that drift of the machine hits all alike.
+"""The timing protocol: one process times all contenders interleaved, so that a drift of the machine affects all alike.
 
-In every round each contender gets one window, in a random order; a window lasts a minimum time and holds a minimum
-number of calls. Only the calls are timed; the calls that bring a contender's code and weights back into the caches are
-not recorded. A contender's ratio to its baseline is taken within rounds, and its interval over rounds.
+Each round gives each contender one window, in a random order. A window lasts a minimum time and holds a minimum number
+of calls. Only these calls are recorded; the calls before them, which bring the contender's code and weights back into
+the caches, are not. The ratio of a contender to its baseline is computed within rounds, and its interval over rounds.
 
-Goes into device bundles as it is: standard library and NumPy only.
+Device bundles contain this file unchanged, so it needs the standard library and NumPy only.
 """
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-Run = Callable[[np.ndarray], object]
-"""Classifies uint8 pixels `[B, H, W, 3]`."""
+Classify = Callable[[np.ndarray], np.ndarray]
+"""uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
 Meter = Callable[[], float | None]
-"""Joules used so far; None where the machine does not tell."""
+"""Joules used so far; None where the machine has no counter."""
 
-STEADY = 0.05  # largest difference of a ratio between the two halves of a steady run, as a share
+STEADY = 0.05  # the ratios of the two halves of a steady run differ by at most this fraction
 
 
 @dataclass(frozen=True)
 class Protocol:
     threads: int
     warmup_runs: int
-    """Of each contender, before the first round."""
+    """Calls of each contender before the first round."""
     windows: int
-    """Rounds: one window of each contender in each."""
+    """Number of rounds, and so the number of windows for each contender."""
     window_seconds: float
-    """Shortest duration of a window."""
+    """Minimum duration of a window."""
     seed: int
-    """Of the order, the pixels and the bootstrap."""
+    """Seed of the order, the pixels and the bootstrap."""
     batch: int = 1
     """Images in each call."""
     minimum_runs: int = 5
-    """Recorded calls in each window, however long they take."""
+    """Minimum number of recorded calls in a window, however long they take."""
     unrecorded_runs: int = 2
-    """At the start of each window: the caches hold another contender's weights then."""
+    """Calls at the start of each window, when the caches hold another contender's weights."""
     confidence: float = 0.95
     resamples: int = 2000
+    start_up_runs: int = 3
+    """New processes for the median start-up time and memory."""
+    quiet_seconds: int = 10
+    """Maximum time to wait before the run for a second in which no other program works."""
 
 
 @dataclass(frozen=True)
 class Contender:
     variant: str
     runtime: str
-    run: Run
+    run: Classify
     pixels: np.ndarray
-    """What each call gets."""
+    """Input of each call."""
     baseline: int
-    """The contender that its time is compared with, by its place in the list."""
+    """Index of the contender to compare with."""
 
 
 @dataclass(frozen=True)
@@ -59,49 +66,27 @@ class Window:
     contender: int
     round: int
     order: int
-    """Place within the round, from 0."""
+    """Position within the round, from 0."""
     times_ns: np.ndarray
-    """int64, one entry for each call."""
+    """Duration of each call, int64."""
     joules: float | None = None
-    """Used by the whole processor during the recorded calls."""
+    """Energy that the whole processor used during the recorded calls."""
 
     @property
     def p50_ms(self) -> float:
         return float(np.median(self.times_ns)) / 1e6
 
 
-@dataclass(frozen=True)
-class Latency:
-    """One contender's calls over all windows. A call is one batch."""
-
-    latency_ms_p50: float
-    latency_ms_p95: float
-    latency_ms_p99: float
-    latency_ms_min: float
-    throughput_per_s: float
-    """Images, mean, calls only."""
-    latency_ratio: float
-    """Baseline's time over this one's: the median over rounds of the ratio of the windows' medians."""
-    latency_ratio_low: float
-    latency_ratio_high: float
-    """Percentile bootstrap over rounds."""
-    unsteady: bool
-    """The ratio of the first half of the rounds and that of the second differ by more than `STEADY`."""
-    energy_mj_per_image: float | None
-    """Of the whole processor, other programs' share included; None where the machine does not tell."""
-    runs: int
-
-
 def random_pixels(batch: int, image_size: int, seed: int) -> np.ndarray:
-    """Uniform noise, uint8 `[batch, H, W, 3]`: no operator in use takes longer for some values than others."""
+    """Uniform noise, uint8 `[batch, H, W, 3]`. The values do not matter: no operator in use depends on them in time."""
     return np.random.default_rng(seed).integers(0, 256, (batch, image_size, image_size, 3), np.uint8)
 
 
-def time_window(run: Run, pixels: np.ndarray, seconds: float, minimum_runs: int, meter: Meter) -> tuple:
+def time_window(run: Classify, pixels: np.ndarray, seconds: float, minimum_runs: int, meter: Meter) -> tuple:
     """Call `run` on `pixels` for at least `seconds` and at least `minimum_runs` times.
 
     Returns:
-        Each call's time in ns, int64 `[calls]`; and the joules used meanwhile, or None.
+        The duration of each call in ns, int64 `[calls]`, and the joules used, or None.
     """
     clock: Callable[[], int] = time.perf_counter_ns
     times: list[int] = []
@@ -114,11 +99,12 @@ def time_window(run: Run, pixels: np.ndarray, seconds: float, minimum_runs: int,
         times.append(after - before)
         if after >= end and len(times) >= minimum_runs:
             break
-    return np.array(times, np.int64), None if joules is None else meter() - joules
+    now = meter()
+    return np.array(times, np.int64), None if joules is None or now is None else now - joules
 
 
 def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = lambda: None) -> list[Window]:
-    """Time every contender by the protocol.
+    """Time every contender.
 
     Returns:
         `windows * len(contenders)` windows in the order in which they ran.
@@ -130,7 +116,7 @@ def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = 
     windows = []
     collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # for all rounds: a collection takes as long as a window where torch is loaded
+    gc.disable()  # for all rounds: with torch loaded, a collection takes as long as a window
     try:
         for number in range(protocol.windows):
             for order, index in enumerate(generator.permutation(len(contenders))):
@@ -145,8 +131,14 @@ def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = 
     return windows
 
 
-def summarise(windows: Sequence[Window], contender: int, baseline: int, protocol: Protocol) -> Latency:
-    """Latency of `contender`, and its ratio to `baseline` in the same rounds."""
+def summarize(windows: Sequence[Window], contender: int, baseline: int, protocol: Protocol) -> dict[str, object]:
+    """Latency of `contender` over all its calls (one call is one batch), and its ratio to `baseline`.
+
+    `throughput_per_s` counts images and the time of the calls only. `latency_ratio` is the median over rounds of the
+    baseline's window median over this one's, with a percentile bootstrap interval over rounds. A contender is
+    `unsteady` if the ratios of the two halves of the run differ by more than `STEADY`. `energy_mj_per_image` is that of
+    the whole processor, other programs included; None where the machine has no counter.
+    """
     own = [window for window in windows if window.contender == contender]
     times = np.concatenate([window.times_ns for window in own])
     p50 = {window.round: window.p50_ms for window in own}
@@ -155,20 +147,21 @@ def summarise(windows: Sequence[Window], contender: int, baseline: int, protocol
     low, high = bootstrap_median(ratios, protocol.confidence, protocol.resamples, protocol.seed)
     halves = [float(np.median(half)) for half in np.array_split(ratios, 2) if len(half)]
     images = len(times) * protocol.batch
-    known = all(window.joules is not None for window in own)
-    return Latency(
-        latency_ms_p50=float(np.median(times)) / 1e6,
-        latency_ms_p95=float(np.percentile(times, 95)) / 1e6,
-        latency_ms_p99=float(np.percentile(times, 99)) / 1e6,
-        latency_ms_min=float(times.min()) / 1e6,
-        throughput_per_s=images / (float(times.sum()) / 1e9),
-        latency_ratio=float(np.median(ratios)),
-        latency_ratio_low=low,
-        latency_ratio_high=high,
-        unsteady=max(halves) > (1 + STEADY) * min(halves),
-        energy_mj_per_image=1e3 * sum(window.joules for window in own) / images if known else None,
-        runs=len(times),
-    )
+    joules = [window.joules for window in own if window.joules is not None]
+    p50_ms, p95_ms, p99_ms = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
+    return {
+        "latency_ms_p50": p50_ms,
+        "latency_ms_p95": p95_ms,
+        "latency_ms_p99": p99_ms,
+        "latency_ms_min": float(times.min()) / 1e6,
+        "throughput_per_s": images / (float(times.sum()) / 1e9),
+        "latency_ratio": float(np.median(ratios)),
+        "latency_ratio_low": low,
+        "latency_ratio_high": high,
+        "unsteady": max(halves) > (1 + STEADY) * min(halves),
+        "energy_mj_per_image": 1e3 * sum(joules) / images if len(joules) == len(own) else None,
+        "runs": len(times),
+    }
 
 
 def timed_rows(contenders: Sequence[Contender], windows: Sequence[Window], protocol: Protocol) -> list[dict]:
@@ -176,7 +169,7 @@ def timed_rows(contenders: Sequence[Contender], windows: Sequence[Window], proto
     return [
         {"variant": c.variant, "runtime": c.runtime, "baseline": contenders[c.baseline].variant}
         | {"baseline_runtime": contenders[c.baseline].runtime}
-        | asdict(summarise(windows, index, c.baseline, protocol))
+        | summarize(windows, index, c.baseline, protocol)
         for index, c in enumerate(contenders)
     ]
 
@@ -202,23 +195,23 @@ def timed_run(
     contenders: Sequence[Contender],
     starts: Sequence[dict],
     protocol: Protocol,
-    start_watch: Callable[[], object],
+    start_watch: Callable[[int], Any],
     meter: Meter,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[dict, dict, list[dict]]:
-    """Time every contender by the protocol, on a machine that is watched meanwhile.
+    """Time every contender on a watched machine.
 
     Args:
-        starts: what goes into each contender's row beside its latency.
-        start_watch: makes a watch (`RunWatch`) whose `finish` gives the run's marks and the machine's state.
-        say: gets a line on the progress.
+        starts: figures to add to the row of each contender.
+        start_watch: `RunWatch.start`.
+        log: receives lines of progress.
 
     Returns:
-        The marks, `protocol`, `overhead_ns` and `rows`; the machine's state; a row for each window.
+        The marks, `protocol`, `overhead_ns` and `rows`; the state of the machine; one row for each window.
     """
     seconds = len(contenders) * protocol.windows * protocol.window_seconds
-    say(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
-    watch = start_watch()
+    log(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
+    watch = start_watch(protocol.quiet_seconds)
     windows = measure(contenders, protocol, meter)
     marks, state = watch.finish()
     rows = [row | start for row, start in zip(timed_rows(contenders, windows, protocol), starts, strict=True)]
@@ -227,14 +220,28 @@ def timed_run(
 
 
 def median_start(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each figure's median over what new processes told of their start-up."""
+    """The median of each start-up figure over several processes."""
     median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
     return median | {"peak_rss_bytes": int(median["peak_rss_bytes"])}
 
 
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process since its start, Python and NumPy included (psutil does not have it).
+
+    On Linux, /proc counts from the exec on, but `ru_maxrss` also covers the process that this one was forked from.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def overhead_ns() -> float:
-    """What a call of nothing takes by this protocol: part of every latency."""
-    times, _ = time_window(lambda pixels: None, np.empty(0, np.uint8), 0.01, 1000, lambda: None)
+    """The time that the protocol measures for an empty call; each latency includes it."""
+    times, _ = time_window(lambda pixels: pixels, np.empty(0, np.uint8), 0.01, 1000, lambda: None)
     return float(np.median(times))
 
 

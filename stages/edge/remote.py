@@ -1,8 +1,8 @@
-"""Time variants on a device that is reached by SSH: with the user's own OpenSSH client, keys and known hosts.
+"""Time variants on a device over SSH, with the user's own OpenSSH client, keys and known hosts.
 
-What is made there stays in ~/.cache/edgewise for the next run: an environment for each set of pinned requirements, and
-each model by its hash. Neither is taken for whole before it is. What a run that was cut off left there goes after a
-week, what no run has used for a month then.
+The folder ~/.cache/edgewise on the device keeps, for the next run, an environment for each set of pinned requirements
+and each model under its hash. Neither counts before it is complete. Remains of an interrupted run are removed after a
+week, unused environments and models after a month.
 """
 
 import contextlib
@@ -19,9 +19,8 @@ import numpy as np
 
 from stages.common.errors import UserError
 from stages.edge.bundle import STAGES, pinned
-from stages.edge.local import Candidate, Timing, refuse_many_threads
+from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads
 from stages.edge.protocol import Protocol
-from stages.edge.soak import SoakPlan
 from stages.params.edge_benchmark import SSH_TARGET, EdgeBenchmark
 
 SSH = (
@@ -29,16 +28,16 @@ SSH = (
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
 )
 ARCHITECTURES = ("x86_64", "aarch64")
-"""For which ONNX Runtime has wheels."""
+"""Those with wheels of ONNX Runtime."""
 PYTHON = (3, 11)
-"""The oldest that the scripts run on."""
-REQUIREMENTS = ("onnxruntime", "numpy")
+"""The oldest version that runs the scripts."""
+REQUIREMENTS = ("onnxruntime", "numpy", "psutil")
 ENVIRONMENT_BYTES = 400 * 10**6
-"""Free disk that making an environment takes, downloads included."""
+"""Disk space for a new environment, downloads included."""
 SOURCES = {
     "timing.py": STAGES / "edge/device/timing.py",
     "edgewise_model.py": STAGES / "edge/device/edgewise_model.py",
-    **{f"edgewise_{name}.py": STAGES / f"edge/{name}.py" for name in ("machine", "memory", "protocol", "soak")},
+    **{f"edgewise_{name}.py": STAGES / f"edge/{name}.py" for name in ("machine", "protocol", "soak")},
 }
 PROBE = """
 printf '%s\\n' "architecture=$(uname -m)" "home=$HOME"
@@ -59,21 +58,21 @@ for file in "$kept"/models/*.onnx "$kept"/*/complete; do echo "has=$file"; done
 
 
 ENDS_WITH_THE_CONNECTION = "exec 3<&0; (cat <&3; kill 0) >/dev/null 2>&1 & watch=$!; "
-"""Before a script that `Device.follow` runs: SSH closes its input when it is cut, and then all that it started ends."""
+"""Prefix of a script for `Device.follow`: SSH closes its input when the connection is lost, and this then ends it."""
 
 
 @dataclass(frozen=True)
 class Device:
     target: str
-    """As the params name it, for messages."""
+    """Its name in the params, for messages."""
     address: tuple[str, ...]
-    """The client's own way to name it."""
+    """Its name in the arguments of the SSH client."""
 
     def run(self, script: str, content: bytes | None = None) -> str:
-        """Run a POSIX shell script there, with `content` as its input; what it prints.
+        """Run a POSIX shell script on the device with `content` as its input, and return its output.
 
         Raises:
-            UserError: if the device cannot be reached, or the script fails there.
+            UserError: if the device is not reachable, or the script fails.
         """
         command = [*SSH, *self.address, f"set -e; {script}"]
         done = subprocess.run(command, input=content or b"", capture_output=True, check=False)
@@ -81,33 +80,37 @@ class Device:
             raise self.failure(done.returncode, done.stderr.decode(errors="replace"))
         return done.stdout.decode(errors="replace")
 
-    def follow(self, script: str, say: Callable[[str], None]) -> None:
-        """As `run`, but each line goes to `say` as it comes, and the script's input stays open until it has ended."""
+    def follow(self, script: str, log: Callable[[str], None]) -> None:
+        """Like `run`, but pass each line of output to `log` at once, and keep the script's input open until it ends."""
         command = [*SSH, *self.address, f"set -e; {script}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+            assert client.stdout is not None
+            assert client.stderr is not None
             for line in client.stdout:
-                say(line.decode(errors="replace").rstrip())
-            said = client.stderr.read().decode(errors="replace")
+                log(line.decode(errors="replace").rstrip())
+            errors = client.stderr.read().decode(errors="replace")
         if client.returncode:
-            raise self.failure(client.returncode, said)
+            raise self.failure(client.returncode, errors)
 
-    def failure(self, code: int, said: str) -> UserError:
-        """The client's exit code and last words in one line; 255 is its own, any other the script's."""
-        lines = [line for line in said.splitlines() if line.strip()]
+    def failure(self, code: int, errors: str) -> UserError:
+        """The last line of the error output. Exit code 255 is that of the SSH client, any other that of the script."""
+        lines = [line for line in errors.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
         if code == 255:
-            remedy = "is it on, and named right?"
+            remedy = "is it on, and is its name correct?"
             if "Permission denied" in reason or "verification failed" in reason:
-                remedy = "ssh must reach it without a question (keys, known_hosts)"
+                remedy = "ssh must log in without a prompt (keys, known_hosts)"
             return UserError(f"{self.target}: the connection failed or was lost: {reason.strip()}: {remedy}, run again")
-        if "No space left" in said:
+        if "No space left" in errors:
             return UserError(f"{self.target}: its disk is full ({reason.strip()}): make room there, then run again")
         return UserError(f"{self.target}: {reason.strip()}")
 
 
 def device_at(target: str) -> Device:
-    """From `ssh://[user@]host[:port]`, as the params have checked it."""
-    user, host, port = SSH_TARGET.fullmatch(target).groups()
+    """The device of a target `ssh://[user@]host[:port]`, whose form the params have checked."""
+    found = SSH_TARGET.fullmatch(target)
+    assert found
+    user, host, port = found.groups()
     place = f"{user}@{host}" if user else host
     return Device(target, (*(("-p", port) if port else ()), place))
 
@@ -117,112 +120,107 @@ def time_there(
     candidates: Sequence[Candidate],
     section: EdgeBenchmark,
     protocol: Protocol,
-    soaked: tuple[Candidate, np.ndarray, SoakPlan] | None,
-    say: Callable[[str], None],
+    soaked: Soaked | None,
+    log: Callable[[str], None],
 ) -> Timing:
     """Time every candidate in ONNX Runtime on the device, in one interleaved run.
 
-    There is no PyTorch there: the baseline of a ratio is the dense float network in ONNX Runtime.
+    The device has no PyTorch, so the baseline of a ratio is the dense float network in ONNX Runtime.
 
     Raises:
-        UserError: if the device cannot be reached, is of a kind that cannot run this, lacks room, or the run fails;
-            what was made there before is kept.
+        UserError: if the device is not reachable, not supported or full, or the run fails. The environment and the
+            models stay on the device.
     """
     device = device_at(target)
 
-    def say_there(line: str) -> None:
-        say(f"{device.address[-1]}: {line}")
+    def log_device(line: str) -> None:
+        log(f"{device.address[-1]}: {line}")
 
     found, held = probe(device)
     check_device(target, found, sum(c.folder.joinpath("model.onnx").stat().st_size for c in candidates))
     refuse_many_threads(protocol.threads, int(found["cores"]))
     home = f"{found['home']}/.cache/edgewise"
-    environment = make_environment(device, home, found["python"], held, say_there)
-    copy_models(device, home, candidates, held, say_there)
+    environment = make_environment(device, home, found["python"], held, log_device)
+    copy_models(device, home, candidates, held, log_device)
     plan, content = plan_of(home, candidates, section, protocol, soaked)
     used = " ".join(shlex.quote(path) for path in [f"{environment}/complete", *(m["file"] for m in plan["models"])])
     folder = device.run(f"touch {used}; mktemp -d {shlex.quote(home)}/run-XXXXXX").strip()
     try:
         device.run(f"tar xf - -C {shlex.quote(folder)}", _tar({"plan.json": json.dumps(plan).encode(), **content}))
         python = shlex.quote(f"{environment}/bin/python")
-        device.follow(f"cd {shlex.quote(folder)}; exec {python} -u timing.py plan.json result.json", say_there)
+        device.follow(f"cd {shlex.quote(folder)}; exec {python} -u timing.py plan.json result.json", log_device)
         timed = json.loads(device.run(f"cat {shlex.quote(folder)}/result.json"))
     except ValueError as error:
-        raise UserError(f"{target}: its result cannot be read ({error}): run again") from None
+        raise UserError(f"{target}: cannot read its result ({error}): run again") from None
     finally:
         _remove(device, folder)
     rows = {row["variant"]: row["onnx_sha256"] for row in timed["result"]["rows"]}
     if rows != {c.variant: c.onnx_sha256 for c in candidates}:
-        raise UserError(f"{target}: its result is about other models than were asked for: run again")
-    others = [name for name in section.runtimes if name != "onnxruntime"]
+        raise UserError(f"{target}: its result belongs to other models: run again")
     left_out = [
-        {
-            "variant": None,
-            "runtime": name,
-            "reason": f"{name} is not timed on devices: ONNX Runtime alone is",
-        }
-        for name in others
+        {"variant": None, "runtime": name, "reason": f"{name}: on devices, only ONNX Runtime is timed"}
+        for name in section.runtimes
+        if name != "onnxruntime"
     ]
     return Timing(timed["result"] | {"left_out": left_out}, timed["windows"], timed["soak"])
 
 
 def probe(device: Device) -> tuple[dict[str, str], set[str]]:
-    """What the device is, and the files that earlier runs left there."""
+    """Properties of the device, and the files of earlier runs on it. Removes old files there."""
     pairs = [line.split("=", 1) for line in device.run(PROBE).splitlines() if "=" in line]
     return {key: value for key, value in pairs if key != "has"}, {value for key, value in pairs if key == "has"}
 
 
 def check_device(target: str, found: dict[str, str], model_bytes: int) -> None:
-    """Raise a `UserError` where it cannot run what would be copied there."""
+    """Raise a `UserError` if the device cannot run the models."""
     if found["architecture"] not in ARCHITECTURES:
         raise UserError(
-            f"{target} is {found['architecture']}: ONNX Runtime has wheels for {' and '.join(ARCHITECTURES)} only"
+            f"{target} is {found['architecture']}, but ONNX Runtime has wheels only for {' and '.join(ARCHITECTURES)}"
         )
     version = tuple(map(int, found["python"].split("."))) if found["python"] else ()
     if version < PYTHON:
         has = f"python3 is {found['python']}" if version else "there is no python3"
         raise UserError(f"{target}: {has}: install Python {'.'.join(map(str, PYTHON))} or later there")
     if found["venv"] != "yes":
-        raise UserError(f"{target}: its Python makes no environments: install python3-venv there")
+        raise UserError(f"{target}: its Python cannot make environments: install python3-venv there")
     free, wanted = int(found["free_kb"]) * 1024, ENVIRONMENT_BYTES + model_bytes
     if free < wanted:
         raise UserError(
-            f"{target}: {free / 1e6:,.0f} MB are free there, environment and models take up to {wanted / 1e6:,.0f}:"
-            " make room"
+            f"{target}: {free / 1e6:,.0f} MB are free, but the environment and the models need up to"
+            f" {wanted / 1e6:,.0f}: make room there"
         )
 
 
-def make_environment(device: Device, home: str, python: str, held: set[str], say: Callable[[str], None]) -> str:
-    """Its folder; made anew where none was finished: one that is still being made for somebody else is not touched."""
+def make_environment(device: Device, home: str, python: str, held: set[str], log: Callable[[str], None]) -> str:
+    """The folder of a complete environment, new if there is none: an incomplete one may belong to another run."""
     pins = [f"{name}=={pinned(name)}" for name in REQUIREMENTS]
     start = f"{home}/env-{hashlib.sha256(' '.join([python, *pins]).encode()).hexdigest()[:12]}-"
     for path in sorted(held):
         if path.startswith(start):
             return path.removesuffix("/complete")
-    say(f"making an environment with {' and '.join(pins)}, once")
+    log(f"making an environment with {' and '.join(pins)}, once")
     install = f"-m pip install --quiet --no-compile --disable-pip-version-check {' '.join(pins)}"
-    told: list[str] = []
+    printed: list[str] = []
     device.follow(
         f'{ENDS_WITH_THE_CONNECTION} folder=$(mktemp -d {shlex.quote(start)}XXXXXX); python3 -m venv "$folder" >&2;'
         f' "$folder/bin/python" {install} >&2; touch "$folder/complete"; echo "$folder"; kill $watch',
-        told.append,
+        printed.append,
     )
-    return told[-1]
+    return printed[-1]
 
 
 def copy_models(
-    device: Device, home: str, candidates: Sequence[Candidate], held: set[str], say: Callable[[str], None]
+    device: Device, home: str, candidates: Sequence[Candidate], held: set[str], log: Callable[[str], None]
 ) -> None:
-    """Those that are not there yet; each appears under its hash when it is whole."""
+    """Copy the models that the device lacks; each gets its final name when it is complete."""
     missing = {c.onnx_sha256: c.folder / "model.onnx" for c in candidates}
     missing = {sha: path for sha, path in missing.items() if model_path(home, sha) not in held}
     for number, (sha, path) in enumerate(missing.items(), 1):
-        say(f"copying model {number} of {len(missing)}, {path.stat().st_size / 1e6:.1f} MB")
+        log(f"copying model {number} of {len(missing)}, {path.stat().st_size / 1e6:.1f} MB")
         place, content = shlex.quote(model_path(home, sha)), path.read_bytes()
-        whole = (
-            f'[ "$(wc -c < {place}.partial)" -eq {len(content)} ]'  # a lost connection ends cat as a whole file does
-        )
-        device.run(f"cat > {place}.partial; {whole}; mv {place}.partial {place}", content)
+        # after a lost connection cat ends as after a complete file
+        complete = f'[ "$(wc -c < {place}.partial)" -eq {len(content)} ]'
+        device.run(f"cat > {place}.partial; {complete}; mv {place}.partial {place}", content)
 
 
 def model_path(home: str, sha256: str) -> str:
@@ -234,9 +232,9 @@ def plan_of(
     candidates: Sequence[Candidate],
     section: EdgeBenchmark,
     protocol: Protocol,
-    soaked: tuple[Candidate, np.ndarray, SoakPlan] | None,
+    soaked: Soaked | None,
 ) -> tuple[dict, dict[str, bytes]]:
-    """What timing.py is told, and the files that go with it."""
+    """The plan for timing.py, and the files that it needs."""
     content = {name: path.read_bytes() for name, path in SOURCES.items()}
     soak = None
     if soaked is not None:
@@ -269,6 +267,6 @@ def _tar(content: dict[str, bytes]) -> bytes:
 
 
 def _remove(device: Device, folder: str) -> None:
-    """The run's own folder; one that cannot be removed now, for want of a connection, does no harm."""
+    """Remove the folder of the run; without a connection it stays, which does no harm."""
     with contextlib.suppress(UserError):
         device.run(f"rm -rf {shlex.quote(folder)}")

@@ -1,7 +1,6 @@
-"""What can run an artifact: one small interface for all runtimes. Nothing here imports one before it is used."""
+"""The runtimes that can run an artifact, behind one small interface. Each is imported only when it is used."""
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,33 +8,24 @@ from pathlib import Path
 import numpy as np
 
 from stages.common.errors import UserError
-
-Run = Callable[[np.ndarray], np.ndarray]
-"""uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
-
-
-def _as_it_is(folder: Path, prepared: Path, batch: int) -> Path:
-    return folder
+from stages.edge.protocol import Classify
 
 
 @dataclass(frozen=True)
 class Runtime:
     name: str
     package: str
-    """The distribution whose version goes with the numbers."""
+    """The distribution whose version belongs to the figures."""
     modules: tuple[str, ...]
-    """What it imports: timed apart from loading a model."""
-    open: Callable[[Path, int, int], Run]
-    """From a prepared folder, a number of threads and one of images to a function that classifies so many."""
+    """Modules that it imports; their import is timed apart from loading a model."""
+    open: Callable[[Path, int, int], Classify]
+    """Opens the artifact in a folder, with a number of threads and of images in each call."""
     install: str = "uv sync"
-    """What a person does where it is missing."""
-    prepare: Callable[[Path, Path, int], Path] = _as_it_is
-    """Where the runtime has a format of its own: converts the artifact in a folder, for a number of images, into an
-    empty folder; gives back the one to open."""
+    """The command that installs it."""
 
 
 def not_installed(runtime: Runtime) -> str | None:
-    """A line that says so and what helps; None where it is there."""
+    """A line that names the runtime and how to install it; None if it is installed."""
     try:
         importlib.metadata.version(runtime.package)
     except importlib.metadata.PackageNotFoundError:
@@ -43,7 +33,7 @@ def not_installed(runtime: Runtime) -> str | None:
     return None
 
 
-def _open_onnxruntime(folder: Path, threads: int, batch: int) -> Run:
+def _open_onnxruntime(folder: Path, threads: int, batch: int) -> Classify:
     from stages.export.session import open_session
 
     session = open_session(folder / "model.onnx", threads)
@@ -51,14 +41,14 @@ def _open_onnxruntime(folder: Path, threads: int, batch: int) -> Run:
     return lambda pixels: session.run(wanted, {name: pixels})[0]
 
 
-def _open_openvino(folder: Path, threads: int, batch: int) -> Run:
+def _open_openvino(folder: Path, threads: int, batch: int) -> Classify:
     import openvino
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "f32",  # else it computes float layers in bfloat16 where the processor can
+        "INFERENCE_PRECISION_HINT": "f32",  # or it computes float layers in bfloat16 on processors that have it
     }
     core = openvino.Core()
     try:
@@ -74,29 +64,29 @@ def _open_openvino(folder: Path, threads: int, batch: int) -> Run:
     return lambda pixels: request.infer([pixels], share_inputs=True)[output]
 
 
-def _open_torch_eager(folder: Path, threads: int, batch: int) -> Run:
+def _open_torch_eager(folder: Path, threads: int, batch: int) -> Classify:
     classifier, _ = _load_torch(folder, threads)
     return _torch_run(classifier)
 
 
-def _open_torch_compile(folder: Path, threads: int, batch: int) -> Run:
+def _open_torch_compile(folder: Path, threads: int, batch: int) -> Classify:
     import torch
 
     classifier, image_size = _load_torch(folder, threads)
     run = _torch_run(torch.compile(classifier, dynamic=False))
     try:
         run(np.zeros((batch, image_size, image_size, 3), np.uint8))
-    except Exception as error:  # inductor's, its compiler's and the network's own have no common class
+    except Exception as error:  # errors of inductor, the compiler and the network have no common class
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"torch {torch.__version__} does not compile {folder} ({reason}): install a C++ compiler, or take"
-            " torch-compile out of edge_benchmark.runtimes"
+            f"torch {torch.__version__} does not compile {folder} ({reason}): install a C++ compiler, or remove"
+            " torch-compile from edge_benchmark.runtimes"
         ) from None
     return run
 
 
 def _load_torch(folder: Path, threads: int) -> tuple[Callable, int]:
-    """The artifact's classifier, and the side of the images that it takes."""
+    """The classifier of the artifact, and its image size."""
     import torch
 
     from stages.artifacts.artifact import load_classifier
@@ -106,7 +96,7 @@ def _load_torch(folder: Path, threads: int) -> tuple[Callable, int]:
     return classifier, description.image_size
 
 
-def _torch_run(classifier: Callable) -> Run:
+def _torch_run(classifier: Callable) -> Classify:
     import torch
 
     def run(pixels: np.ndarray) -> np.ndarray:
@@ -116,29 +106,8 @@ def _torch_run(classifier: Callable) -> Run:
     return run
 
 
-def _prepare_executorch(folder: Path, prepared: Path, batch: int) -> Path:
-    from stages.edge.executorch_file import write_executorch
-
-    write_executorch(folder, prepared, batch)
-    return prepared
-
-
-def _open_executorch(folder: Path, threads: int, batch: int) -> Run:
-    from stages.edge.executorch_file import open_executorch
-
-    return open_executorch(folder, threads)
-
-
 ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime)
 OPENVINO = Runtime("openvino", "openvino", ("openvino",), _open_openvino, "uv sync --extra openvino")
-EXECUTORCH = Runtime(
-    "executorch",
-    "executorch",
-    ("torch", "executorch.runtime"),
-    _open_executorch,
-    "uv pip install executorch",
-    _prepare_executorch,
-)
 TORCH_EAGER = Runtime("torch-eager", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_eager)
 TORCH_COMPILE = Runtime("torch-compile", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_compile)
-RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, EXECUTORCH, TORCH_EAGER, TORCH_COMPILE)}
+RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, TORCH_EAGER, TORCH_COMPILE)}

@@ -1,31 +1,30 @@
-"""Selective classification: answer only where the confidence is high enough, so that answers are right more often."""
+"""Selective classification: answer only images with a high confidence, so that more of the answers are right."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Images whose confidence is at least `confidence` are answered."""
+    """The classifier answers the images whose confidence is at least `confidence`."""
 
     confidence: float
     coverage: float
-    """Share of the images that are answered."""
+    """Fraction of the images that it answers."""
     accuracy: float
-    """Share of those answered that are right."""
+    """Fraction of the answers that are right."""
     answered: int
 
 
 def thresholds(confidence: np.ndarray, right: np.ndarray) -> list[Threshold]:
-    """Every way to divide these images by their confidence, the lowest threshold first.
+    """Every threshold that divides these images differently, the lowest first.
 
-    That is the risk-coverage curve of El-Yaniv and Wiener (JMLR 11, 2010, section 2).
+    They form the risk-coverage curve of El-Yaniv and Wiener (JMLR 11, 2010, section 2).
 
     Args:
-        confidence: of each image, float `[N]`.
-        right: whether its class is the right one, bool `[N]`.
+        confidence: float `[N]`.
+        right: bool `[N]`, True where the predicted class is the label.
     """
     values, counts = np.unique(confidence, return_counts=True)
     answered = np.cumsum(counts[::-1])[::-1]
@@ -37,20 +36,21 @@ def thresholds(confidence: np.ndarray, right: np.ndarray) -> list[Threshold]:
 
 
 def lowest_threshold(curve: list[Threshold], accuracy: float) -> Threshold | None:
-    """The lowest at which at least this share of the answers is right; None where no threshold reaches it.
+    """The lowest threshold with at least this accuracy; None if there is none.
 
-    It is chosen and counted on the same images, so on new ones the answers are right a little less often.
+    The same images choose the threshold and measure its accuracy, so new images have a slightly lower accuracy.
     """
     return next((threshold for threshold in curve if threshold.accuracy >= accuracy), None)
 
 
 def best_threshold(curve: list[Threshold]) -> Threshold:
-    """The one with the largest accuracy, and of several the one that answers most."""
+    """The threshold with the highest accuracy; ties go to the higher coverage."""
     return max(curve, key=lambda threshold: (threshold.accuracy, threshold.coverage))
 
 
-def proportion(name: str, right: np.ndarray, confidence: float) -> dict[str, float]:
-    """Share of True with Wilson's score interval."""
-    result = binomtest(int(right.sum()), len(right))
-    low, high = result.proportion_ci(confidence, method="wilson")
-    return {name: float(right.mean()), f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}
+def proportion(name: str, right: int, n: int, confidence: float) -> dict[str, float]:
+    """`right / n` with the Wilson score interval."""
+    from scipy.stats import binomtest  # here, because it takes a second that `--help` can do without
+
+    low, high = binomtest(right, n).proportion_ci(confidence, method="wilson")
+    return {name: right / n, f"{name}_ci_low": float(low), f"{name}_ci_high": float(high)}

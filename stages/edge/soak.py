@@ -1,6 +1,6 @@
-"""Soak: one model, run on and on, so that heat, leaks and wrong answers have the time to show.
+"""Soak: run one model for a long time, so that throttling, memory leaks and changed answers show.
 
-Goes into device bundles as it is: standard library and NumPy only.
+The remote benchmark copies this file to the device, so it needs the standard library and NumPy only.
 """
 
 import time
@@ -14,7 +14,7 @@ import numpy as np
 class SoakPlan:
     seconds: float
     images_per_second: float
-    """0: one inference after the other."""
+    """0 runs one inference directly after the other."""
     window_seconds: float
 
 
@@ -24,16 +24,16 @@ def soak(
     plan: SoakPlan,
     state: Callable[[], dict[str, float | None]],
 ) -> list[dict[str, float | None]]:
-    """Classify `images` in turn, again and again, and compare each answer with the first one.
+    """Classify `images` in turn until the time is up, and compare each answer with the first one on the same image.
 
     Args:
         run: pixels `[1, H, W, 3]` to logits `[1, classes]`.
-        images: uint8 `[1, H, W, 3]` each.
-        state: of memory, temperature and frequency; asked at the end of each window, outside the timing.
+        images: uint8, each `[1, H, W, 3]`.
+        state: returns memory, temperature and frequency; called at the end of each window, outside the timing.
 
     Returns:
-        One flat row for each window: when it ended, its calls, percentiles of their times, how many began late (where
-        there is a rate), how many answered another class than the first time, and the state.
+        One flat row for each window: its end, its calls and their time percentiles, the number of calls that started
+        `late` (with a rate), the number of `wrong` answers (another class than the first time), and the state.
     """
     expected = [int(run(image).argmax()) for image in images]
     clock: Callable[[], int] = time.perf_counter_ns
@@ -48,7 +48,7 @@ def soak(
         if interval:
             if (wait := due - clock()) > 0:
                 time.sleep(wait / 1e9)
-            elif wait < -interval:  # a camera would have dropped what came meanwhile
+            elif wait < -interval:  # a camera would have dropped the frames in between
                 late += 1
                 due = clock()
             due += interval
@@ -62,7 +62,7 @@ def soak(
         if after < end:
             continue
         p50, p95, p99 = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
-        row = {"seconds": (after - started) / 1e9, "runs": len(times)}
+        row: dict[str, float | None] = {"seconds": (after - started) / 1e9, "runs": len(times)}
         row |= {"latency_ms_p50": p50, "latency_ms_p95": p95, "latency_ms_p99": p99}
         rows.append(row | {"latency_ms_max": max(times) / 1e6, "late": late, "wrong": wrong} | state())
         times, late, wrong = [], 0, 0

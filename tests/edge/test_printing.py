@@ -5,7 +5,7 @@ import pytest
 
 from stages.common.errors import UserError
 from stages.edge import printing
-from stages.edge.device.edgewise_frames import CROP, centre_square
+from stages.edge.device.edgewise_frames import CROP, center_square
 from stages.edge.printing import (
     Strengths,
     blur,
@@ -31,7 +31,7 @@ def generator(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_the_same_seed_gives_the_same_photograph_and_another_one_another():
+def test_the_photograph_depends_on_the_seed_only():
     first, second, third = (photograph(IMAGE, STRENGTHS, generator(seed)) for seed in (1, 1, 2))
     assert first.shape == (320, 320, 3)
     assert first.dtype == np.uint8
@@ -40,7 +40,7 @@ def test_the_same_seed_gives_the_same_photograph_and_another_one_another():
 
 
 @pytest.mark.parametrize("step", [light, blur, moire, noise])
-def test_a_step_changes_the_picture_by_its_strength_and_nothing_without(step):
+def test_a_step_changes_the_picture_in_proportion_to_its_strength(step):
     pixels = np.full((320, 320, 3), 128, np.float32)
     pixels[100:200, 100:200] = 30
     np.testing.assert_allclose(step(pixels, NONE, generator()), pixels, atol=1e-3)
@@ -50,17 +50,17 @@ def test_a_step_changes_the_picture_by_its_strength_and_nothing_without(step):
     assert np.abs(step(pixels, stronger, generator()) - pixels).mean() > changed
 
 
-def test_the_print_lies_in_the_middle_where_the_camera_looks():
+def test_the_print_fills_the_square_that_the_camera_classifies():
     enlarged = enlarge(IMAGE, STRENGTHS.print_px)
     seen = lay_on_table(enlarged, NONE, generator())
-    square = seen[centre_square(seen, CROP)]
+    square = seen[center_square(seen, CROP)]
     np.testing.assert_allclose(square, enlarged, atol=1e-2)
     slanted = lay_on_table(enlarged, STRENGTHS, generator())
-    assert np.abs(slanted[centre_square(seen, CROP)] - enlarged).mean() > 1
+    assert np.abs(slanted[center_square(seen, CROP)] - enlarged).mean() > 1
     assert len(np.unique(slanted[:20].reshape(-1, 3), axis=0)) == 1  # the table is plain
 
 
-def test_jpeg_loses_more_at_a_lower_quality_and_keeps_the_colours_apart():
+def test_jpeg_loses_more_at_a_lower_quality_and_keeps_the_channels_apart():
     picture = photograph(IMAGE, NONE, generator())
     loss = {quality: np.abs(jpeg(picture, quality).astype(int) - picture).mean() for quality in (30, 95)}
     assert loss[95] < loss[30] < 12
@@ -73,7 +73,7 @@ def pictures(count):
     return [photograph(np.roll(IMAGE, number, 1), STRENGTHS, generator(number)) for number in range(count)]
 
 
-def test_a_film_plays_back_frame_for_frame(tmp_path):
+def test_a_film_plays_back_frame_by_frame(tmp_path):
     shown = pictures(12)
     assert film(tmp_path / "a.mp4", iter(shown), 320) == 12
     played = list(play(tmp_path / "a.mp4", 12))
@@ -84,26 +84,26 @@ def test_a_film_plays_back_frame_for_frame(tmp_path):
         assert np.sqrt((difference**2).mean()) < 8
 
 
-@pytest.mark.parametrize("told", [4, 6])
-def test_frames_that_are_missing_or_too_many_are_found(tmp_path, told):
+@pytest.mark.parametrize("written", [4, 6])
+def test_a_wrong_number_of_frames_is_detected(tmp_path, written):
     film(tmp_path / "a.mp4", pictures(5), 320)
-    with pytest.raises(UserError, match=f"{told} frames were written and 5 read"):
-        list(play(tmp_path / "a.mp4", told))
+    with pytest.raises(UserError, match=f"{written} frames were written and 5 read"):
+        list(play(tmp_path / "a.mp4", written))
 
 
-def test_frames_out_of_order_are_found(tmp_path, monkeypatch):
+def test_a_wrong_order_of_frames_is_detected(tmp_path, monkeypatch):
     order = iter([0, 1, 3, 2])
     monkeypatch.setattr(printing, "stamp", lambda picture, number: stamp(picture, next(order)))
     film(tmp_path / "a.mp4", pictures(4), 320)
-    with pytest.raises(UserError, match="frame 2 was written as number 3"):
+    with pytest.raises(UserError, match="frame 2 has the stamp 3"):
         list(play(tmp_path / "a.mp4", 4))
 
 
 @pytest.mark.parametrize("number", [0, 1, 999, 65535])
-def test_a_stamp_is_read_back_through_jpeg(number):
+def test_a_stamp_survives_jpeg(number):
     assert stamped_number(jpeg(stamp(np.full((320, 320, 3), 120, np.uint8), number), 50)) == number
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_is_not_writable_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot write a video"):
         film(tmp_path / "missing" / "a.mp4", pictures(1), 320)

@@ -9,7 +9,7 @@ from toy_project import compressed_project
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.edge import runtimes
-from stages.edge.runtimes import EXECUTORCH, ONNXRUNTIME, OPENVINO, RUNTIMES, TORCH_COMPILE, TORCH_EAGER, not_installed
+from stages.edge.runtimes import ONNXRUNTIME, OPENVINO, RUNTIMES, TORCH_COMPILE, TORCH_EAGER, not_installed
 from stages.export.session import int8_overflows
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
@@ -21,13 +21,9 @@ def project(tmp_path_factory):
     return compressed_project(tmp_path_factory.mktemp("runtimes"))
 
 
-def logits_in(runtime, folder, prepared):
-    return runtime.open(runtime.prepare(folder, prepared, 1), 1, 1)(PIXELS)
-
-
 @pytest.mark.parametrize("variant", [FP32, INT8])
-@pytest.mark.parametrize("runtime", [ONNXRUNTIME, OPENVINO, EXECUTORCH], ids=lambda runtime: runtime.name)
-def test_a_runtime_gives_the_logits_of_pytorch(project, runtime, variant, tmp_path):
+@pytest.mark.parametrize("runtime", [ONNXRUNTIME, OPENVINO], ids=lambda runtime: runtime.name)
+def test_a_runtime_gives_the_logits_of_pytorch(project, runtime, variant):
     if reason := not_installed(runtime):
         pytest.skip(reason)
     if variant == INT8 and runtime is ONNXRUNTIME and int8_overflows():
@@ -35,16 +31,16 @@ def test_a_runtime_gives_the_logits_of_pytorch(project, runtime, variant, tmp_pa
     folder = project / paths.compressed(variant)
     expected = TORCH_EAGER.open(folder, 1, 1)(PIXELS)
     assert expected.std() > 0.1
-    found = logits_in(runtime, folder, tmp_path)
+    found = runtime.open(folder, 1, 1)(PIXELS)
     assert (found.shape, found.dtype) == ((1, 5), np.float32)
     np.testing.assert_allclose(found, expected, atol=1e-4 if variant == FP32 else 0.2 * expected.std())
 
 
-def test_compiled_pytorch_gives_the_logits_of_eager_and_says_so_where_there_is_no_compiler(project, monkeypatch):
+def test_compiled_pytorch_gives_the_logits_of_eager_and_a_missing_compiler_is_an_error(project, monkeypatch):
     import torch
 
     folder = project / paths.compressed(FP32)
-    monkeypatch.setattr(torch, "compile", lambda module, dynamic: torch._dynamo.optimize("aot_eager")(module))
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: torch._dynamo.optimize("eager")(module))
     np.testing.assert_allclose(
         TORCH_COMPILE.open(folder, 1, 1)(PIXELS), TORCH_EAGER.open(folder, 1, 1)(PIXELS), atol=1e-4
     )
@@ -56,49 +52,30 @@ def test_compiled_pytorch_gives_the_logits_of_eager_and_says_so_where_there_is_n
         return run
 
     monkeypatch.setattr(torch, "compile", without_compiler)
-    with pytest.raises(UserError, match=r"does not compile .*No working C\+\+ compiler found\): install a C\+\+"):
+    with pytest.raises(UserError, match=r"No working C\+\+ compiler found\): install a C\+\+"):
         TORCH_COMPILE.open(folder, 1, 1)
 
 
-def test_one_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
+def test_a_missing_runtime_is_named_with_the_remedy(monkeypatch):
     def missing(package):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(runtimes.importlib.metadata, "version", missing)
     lines = {name: not_installed(runtime) for name, runtime in RUNTIMES.items()}
     assert lines["openvino"] == "openvino is not installed: uv sync --extra openvino"
-    assert lines["executorch"] == "executorch is not installed: uv pip install executorch"
     assert all(lines.values())
 
 
-def test_naming_the_runtimes_imports_none_of_them():
+def test_the_list_of_runtimes_imports_none_of_them():
     code = "import sys, stages.edge.runtimes; sys.exit(bool({'torch', 'onnxruntime', 'openvino'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("runtime", [ONNXRUNTIME, OPENVINO], ids=lambda runtime: runtime.name)
-def test_a_broken_file_ends_in_one_line(runtime, tmp_path):
+def test_a_broken_file_is_an_error_in_one_line(runtime, tmp_path):
     if reason := not_installed(runtime):
         pytest.skip(reason)
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError, match=r"^.*model\.onnx.*$") as caught:
         runtime.open(tmp_path, 1, 1)
-    assert "model.onnx" in str(told.value)
-    assert "\n" not in str(told.value)
-
-
-def test_executorch_refuses_calibrated_activations(project, tmp_path, monkeypatch):
-    if reason := not_installed(EXECUTORCH):
-        pytest.skip(reason)
-    from stages.edge import executorch_file
-
-    load = executorch_file.load_classifier
-
-    def calibrated(folder):
-        classifier, description = load(folder)
-        description.parameters["method"] = "int8_static"
-        return classifier, description
-
-    monkeypatch.setattr(executorch_file, "load_classifier", calibrated)
-    with pytest.raises(UserError, match="executorch does not run toy-none-fp32: activations calibrated here"):
-        EXECUTORCH.prepare(project / paths.compressed(FP32), tmp_path, 1)
+    assert "\n" not in str(caught.value)

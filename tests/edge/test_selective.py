@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from stages.edge.selective import best_threshold, lowest_threshold, thresholds
+from stages.edge.selective import best_threshold, lowest_threshold, proportion, thresholds
 
 
 def by_search(confidence, right, accuracy):
-    """The lowest confidence seen whose images, and those above, are right often enough."""
+    """The lowest confidence at which, and above which, the required fraction of the images is right."""
     for value in sorted(set(confidence)):
         answered = [r for c, r in zip(confidence, right, strict=True) if c >= value]
         if sum(answered) / len(answered) >= accuracy:
@@ -13,8 +13,8 @@ def by_search(confidence, right, accuracy):
     return None
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_threshold_is_the_one_that_a_search_finds(seed):
+@pytest.mark.parametrize("seed", range(6))
+def test_the_threshold_is_that_of_an_exhaustive_search(seed):
     generator = np.random.default_rng(seed)
     confidence = np.round(generator.random(40), 1 + seed % 3)  # with ties
     right = generator.random(40) < confidence
@@ -25,7 +25,7 @@ def test_the_threshold_is_the_one_that_a_search_finds(seed):
         )
 
 
-def test_what_cannot_be_reached_is_none_and_the_nearest_answers_most():
+def test_without_a_threshold_the_best_one_has_the_highest_accuracy_then_coverage():
     confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
     curve = thresholds(confidence, np.array([False, True, True, False, False]))
     assert lowest_threshold(curve, 0.7) is None
@@ -35,6 +35,10 @@ def test_what_cannot_be_reached_is_none_and_the_nearest_answers_most():
     assert (tie.confidence, tie.accuracy) == (0.7, 1.0)
 
 
-def test_images_of_one_confidence_are_answered_together():
-    curve = thresholds(np.array([0.5, 0.5, 0.9]), np.array([True, False, True]))
-    assert [(t.confidence, t.answered) for t in curve] == [(0.5, 3), (0.9, 1)]
+def test_the_interval_is_wilsons():
+    found = proportion("x", 37, 40, 0.95)
+    z, n, p = 1.959964, 40, 0.925
+    center, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert found["x"] == p
+    assert found["x_ci_low"] == pytest.approx(center - half / (1 + z * z / n), abs=1e-6)
+    assert found["x_ci_high"] == pytest.approx(center + half / (1 + z * z / n), abs=1e-6)

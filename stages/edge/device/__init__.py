@@ -1,1 +1,1 @@
-"""What a bundle takes to the device as it is: standard library, NumPy, Pillow, ONNX Runtime and OpenCV only."""
+"""Scripts that run on the device, unchanged: standard library, NumPy, Pillow, psutil, ONNX Runtime and OpenCV only."""

@@ -1,9 +1,9 @@
-"""Time the model on this machine: batch 1, one image after the other.
+"""Time the model on this machine, one image in each call.
 
     python bench.py [--threads 1] [--seconds 10] [--json out.json]
 
-Loading and the first inference are those of this process. A run during which others used the processors is marked
-busy: repeat it on a quiet machine.
+Import, load and first inference are those of this process. A run is marked busy if other programs used the processor:
+repeat it on a quiet machine.
 """
 
 import argparse
@@ -11,16 +11,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 try:
     import numpy as np
-    from edgewise_machine import BUSY_CORES, EnergyMeter, RunWatch, describe_machine
-    from edgewise_memory import peak_rss_bytes
     from edgewise_model import Model, open_model, run_script, stop, threads_argument
-    from edgewise_protocol import Contender, Protocol, measure, random_pixels, summarise
+    from edgewise_protocol import Contender, Protocol, measure, peak_rss_bytes, random_pixels, summarize
 except ImportError as missing:
     own = str(missing.name).startswith("edgewise_")
     sys.exit(f"error: {missing}: {'copy the whole bundle again' if own else 'pip install -r requirements.txt'}")
@@ -29,29 +26,12 @@ WARMUP_RUNS, WINDOWS = 20, 10
 
 
 def first_inference(model: Model, pixels: np.ndarray) -> dict[str, object]:
-    """What start-up costs; nothing may have run before."""
+    """The start-up cost; the model must not have run before."""
     started = time.perf_counter_ns()
     model.run(pixels)
     first_ms = (time.perf_counter_ns() - started) / 1e6
-    return {
-        "import_ms": model.import_ms,
-        "load_ms": model.load_ms,
-        "first_inference_ms": first_ms,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def latency(model: Model, pixels: np.ndarray, protocol: Protocol) -> dict[str, object]:
-    """Percentiles over all calls of all windows; throughput is the mean, calls only."""
-    contender = Contender(model.bundle.variant, "onnxruntime", model.run, pixels, 0)
-    windows = measure([contender], protocol, EnergyMeter())
-    figures = asdict(summarise(windows, 0, 0, protocol))
-    medians = [window.p50_ms for window in windows]
-    alone = {key: value for key, value in figures.items() if "ratio" not in key and key != "unsteady"}
-    return alone | {
-        "latency_ms_p50_fastest_window": min(medians),
-        "latency_ms_p50_slowest_window": max(medians),
-    }
+    times = {"import_ms": model.import_ms, "load_ms": model.load_ms, "first_inference_ms": first_ms}
+    return times | {"peak_rss_bytes": peak_rss_bytes()}
 
 
 def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
@@ -59,9 +39,15 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
     pixels = random_pixels(protocol.batch, model.bundle.image_size, protocol.seed)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start_up = first_inference(model, pixels)
-    watch = RunWatch.start()
-    timed = latency(model, pixels, protocol)
+    from edgewise_machine import EnergyMeter, RunWatch, describe_machine  # here, or psutil's memory would be counted
+
+    watch = RunWatch.start(protocol.quiet_seconds)
+    contender = Contender(model.bundle.variant, "onnxruntime", model.run, pixels, 0)
+    windows = measure([contender], protocol, EnergyMeter())
     marks, state = watch.finish()
+    figures = summarize(windows, 0, 0, protocol)
+    alone = {key: value for key, value in figures.items() if "ratio" not in key and key != "unsteady"}
+    medians = [window.p50_ms for window in windows]
     return {
         "variant": model.bundle.variant,
         "onnx_sha256": model.bundle.onnx_sha256,
@@ -72,7 +58,9 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
         "warmup_runs": WARMUP_RUNS,
         "windows": WINDOWS,
         "window_seconds": protocol.window_seconds,
-        **timed,
+        **alone,
+        "latency_ms_p50_fastest_window": min(medians),
+        "latency_ms_p50_slowest_window": max(medians),
         **start_up,
         "machine": describe_machine(("onnxruntime", "numpy")) | state,
     }
@@ -102,19 +90,18 @@ def summary(result: dict) -> str:
         f"machine     {machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores, {', '.join(known)}",
     ]
     if result["energy_mj_per_image"] is not None:
-        lines.append(f"energy      {result['energy_mj_per_image']:.2f} mJ an image, of the whole processor")
+        lines.append(f"energy      {result['energy_mj_per_image']:.2f} mJ per image, for the whole processor")
     if result["throttled"]:
-        lines.append("throttled   the processor was slowed down meanwhile: let it cool, then measure again")
+        lines.append("throttled   the processor slowed down during the run: let it cool, then measure again")
     if result["busy"]:
         others = max(machine["others_cores_before"], machine["others_cores_during"])
-        lines.append(
-            f"busy        others used {others:.2f} cores, more than {BUSY_CORES}: measure again when it is quiet"
-        )
+        limit = machine["busy_above_cores"]
+        lines.append(f"busy        other programs used {others:.2f} cores, more than {limit}: measure again later")
     return "\n".join(lines)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Whole or not at all."""
+    """Write the whole file or nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -126,12 +113,14 @@ def write_json(path: Path, value: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=threads_argument, default=1, help="of ONNX Runtime (default: 1)")
-    parser.add_argument("--seconds", type=float, default=10, help="of timing, without warm-up (default: 10)")
+    parser.add_argument("--threads", type=threads_argument, default=1, help="threads of ONNX Runtime (default: 1)")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="duration of the timing, without warm-up (default: 10)"
+    )
     parser.add_argument("--json", type=Path, metavar="out", help="write all figures and the machine to this file")
     arguments = parser.parse_args()
     if not 0 < arguments.seconds <= 86400:
-        parser.error("--seconds: more than 0 and at most 86400")
+        parser.error("--seconds: give more than 0 and at most 86400")
     if arguments.json and not arguments.json.parent.is_dir():
         stop(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     if arguments.json and arguments.json.is_dir():
@@ -139,7 +128,7 @@ def main() -> None:
     try:
         result = bench(open_model(Path(__file__).parent, arguments.threads), arguments.threads, arguments.seconds)
     except KeyboardInterrupt:
-        stop("interrupted: nothing is written")
+        stop("interrupted: no result was written")
     print(summary(result))
     if arguments.json:
         write_json(arguments.json, result)

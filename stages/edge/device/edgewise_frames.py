@@ -1,4 +1,4 @@
-"""Frames of a camera or a video file: uint8 `[H, W, 3]` in OpenCV's order of channels, BGR."""
+"""Frames of a camera or a video file: uint8 `[H, W, 3]` in the channel order of OpenCV, BGR."""
 
 import os
 import threading
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 CROP = 0.7
-"""Side of the square that is classified, as a share of the frame's shorter side: what the camera is pointed with."""
+"""Side of the classified square, as a fraction of the shorter side of the frame."""
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class Frame:
 
 
 class NoFrames(Exception):
-    """In words for the user: why there is nothing to classify."""
+    """There is nothing to classify; the message tells the user why."""
 
 
-def centre_square(pixels: np.ndarray, share: float) -> tuple[slice, slice]:
-    """Rows and columns of the square in the middle whose side is `share` of the shorter side of `[H, W, 3]`."""
+def center_square(pixels: np.ndarray, fraction: float) -> tuple[slice, slice]:
+    """Rows and columns of the middle square of `[H, W, 3]` whose side is `fraction` of the shorter side."""
     height, width = pixels.shape[:2]
-    side = max(1, round(share * min(height, width)))
+    side = max(1, round(fraction * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
     return slice(top, top + side), slice(left, left + side)
 
 
 def open_video(source: int | Path) -> cv2.VideoCapture:
-    """A camera by its number, or a video file.
+    """Open a camera by its number, or a video file.
 
     Raises:
-        NoFrames: if there is no such camera or file, or OpenCV cannot read it.
+        NoFrames: if the camera or file does not exist, or OpenCV cannot read it.
     """
     _keep_quiet()
     if isinstance(source, Path) and not source.is_file():
@@ -45,13 +45,13 @@ def open_video(source: int | Path) -> cv2.VideoCapture:
     if not capture.isOpened():
         capture.release()
         if isinstance(source, int):
-            raise NoFrames(f"camera {source} cannot be opened: is it plugged in, and not in use by another program?")
+            raise NoFrames(f"camera {source} cannot be opened: is it plugged in, and does no other program use it?")
         raise NoFrames(f"{source} cannot be opened as a video")
     return capture
 
 
 def frames_of(capture: cv2.VideoCapture) -> Iterator[Frame]:
-    """Every frame, in order, as fast as they are asked for."""
+    """Yield every frame in order, as fast as the caller takes them."""
     while True:
         started = time.perf_counter_ns()
         read, pixels = capture.read()
@@ -61,12 +61,12 @@ def frames_of(capture: cv2.VideoCapture) -> Iterator[Frame]:
 
 
 class NewestFrames:
-    """Frames as they come, of which only the newest waits: what it replaces is dropped, and counted in `dropped`.
+    """Yields the newest frame each time; `dropped` counts the frames that a newer one replaced.
 
-    A thread reads them, so that a slow classifier never works through a queue of old pictures.
+    A thread reads the frames, so a slow classifier never works through a queue of old ones.
 
     Args:
-        frames_per_second: of a video file that plays at this rate; 0 for a camera, which has its own.
+        frames_per_second: rate at which a video file plays; 0 for a camera, which has its own rate.
     """
 
     def __init__(self, capture: cv2.VideoCapture, frames_per_second: float = 0.0) -> None:
@@ -89,7 +89,7 @@ class NewestFrames:
             yield frame
 
     def close(self) -> None:
-        """Ask the thread to end; a camera that hangs is left to the end of the process."""
+        """End the thread; if the camera hangs, the thread ends with the process."""
         self._stopped = True
         self._thread.join(timeout=2)
 
@@ -98,24 +98,24 @@ class NewestFrames:
         while not self._stopped:
             started = time.perf_counter_ns()
             grabbed = self._capture.grab()
-            if not self._interval:  # a camera's grab waits for its next frame
+            if not self._interval:  # grab waits for the next frame of the camera
                 started = time.perf_counter_ns()
-            read, pixels = self._capture.retrieve() if grabbed else (False, None)
+            pixels = self._capture.retrieve()[1] if grabbed else None
             decode_ms = (time.perf_counter_ns() - started) / 1e6
             if self._interval:
                 time.sleep(max(0.0, due - time.monotonic()))
                 due += self._interval
             with self._changed:
-                self._ended = not read
-                if read:
+                self._ended = pixels is None
+                if pixels is not None:
                     self.dropped += self._newest is not None
                     self._newest = Frame(pixels, decode_ms)
                 self._changed.notify()
-            if not read:
+            if pixels is None:
                 return
 
 
 def _keep_quiet() -> None:
-    """Neither OpenCV's nor FFmpeg's own words: an error is told in one line."""
+    """Silence OpenCV and FFmpeg, because the scripts report an error in one line."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -1,4 +1,4 @@
-"""A bundle's model: opened, checked against `bundle.json`, and asked."""
+"""Open the model of a bundle, check it against `bundle.json`, and classify."""
 
 import argparse
 import hashlib
@@ -19,25 +19,25 @@ BUNDLE, MODEL = "bundle.json", "model.onnx"
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `bundle.json` tells and the scripts need."""
+    """The entries of `bundle.json` that the scripts need."""
 
     folder: Path
     variant: str
     classes: list[str]
     image_size: int
-    """Side in pixels of the images that the model takes."""
+    """Side in pixels of the model's input images."""
     onnx_sha256: str
     confidence_threshold: float
     onnxruntime: str
-    """The version that it was made with."""
+    """The version with which the bundle was made."""
 
 
 @dataclass(frozen=True)
 class Answer:
     label: str
-    """The likeliest class."""
+    """The class with the highest softmax probability."""
     confidence: float
-    """Its softmax probability: not calibrated, good for the threshold only."""
+    """Its softmax probability, which is not calibrated: use it only with the threshold."""
     threshold: float
     inference_ms: float
 
@@ -48,21 +48,32 @@ class Answer:
     def __str__(self) -> str:
         if self.sure:
             return f"{self.label} {self.confidence:.2f}"
-        return f"unsure (best guess {self.label}, {as_read(self.confidence, self.threshold)})"
+        return f"unsure (best guess {self.label}, {comparison(self.confidence, self.threshold)})"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A `model.onnx` in ONNX Runtime."""
+
+    run: Callable[[np.ndarray], np.ndarray]
+    """uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
+    image_size: int
+    classes: int
+    import_ms: float
+    """Time to import ONNX Runtime."""
+    load_ms: float
+    """Time from the file to a session that can run."""
 
 
 @dataclass(frozen=True)
 class Model:
     bundle: Bundle
     run: Callable[[np.ndarray], np.ndarray]
-    """uint8 pixels `[1, H, W, 3]` to float32 logits `[1, classes]`."""
     import_ms: float
-    """Importing ONNX Runtime."""
     load_ms: float
-    """From the file to a session that can run."""
 
     def answer(self, pixels: np.ndarray) -> Answer:
-        """The class of one image, uint8 `[image_size, image_size, 3]`, RGB."""
+        """Classify one image, uint8 RGB `[image_size, image_size, 3]`."""
         started = time.perf_counter_ns()
         logits = self.run(pixels[None])
         inference_ms = (time.perf_counter_ns() - started) / 1e6
@@ -72,18 +83,21 @@ class Model:
 
 
 def stop(reason: object) -> NoReturn:
-    """End the program with exit code 1 and one line that says why."""
+    """End the program with exit code 1 and a line with the reason."""
     sys.exit(f"error: {reason}")
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Run a script's `main`; where nobody reads what it prints any more (`| head`), it ends without a word."""
+    """Run the `main` of a script. It ends silently if the reader of its output has closed the pipe (`| head`)."""
     try:
         main()
         sys.stdout.flush()
+    except ImportError as missing:  # of a module that the script imports late
+        own = str(missing.name).startswith("edgewise_")
+        stop(f"{missing}: {'copy the whole bundle again' if own else 'pip install -r requirements.txt'}")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes there
-        sys.exit(141)  # as a shell reports a process that SIGPIPE ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of the buffer
+        sys.exit(141)  # exit code of a process that SIGPIPE ended
 
 
 def sha256_of(path: Path) -> str:
@@ -92,13 +106,13 @@ def sha256_of(path: Path) -> str:
 
 
 def confidences(logits: np.ndarray) -> np.ndarray:
-    """Softmax probability of the likeliest class: logits `[N, classes]` to float64 `[N]`."""
+    """Highest softmax probability of each image: logits `[N, classes]` to float64 `[N]`."""
     logits = logits.astype(np.float64)
     return 1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1)
 
 
-def as_read(confidence: float, threshold: float) -> str:
-    """`0.41 < 0.62`, with as many digits as it takes to tell the two apart."""
+def comparison(confidence: float, threshold: float) -> str:
+    """`0.41 < 0.62`, with enough digits that the two numbers differ."""
     for digits in range(2, 17):
         texts = [f"{value:.{digits}f}" for value in (confidence, threshold)]
         if texts[0] != texts[1]:
@@ -107,7 +121,7 @@ def as_read(confidence: float, threshold: float) -> str:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Ends the program where `bundle.json` is missing or damaged, or `model.onnx` is another file than it describes."""
+    """Ends the program if `bundle.json` is missing or damaged, or does not describe this `model.onnx`."""
     try:
         raw = json.loads((folder / BUNDLE).read_text(encoding="utf-8"))
         bundle = Bundle(
@@ -127,14 +141,14 @@ def read_bundle(folder: Path) -> Bundle:
         stop(f"{folder / BUNDLE} is damaged ({type(error).__name__}: {error}): copy the whole bundle again")
     if found != bundle.onnx_sha256:
         stop(
-            f"{folder / MODEL} has sha256 {found[:12]}…, {BUNDLE} says {bundle.onnx_sha256[:12]}…: it is not the model"
-            " that the threshold and the card speak of: copy the whole bundle again"
+            f"{folder / MODEL} has sha256 {found[:12]}…, but {BUNDLE} has {bundle.onnx_sha256[:12]}…: the threshold"
+            " and the model card belong to another model: copy the whole bundle again"
         )
     return bundle
 
 
 def _check_types(bundle: Bundle) -> None:
-    """Raises a `ValueError` that names the first value of another kind than it must be."""
+    """Raises a `ValueError` that names the first value of a wrong type."""
     named = isinstance(bundle.classes, list) and all(isinstance(name, str) for name in bundle.classes)
     sound = {
         "variant": isinstance(bundle.variant, str),
@@ -143,54 +157,41 @@ def _check_types(bundle: Bundle) -> None:
         "confidence_threshold": type(bundle.confidence_threshold) in (int, float),
         "versions.onnxruntime": isinstance(bundle.onnxruntime, str),
     }
-    if wrong := [name for name, is_so in sound.items() if not is_so]:
-        raise ValueError(f"{wrong[0]} is of another kind than it must be")
+    if wrong := [name for name, valid in sound.items() if not valid]:
+        raise ValueError(f"{wrong[0]} has a wrong type")
 
 
 def open_model(folder: Path, threads: int) -> Model:
-    """The bundle's model in ONNX Runtime; ends the program where that cannot be."""
+    """Open the model of the bundle in ONNX Runtime; ends the program if that fails."""
     bundle = read_bundle(folder)
     loaded = load_onnx(folder / MODEL, threads)
-    for what, of_model, told in [
-        ("images of side", loaded.image_size, bundle.image_size),
-        ("classes", loaded.classes, len(bundle.classes)),
+    for name, in_model, in_bundle in [
+        ("image size", loaded.image_size, bundle.image_size),
+        ("number of classes", loaded.classes, len(bundle.classes)),
     ]:
-        if of_model != told:
-            stop(f"{folder / MODEL} has {of_model} as its {what}, {BUNDLE} {told}: copy the whole bundle again")
+        if in_model != in_bundle:
+            stop(
+                f"{folder / MODEL}: its {name} is {in_model}, but {BUNDLE} has {in_bundle}: copy the whole bundle again"
+            )
     import onnxruntime
 
     if _numbers(onnxruntime.__version__) < _numbers(bundle.onnxruntime):
         print(
-            f"warning: ONNX Runtime {onnxruntime.__version__} is older than {bundle.onnxruntime}, which this bundle was"
-            " made with: pip install -r requirements.txt",
+            f"warning: ONNX Runtime {onnxruntime.__version__} is older than {bundle.onnxruntime}, with which this"
+            " bundle was made: pip install -r requirements.txt",
             file=sys.stderr,
         )
     return Model(bundle, loaded.run, loaded.import_ms, loaded.load_ms)
 
 
-@dataclass(frozen=True)
-class Loaded:
-    run: Callable[[np.ndarray], np.ndarray]
-    """uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
-    image_size: int
-    classes: int
-    import_ms: float
-    """Importing ONNX Runtime."""
-    load_ms: float
-    """From the file to a session that can run."""
-
-
 def load_onnx(path: Path, threads: int) -> Loaded:
-    """A `model.onnx` in ONNX Runtime.
+    """Open a `model.onnx` in ONNX Runtime; ends the program if that fails.
 
-    Ends the program where that cannot be. Waiting threads sleep instead of spinning: a spinning session would take the
-    cores from whatever runs next to it.
+    Its waiting threads sleep, because spinning threads would take the cores from other programs.
     """
     times = [time.perf_counter_ns()]
-    try:
-        import onnxruntime
-    except ImportError as error:
-        stop(f"ONNX Runtime cannot be imported ({error}): pip install -r requirements.txt")
+    import onnxruntime
+
     times.append(time.perf_counter_ns())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -201,9 +202,9 @@ def load_onnx(path: Path, threads: int) -> Loaded:
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has one class for each status code, and no common one but Exception
+    except Exception as error:  # the exceptions of ONNX Runtime have no common class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        stop(f"{path} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {reason}")
+        stop(f"ONNX Runtime {onnxruntime.__version__} cannot open {path}: {reason}")
     times.append(time.perf_counter_ns())
     pixels, logits = session.get_inputs()[0], session.get_outputs()[0]
 
@@ -214,10 +215,10 @@ def load_onnx(path: Path, threads: int) -> Loaded:
 
 
 def threads_argument(text: str) -> int:
-    """A number of threads that do not have to take turns on a core."""
+    """Parse a number of threads: at most one for each usable core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not text.isdigit() or not 1 <= int(text) <= cores:
-        raise argparse.ArgumentTypeError(f"{text}: 1 to {cores}, the cores that this process may use")
+        raise argparse.ArgumentTypeError(f"{text}: give 1 to {cores}, the number of usable cores")
     return int(text)
 
 

@@ -1,9 +1,10 @@
-"""Classify images: one line for each, with the time that it took.
+"""Classify images and print one line for each, with the time it took.
 
     python predict.py image.jpg [more...]
 
-`unsure` is said where the confidence is under the threshold of `bundle.json`. The times are a warm model's; bench.py
-measures starting, too. Exit code 1 where an image could not be read; the others are answered all the same.
+The script answers only if the top softmax confidence reaches the threshold in `bundle.json`; otherwise it prints
+`unsure`. The times are those of a warm model; bench.py also measures the start-up. The exit code is 1 if an image
+could not be read; the script still classifies the others.
 """
 
 import argparse
@@ -23,7 +24,7 @@ except ImportError as missing:
 
 
 def answer_line(model: Model, path: Path) -> str:
-    """Raises whatever Pillow raises on a file that is no image, or a broken one."""
+    """Raises the exceptions of Pillow if the file is broken or not an image."""
     started = time.perf_counter_ns()
     pixels, _ = decode(path, model.bundle.image_size)
     preprocess_ms = (time.perf_counter_ns() - started) / 1e6
@@ -32,7 +33,7 @@ def answer_line(model: Model, path: Path) -> str:
 
 
 def reason_of(error: Exception, path: Path) -> str:
-    """In one line, without the path that the line begins with."""
+    """The reason in one line, without the path, which the line begins with."""
     text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
     return " ".join(text.split()).replace(f" {str(path)!r}", "")
 
@@ -40,19 +41,19 @@ def reason_of(error: Exception, path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", type=Path, metavar="image")
-    parser.add_argument("--threads", type=threads_argument, default=1, help="of ONNX Runtime (default: 1)")
+    parser.add_argument("--threads", type=threads_argument, default=1, help="threads of ONNX Runtime (default: 1)")
     arguments = parser.parse_args()
     model = open_model(Path(__file__).parent, arguments.threads)
     size = model.bundle.image_size
     model.answer(np.zeros((size, size, 3), np.uint8))  # the first inference is slower
-    Image.preinit()  # so is the first image, which Pillow loads its formats for
-    warnings.simplefilter("ignore")  # Pillow's, on large or odd images
+    Image.preinit()  # so is the first image, because Pillow then loads its formats
+    warnings.simplefilter("ignore")  # warnings of Pillow about large or unusual images
     failed = False
     for path in arguments.images:
         try:
             line = answer_line(model, path)
-        except Exception as error:  # Pillow's errors have no common class
-            print(f"{path}: cannot be read: {reason_of(error, path)}", file=sys.stderr)
+        except Exception as error:  # errors of Pillow have no common class
+            print(f"{path}: cannot read it: {reason_of(error, path)}", file=sys.stderr)
             failed = True
             continue
         print(line, flush=True)

@@ -1,9 +1,9 @@
-"""Time several models on this device, interleaved: what the edge benchmark copies here and runs over SSH.
+"""Time several models on this device, interleaved. The edge benchmark copies this script here and runs it over SSH.
 
     python timing.py plan.json result.json
 
-Ends when its input is closed: nothing goes on here after the connection is lost. With `--fresh` and a model, threads,
-batch and image size it loads the model, classifies once, and prints what that took.
+The script ends when its input is closed, so nothing keeps running after the connection is lost. With `--fresh` and a
+model, threads, batch and image size, it loads the model, classifies once, and prints the start-up cost.
 """
 
 import json
@@ -17,44 +17,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from edgewise_machine import EnergyMeter, RunWatch, describe_machine, keep_to_cores, machine_state
-from edgewise_memory import peak_rss_bytes, rss_bytes
-from edgewise_model import load_onnx, sha256_of, stop
-from edgewise_protocol import Contender, Protocol, median_start, random_pixels, timed_run
+from edgewise_model import load_onnx, run_script, sha256_of, stop
+from edgewise_protocol import Contender, Protocol, median_start, peak_rss_bytes, random_pixels, timed_run
 from edgewise_soak import SoakPlan, soak
-
-FRESH_PROCESSES = 3
 
 
 def check_models(models: list[dict]) -> None:
-    """Ends the program where a file is not the one that was meant, and removes it."""
+    """Removes a damaged model file and ends the program."""
     for model in models:
         path = Path(model["file"])
         if not path.is_file() or sha256_of(path) != model["onnx_sha256"]:
             path.unlink(missing_ok=True)
-            stop(f"{path} was not the model.onnx of {model['variant']} and is removed: run again")
+            stop(f"{path} was not the model.onnx of {model['variant']}, so it was removed: run again")
 
 
 def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str, float]:
-    """What start-up costs, in a process that has loaded nothing before."""
+    """The start-up cost, in a process that has loaded nothing before."""
     loaded = load_onnx(path, threads)
     pixels = random_pixels(batch, image_size, 0)
     started = time.perf_counter_ns()
     loaded.run(pixels)
     first_ms = (time.perf_counter_ns() - started) / 1e6
-    return {
-        "import_ms": loaded.import_ms,
-        "load_ms": loaded.load_ms,
-        "first_inference_ms": first_ms,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+    times = {"import_ms": loaded.import_ms, "load_ms": loaded.load_ms, "first_inference_ms": first_ms}
+    return times | {"peak_rss_bytes": peak_rss_bytes()}
 
 
 def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
     """The median of each figure of `first_run` over new processes."""
     settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
     results = []
-    for _ in range(FRESH_PROCESSES):
+    for _ in range(protocol.start_up_runs):
         command = [sys.executable, __file__, "--fresh", *map(str, settings)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
@@ -63,8 +55,11 @@ def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
     return median_start(results)
 
 
-def time_models(plan: dict, say: Callable[[str], None]) -> dict:
-    """`result`, `windows` and `soak` as the edge benchmark has them of its own machine."""
+def time_models(plan: dict, log: Callable[[str], None]) -> dict:
+    """The fields of `Timing` in the edge benchmark: `result`, `windows` and `soak`."""
+    # here, because the processes that measure their own memory do without psutil
+    from edgewise_machine import EnergyMeter, RunWatch, describe_machine, keep_to_cores, process_state
+
     started = datetime.now(UTC).isoformat(timespec="seconds")
     models, protocol = plan["models"], Protocol(**plan["protocol"])
     if plan["affinity"] is not None:
@@ -73,7 +68,7 @@ def time_models(plan: dict, say: Callable[[str], None]) -> dict:
         except ValueError as error:
             stop(f"edge_benchmark.{error}")
     check_models(models)
-    say(f"start-up of {len(models)} models")
+    log(f"start-up of {len(models)} models")
     starts = [fresh(model, protocol) | {"onnx_sha256": model["onnx_sha256"]} for model in models]
     runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads).run for model in models}
     places = {model["variant"]: place for place, model in enumerate(models)}
@@ -87,26 +82,21 @@ def time_models(plan: dict, say: Callable[[str], None]) -> dict:
         )
         for model in models
     ]
-    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), say)
+    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), log)
     result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
     soaked = []
     if plan["soak"] is not None:
         images, wanted = np.load(plan["soak"]["file"]), SoakPlan(**plan["soak"]["plan"])
-        say(f"soak: {plan['soak']['variant']}, {wanted.seconds / 60:g} minutes")
-        soaked = soak(
-            runs[plan["soak"]["variant"]],
-            list(images[:, None]),
-            wanted,
-            lambda: machine_state() | {"rss_bytes": rss_bytes()},
-        )
+        log(f"soak: {plan['soak']['variant']}, {wanted.seconds / 60:g} minutes")
+        soaked = soak(runs[plan["soak"]["variant"]], list(images[:, None]), wanted, process_state)
     return {"result": result, "windows": windows, "soak": soaked}
 
 
 def end_with_the_connection() -> None:
-    """SSH closes the input when it is cut."""
+    """SSH closes the input when the connection is lost."""
 
     def wait() -> None:
-        while os.read(0, 1024):  # not sys.stdin: its lock would be held when the interpreter ends
+        while os.read(0, 1024):  # not sys.stdin, whose lock would still be held at the exit
             pass
         os._exit(3)
 
@@ -125,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

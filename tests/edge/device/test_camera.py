@@ -17,7 +17,7 @@ def summary_of(done):
     return int(frames), int(dropped), int(unsure), times
 
 
-def test_a_video_is_classified_to_its_end_and_none_is_dropped(tmp_path):
+def test_every_frame_of_a_video_is_classified(tmp_path):
     done = on_device(toy_bundle(), "camera.py", "--headless", "--video", write_video(tmp_path / "a.mp4", 30))
     frames, dropped, unsure, times = summary_of(done)
     assert (frames, dropped) == (30, 0)
@@ -25,7 +25,7 @@ def test_a_video_is_classified_to_its_end_and_none_is_dropped(tmp_path):
     assert [part.split()[0] for part in times.split(", ")] == ["decode", "resize", "inference"]
 
 
-def test_frames_are_saved_with_their_label_and_drawing_is_timed(tmp_path):
+def test_labeled_frames_are_saved_and_their_drawing_is_timed(tmp_path):
     video, out = write_video(tmp_path / "a.mp4", 12), tmp_path / "out.mp4"
     done = on_device(toy_bundle(), "camera.py", "--headless", "--video", video, "--save", out, "--max-frames", 7)
     frames, _, _, times = summary_of(done)
@@ -37,23 +37,23 @@ def test_frames_are_saved_with_their_label_and_drawing_is_timed(tmp_path):
         pictures.append(read[1])
     assert len(pictures) == 7
     assert pictures[0].shape == (64, 96, 3)
-    assert pictures[0].std() > 10  # the frames are plain: what varies was drawn
+    assert pictures[0].std() > 10  # the frames are plain, so the label was drawn
 
 
-def test_a_folder_is_classified_as_predict_does_and_what_is_no_image_is_left_out(tmp_path):
+def test_a_folder_is_classified_like_predict_and_other_files_are_left_out(tmp_path):
     generator = np.random.default_rng(0)
     for number in range(3):
         Image.fromarray(generator.integers(0, 256, (30, 40 + number, 3), np.uint8)).save(tmp_path / f"{number}.png")
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes.txt").write_text("not an image")
     done = on_device(toy_bundle(), "camera.py", "--headless", "--folder", tmp_path)
-    assert done.returncode == 1  # as predict.py's
+    assert done.returncode == 1  # like predict.py
     assert re.search(SUMMARY, done.stdout)[1] == "3"
     assert re.fullmatch(r".*notes\.txt: left out: .*\nerror: 1 files of .* were left out\n", done.stderr)
     predicted = on_device(toy_bundle(), "predict.py", *sorted(tmp_path.glob("*.png"))).stdout
     assert re.search(SUMMARY, done.stdout)[3] == str(predicted.count("unsure"))
 
 
-def test_a_video_at_its_own_rate_takes_its_time_and_tells_every_second(tmp_path):
+def test_realtime_plays_a_video_at_its_rate_and_prints_a_line_each_second(tmp_path):
     video = write_video(tmp_path / "a.mp4", 12, rate=8)
     done = on_device(toy_bundle(), "camera.py", "--headless", "--realtime", "--video", video)
     frames, dropped, _, _ = summary_of(done)
@@ -63,7 +63,7 @@ def test_a_video_at_its_own_rate_takes_its_time_and_tells_every_second(tmp_path)
     assert len(lines) == 1
 
 
-def test_an_interruption_ends_with_the_summary(tmp_path):
+def test_an_interruption_prints_the_summary(tmp_path):
     video = write_video(tmp_path / "a.mp4", 100, rate=5)
     command = device_command(toy_bundle(), "camera.py", "--headless", "--realtime", "--video", video)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -81,14 +81,14 @@ def test_an_interruption_ends_with_the_summary(tmp_path):
         ("--camera", "63", r"camera 63 cannot be opened"),
         ("--video", "missing.mp4", r"missing\.mp4: no such file"),
         ("--video", "text.mp4", r"text\.mp4 cannot be opened as a video"),
-        ("--video", "nothing.mp4", r"nothing\.mp4 (cannot be opened as a video|gives no frame)"),
+        ("--video", "nothing.mp4", r"nothing\.mp4 (cannot be opened as a video|has no frames)"),
         ("--video", "empty", r"empty: a folder, not a video"),
-        ("--folder", "empty", r"empty holds no image"),
+        ("--folder", "empty", r"empty contains no image"),
         ("--folder", "missing", r"missing: no such folder"),
         ("--folder", "text.mp4", r"text\.mp4: a file, not a folder"),
     ],
 )
-def test_a_source_that_gives_nothing_ends_with_one_line(tmp_path, option, name, reason):
+def test_a_source_without_frames_is_an_error_in_one_line(tmp_path, option, name, reason):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video")
     write_video(tmp_path / "nothing.mp4", 0)
@@ -98,19 +98,16 @@ def test_a_source_that_gives_nothing_ends_with_one_line(tmp_path, option, name, 
     assert re.fullmatch(rf"error: .*{reason}.*\n", done.stderr)
 
 
-def test_without_opencv_it_says_what_to_install(tmp_path):
+def test_a_missing_opencv_or_display_is_an_error_with_the_remedy(tmp_path):
     done = on_device(toy_bundle(), "camera.py", "--headless", blocked=("cv2",))
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: .*cv2.*: pip install -r requirements-camera\.txt\n", done.stderr)
-
-
-def test_without_a_window_it_says_how_to_go_on(tmp_path):
     done = on_device(toy_bundle(), "camera.py", "--video", write_video(tmp_path / "a.mp4", 2))
     assert done.returncode == 1
     assert "add --headless" in done.stderr
 
 
-def test_a_video_is_not_saved_over_itself_nor_where_no_folder_is(tmp_path):
+def test_a_video_is_not_saved_over_itself_or_into_a_missing_folder(tmp_path):
     video = write_video(tmp_path / "a.mp4", 2)
     content = video.read_bytes()
     done = on_device(toy_bundle(), "camera.py", "--headless", "--video", video, "--save", tmp_path / "." / "a.mp4")
@@ -120,6 +117,6 @@ def test_a_video_is_not_saved_over_itself_nor_where_no_folder_is(tmp_path):
     assert re.fullmatch(r"error: .* cannot be written: .*\n", done.stderr)
 
 
-@pytest.mark.parametrize("wrong", [["--camera=-1"], ["--crop=0"], ["--crop=1.5"], ["--max-frames=0"], ["--realtime"]])
-def test_odd_options_are_refused(wrong):
-    assert on_device(toy_bundle(), "camera.py", "--headless", *wrong).returncode == 2
+@pytest.mark.parametrize("wrong", ["--camera=-1", "--crop=0", "--crop=1.5", "--max-frames=0", "--realtime"])
+def test_impossible_options_are_refused(wrong):
+    assert on_device(toy_bundle(), "camera.py", "--headless", wrong).returncode == 2

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from toy_bundle import write_video
 
-from stages.edge.device.edgewise_frames import NewestFrames, NoFrames, centre_square, frames_of, open_video
+from stages.edge.device.edgewise_frames import NewestFrames, NoFrames, center_square, frames_of, open_video
 
 
 class Camera:
-    """Gives frames whose pixels are their number; waits before each as long as a test tells it."""
+    """Frames whose pixels are their number; calls `wait` before each."""
 
     def __init__(self, frames, wait=lambda number: None):
         self.frames, self.wait, self.number = frames, wait, -1
@@ -23,21 +23,21 @@ class Camera:
         return True, np.full((2, 2, 3), self.number, np.uint8)
 
 
-def test_every_frame_of_a_video_comes_once_and_in_order(tmp_path):
+def test_a_video_yields_every_frame_once_and_in_order(tmp_path):
     path = write_video(tmp_path / "a.mp4", 20)
     grey = [float(frame.pixels.mean()) for frame in frames_of(open_video(path))]
     assert len(grey) == 20
     np.testing.assert_allclose(grey, [20 + 10 * number for number in range(20)], atol=4.5)
 
 
-def test_only_the_newest_frame_waits_and_the_others_count_as_dropped():
+def test_older_frames_are_dropped_and_counted():
     frames = NewestFrames(Camera(10))
     frames._thread.join()
     assert [int(frame.pixels[0, 0, 0]) for frame in frames] == [9]
     assert frames.dropped == 9
 
 
-def test_nothing_is_dropped_where_each_frame_is_taken_in_time():
+def test_no_frame_is_dropped_if_each_is_taken_in_time():
     taken = threading.Semaphore(1)
     frames = NewestFrames(Camera(5, wait=lambda number: taken.acquire()))
     seen = []
@@ -47,7 +47,7 @@ def test_nothing_is_dropped_where_each_frame_is_taken_in_time():
     assert (seen, frames.dropped) == ([0, 1, 2, 3, 4], 0)
 
 
-def test_a_rate_spaces_the_frames():
+def test_frames_keep_the_set_rate():
     started = time.monotonic()
     frames = NewestFrames(Camera(6), frames_per_second=20)
     seen = len(list(frames))
@@ -55,7 +55,7 @@ def test_a_rate_spaces_the_frames():
     assert seen + frames.dropped == 6
 
 
-def test_closing_ends_the_thread():
+def test_close_ends_the_thread():
     frames = NewestFrames(Camera(10**9, wait=lambda number: time.sleep(0.001)))
     next(iter(frames))
     frames.close()
@@ -63,15 +63,15 @@ def test_closing_ends_the_thread():
 
 
 @pytest.mark.parametrize(
-    ("share", "rows", "columns"), [(1.0, (0, 40), (10, 50)), (0.5, (10, 30), (20, 40)), (0.01, (19, 20), (29, 30))]
+    ("fraction", "rows", "columns"), [(1.0, (0, 40), (10, 50)), (0.5, (10, 30), (20, 40)), (0.01, (19, 20), (29, 30))]
 )
-def test_the_square_is_in_the_middle(share, rows, columns):
-    found = centre_square(np.zeros((40, 60, 3), np.uint8), share)
+def test_the_square_is_in_the_middle(fraction, rows, columns):
+    found = center_square(np.zeros((40, 60, 3), np.uint8), fraction)
     assert [(part.start, part.stop) for part in found] == [rows, columns]
-    turned = centre_square(np.zeros((60, 40, 3), np.uint8), share)
+    turned = center_square(np.zeros((60, 40, 3), np.uint8), fraction)
     assert [(part.start, part.stop) for part in turned] == [columns, rows]
 
 
-def test_what_is_no_video_is_refused(tmp_path):
+def test_a_missing_video_is_refused(tmp_path):
     with pytest.raises(NoFrames, match="no such file"):
         open_video(tmp_path / "missing.mp4")
