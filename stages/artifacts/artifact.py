@@ -142,7 +142,7 @@ def _packed_layer(own: nn.Module | None, storage: LayerStorage, tensors: dict[st
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: if the tensors do not fit such a layer.
     """
-    if type(own) not in KINDS:
+    if own is None or type(own) not in KINDS:
         raise TypeError(f"{type(own).__name__} has no packed form")
     shape, bits = tuple(own.weight.shape), storage.weight_bits
     if bits < LARGEST:

@@ -118,8 +118,8 @@ def read_description(folder: Path) -> Description:
     """
     path = folder / DESCRIPTION
     raw = read_json(path)
-    version = raw.get("version") if isinstance(raw, dict) else None
-    if version != VERSION:
+    if not isinstance(raw, dict) or raw.get("version") != VERSION:
+        version = raw.get("version") if isinstance(raw, dict) else None
         raise UserError(f"{path}: artifact version {version!r}, this program reads {VERSION}: {AGAIN}")
     if missing := sorted({f.name for f in fields(Description)} - raw.keys()):
         raise UserError(f"{path}: keys missing: {', '.join(missing)}: {AGAIN}")

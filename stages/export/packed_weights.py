@@ -6,7 +6,7 @@ The values of a weight identify its layer in the graph: the exporter renames ten
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,9 @@ def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) ->
     """
     if not layers:
         return {}
-    stored, operators, nodes = Counter(), 0, {}
+    stored: Counter[str] = Counter()
+    nodes: dict[str, Around] = {}
+    operators = 0
     gemms = {name for name, layer in layers.items() if layer.input_scale is not None}
     found = _isolate(model, {name: layer.float_weight() for name, layer in layers.items()}, gemms)
     as_gemms(model, gemms)
@@ -146,7 +148,7 @@ class Around:
     """Nodes to insert around an operator."""
 
     before: list[onnx.NodeProto]
-    after: list[onnx.NodeProto] = ()
+    after: Sequence[onnx.NodeProto] = ()
 
 
 def _dequantized(
@@ -165,8 +167,8 @@ def _on_grid(
 ) -> list[onnx.NodeProto]:
     """QuantizeLinear and DequantizeLinear from the tensor `source` to `target`."""
     scale, zero_point, integers = (f"{node}.{side}_{part}" for part in ("scale", "zero_point", "integers"))
-    model.graph.initializer.append(_floats(scale, np.float32(grid.scale)))
-    model.graph.initializer.append(numpy_helper.from_array(np.uint8(grid.zero_point), zero_point))
+    model.graph.initializer.append(_floats(scale, np.array(grid.scale)))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(grid.zero_point, np.uint8), zero_point))
     return [
         helper.make_node("QuantizeLinear", [source, scale, zero_point], [integers], f"{node}.{side}_quantize"),
         helper.make_node("DequantizeLinear", [integers, scale, zero_point], [target], f"{node}.{side}_dequantize"),
@@ -186,7 +188,8 @@ def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Co
     for name, weight in weights.items():
         layers_of.setdefault(_key(weight.detach().cpu().numpy()), []).append(name)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    found, nodes = [], []
+    found: list[Found] = []
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         nodes.append(node)
         if node.op_type not in OPERATORS or node.input[1] not in initializers:
@@ -251,7 +254,7 @@ def _quantize(model: onnx.ModelProto, nodes: list[str], per_channel: bool) -> on
 
 
 def _key(weight: np.ndarray) -> bytes:
-    return repr(weight.shape).encode() + hashlib.sha256(np.ascontiguousarray(weight)).digest()
+    return repr(weight.shape).encode() + hashlib.sha256(np.ascontiguousarray(weight).data).digest()
 
 
 def _floats(name: str, values: np.ndarray) -> onnx.TensorProto:

@@ -26,7 +26,8 @@ def as_gemms(model: onnx.ModelProto, names: Container[str]) -> None:
         product = node.output[0]
         add, places = adds.get(product), shapes.get(product, [])[1:-1]
         bias = [name for name in add.input if name in biases] if add else []
-        if node.op_type != "MatMul" or node.name not in names or uses[product] != 1 or not bias or 0 in places:
+        fits = node.op_type == "MatMul" and node.name in names and uses[product] == 1 and 0 not in places
+        if not fits or add is None or not bias:
             nodes.append(node)
             continue
         gone.append(add)

@@ -40,8 +40,8 @@ class Grid:
         return cls(getattr(layer, f"{side}_scale").item(), int(getattr(layer, f"{side}_zero_point")))
 
 
-class _IntegerWeight:
-    """Mixin of the integer layers: `weight`, `weight_scale` and the grids are buffers."""
+class _IntegerWeight(nn.Module):
+    """Base of the integer layers: `weight`, `weight_scale` and the grids are buffers."""
 
     bits: int
 

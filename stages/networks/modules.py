@@ -36,7 +36,7 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor], strict
     this program has built and stored them with the same modules.
     """
     state = OrderedDict(tensors)
-    state._metadata = network.state_dict()._metadata
+    state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     network.load_state_dict(state, strict)
 
 

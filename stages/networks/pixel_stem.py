@@ -75,7 +75,7 @@ def take_pixels(network: nn.Module, name: str, factor: int) -> None:
         UserError: if there is no such convolution, or it has another form.
     """
     layer = dict(network.named_modules()).get(name)
-    if not _fits(layer, factor):
+    if layer is None or not _fits(layer, factor):
         raise UserError(f"{name}: not a convolution that can scale stored images up by {factor}")
     size, stride = _stored_kernel(layer.kernel_size[0], factor), layer.stride[0] // factor
     padding = {} if factor == 1 else {"padding": 1, "padding_mode": "replicate"}
@@ -104,7 +104,7 @@ def _scaling(size: int, factor: int) -> torch.Tensor:
     return weights
 
 
-def _fits(layer: nn.Module | None, factor: int) -> bool:
+def _fits(layer: nn.Module, factor: int) -> bool:
     if type(layer) is not nn.Conv2d or layer.groups != 1 or layer.dilation != (1, 1):
         return False
     (height, width), (down, right) = layer.kernel_size, layer.stride
@@ -122,7 +122,8 @@ def _as_many_outputs(layer: nn.Conv2d, size: int, factor: int) -> bool:
 @torch.no_grad()
 def _takes_images(classifier: Classifier, image_size: int) -> str | None:
     """The name of the first convolution whose input is the very tensor that the network is called with."""
-    found, images = [], []
+    found: list[str] = []
+    images: list[torch.Tensor] = []
 
     def note(name: str):
         return lambda layer, inputs: found.append(name) if inputs and inputs[0] is images[0] else None

@@ -72,21 +72,20 @@ def widths_of(pruned: nn.Module, dense: nn.Module) -> tuple[dict[str, dict[str, 
     Returns:
         `widths` and `layer_norm_widths`, as `reshape` takes them.
     """
-    originals = dict(dense.named_modules())
     widths, layer_norm_widths = {}, {}
     for name, module in pruned.named_modules():
-        size = _size(module)
-        if size is None or size == _size(originals[name]):
+        size, original = _size(module), _size(dense.get_submodule(name))
+        if size == original:
             continue
         widths[name] = size
         if isinstance(module, CHANNEL_NORMS):
-            layer_norm_widths[name] = _size(originals[name])["width"]
+            layer_norm_widths[name] = original["width"]
     return widths, layer_norm_widths
 
 
-def _size(module: nn.Module) -> dict[str, int] | None:
-    """A module's sizes, read off its tensors: a pruner that cuts tensors may leave the attributes behind."""
-    weight: torch.Tensor | None = getattr(module, "weight", None)
+def _size(module: nn.Module) -> dict[str, int]:
+    """A module's sizes, read off its tensors: a pruner that cuts tensors may not update the attributes."""
+    weight: torch.Tensor = getattr(module, "weight", None)
     match module:
         case nn.Linear():
             return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
@@ -98,6 +97,5 @@ def _size(module: nn.Module) -> dict[str, int] | None:
         case _BatchNorm():
             return {"num_features": len(weight if weight is not None else module.running_mean)}
         case nn.LayerNorm() | FixedDivisorLayerNorm() | GlobalResponseNorm():
-            return None if weight is None else {"width": len(weight)}
-    own = {name: len(p) for name, p in module.named_parameters(recurse=False) if p.dim()}
-    return own or None
+            return {} if weight is None else {"width": len(weight)}
+    return {name: len(p) for name, p in module.named_parameters(recurse=False) if p.dim()}

@@ -69,11 +69,11 @@ def _contrast(pixels: np.ndarray, kept: float, _: np.random.Generator) -> np.nda
     return means + (pixels - means) * np.float32(kept)
 
 
-def _jpeg(pixels: np.ndarray, quality: int, _: np.random.Generator) -> np.ndarray:
+def _jpeg(pixels: np.ndarray, quality: float, _: np.random.Generator) -> np.ndarray:
     stored = np.empty_like(pixels)
     for place, image in enumerate(np.rint(pixels * 255).astype(np.uint8)):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
         stored[place] = np.asarray(Image.open(file), np.float32) / 255
     return stored
 

@@ -3,6 +3,7 @@
 import gzip
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +59,7 @@ class Corrupted:
 class Measured:
     """Everything that the profile stage stores about a variant."""
 
-    row: dict[str, object]
+    row: dict[str, Any]
     layers: list[LayerCount]
     predictions: Predictions
     corrupted: Corrupted
@@ -91,7 +92,7 @@ def measure(folder: Path, images: Path, section: Profile, threads: int) -> Measu
         confidence=_softmax(logits).max(1),
     )
     layers = count_layers(classifier.network, description.input_size, description.layers)
-    row = {
+    row: dict[str, Any] = {
         "n_test": len(part),
         "top1": top1(logits, part.labels),
         "top1_torch": top1(torch_logits, part.labels),
