@@ -50,41 +50,18 @@ def activation_ranges(
     Args:
         sides: `input`, `output` or both, by layer name.
     """
+    found: dict[str, dict[str, tuple[float, float]]] = {}
     if quantizer.calibration == "minmax":
-        found = _extremes(classifier, layers, sides, images)
-    else:
-        found = _by_histograms(classifier, layers, sides, images, quantizer)
-    return {
-        name: {side: found[f"{name} {side}"] for side in sides[name]}
-        for name in layers
-        if f"{name} {sides[name][0]}" in found
-    }
 
+        def widen(name: str, tensors: dict[str, torch.Tensor]) -> None:
+            for side in sides[name]:
+                low, high = found.setdefault(name, {}).get(side, (np.inf, -np.inf))
+                least, most = (end.item() for end in tensors[side].aminmax())
+                found[name][side] = min(low, least), max(high, most)
 
-def _extremes(
-    classifier: nn.Module, layers: dict[str, nn.Module], sides: dict[str, tuple[str, ...]], images: np.ndarray
-) -> dict[str, tuple[float, float]]:
-    """Smallest and largest value by `<name> <side>`."""
-    found: dict[str, tuple[float, float]] = {}
+        _watch(classifier, layers, images, widen)
+        return {name: found[name] for name in layers if name in found}
 
-    def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        for side in sides[name]:
-            low, high = found.get(f"{name} {side}", (np.inf, -np.inf))
-            least, most = (end.item() for end in tensors[side].aminmax())
-            found[f"{name} {side}"] = min(low, least), max(high, most)
-
-    _watch(classifier, layers, images, note)
-    return found
-
-
-def _by_histograms(
-    classifier: nn.Module,
-    layers: dict[str, nn.Module],
-    sides: dict[str, tuple[str, ...]],
-    images: np.ndarray,
-    quantizer: Int8Static,
-) -> dict[str, tuple[float, float]]:
-    """Ranges from histograms by `<name> <side>`."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     collector = HistogramCollector(
@@ -96,13 +73,14 @@ def _by_histograms(
         scenario="same",
     )
 
-    def note(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        collector.collect({f"{name} {side}": [tensors[side].cpu().numpy()] for side in sides[name]})
+    def collect(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        collector.collect({(name, side): [tensors[side].cpu().numpy()] for side in sides[name]})
 
     with redirect_stdout(io.StringIO()):  # it prints its settings
-        _watch(classifier, layers, images, note)
-        ranges = collector.compute_collection_result()
-    return {name: (float(low), float(high)) for name, (low, high, *_) in ranges.items()}
+        _watch(classifier, layers, images, collect)
+        for (name, side), (low, high, *_) in collector.compute_collection_result().items():
+            found.setdefault(name, {})[side] = float(low), float(high)
+    return {name: found[name] for name in layers if name in found}
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The quantization methods: each turns the float network of a session into what the artifact stores."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,71 +123,48 @@ def allocate(
     """
     images, labels = calibration_images(session.train_part, quantizer, session.param)
     evaluator = Evaluator(session.classifier, [layer.name for layer in layers], by_bits, images, labels)
-    problem = problem_of(layers, by_bits, evaluator, quantizer, session.seed, f"{session.param}.evaluations")
+    weights = {name: evaluator.float_weight(name) for name in by_bits}
+    errors = [
+        [float((found.values() - weights[name]).square().sum()) for found in choices.values()]
+        for name, choices in by_bits.items()
+    ]
     with count_progress(f"quantize {session.key}", quantizer.evaluations, "evaluation") as step:
-        problem.evaluate = _counted(step, problem)
+
+        def evaluate(bits: Mapping[str, int | None]) -> float:
+            loss = evaluator(bits)
+            step(f"best loss {min(problem.tried):.4f}" if problem.tried else "")
+            return loss
+
+        problem = Problem(
+            layers=layers,
+            budget=BitBudget.of(layers, quantizer),
+            errors=np.array(errors),
+            statistics=np.array([_statistics(weight) for weight in weights.values()]),
+            evaluate=evaluate,
+            unquantized=evaluator.float_loss,
+            evaluations=quantizer.evaluations,
+            seed=session.seed,
+            param=f"{session.param}.evaluations",
+        )
         sensitivities = _search(problem, quantizer)
-    bits = problem.budget.choices[problem.best]
+    used, total = problem.budget.used(problem.best), int(problem.budget.weights.sum())
     record = {
         "search": getattr(quantizer, "search", "policy_gradient"),
         "float": problem.unquantized,
         "best": min(problem.tried),
         "tried": problem.tried,
         "evaluations": evaluator.evaluations,
-        "weights": int(problem.budget.weights.sum()),
+        "weights": total,
         "budget_bits": problem.budget.bits,
-        "used_bits": problem.budget.used(problem.best),
+        "used_bits": used,
         "sensitivities": {} if sensitivities is None else _measured_rises(problem, sensitivities),
     }
     print(
         f"{session.key}: {record['search']} search: loss {record['best']:.4f} on {len(images)} training images (float"
-        f" {record['float']:.4f}), {record['evaluations']} evaluations,"
-        f" {record['used_bits'] / record['weights']:.2f} bits on average"
+        f" {record['float']:.4f}), {record['evaluations']} evaluations, {used / total:.2f} bits on average"
     )
+    bits = problem.budget.choices[problem.best]
     return {layer.name: int(b) for layer, b in zip(layers, bits, strict=True)}, record
-
-
-def problem_of(
-    layers: list[Layer],
-    by_bits: Mapping[str, Mapping[int, Rounded]],
-    evaluator: Evaluator,
-    quantizer: AllocatedBits,
-    seed: int,
-    param: str = "evaluations",
-) -> Problem:
-    """The search problem for an evaluator's network, whose layers have the integers `by_bits`.
-
-    Args:
-        param: The place of `evaluations` in params.yaml, for messages.
-    """
-    weights = {name: evaluator.float_weight(name) for name in by_bits}
-    errors = [
-        [float((found.values() - weights[name]).square().sum()) for found in choices.values()]
-        for name, choices in by_bits.items()
-    ]
-    return Problem(
-        layers=layers,
-        budget=BitBudget.of(layers, quantizer),
-        errors=np.array(errors),
-        statistics=np.array([_statistics(weight) for weight in weights.values()]),
-        evaluate=evaluator,
-        unquantized=evaluator.float_loss,
-        evaluations=quantizer.evaluations,
-        seed=seed,
-        param=param,
-    )
-
-
-def _counted(step: Callable[[str], None], problem: Problem) -> Callable[[Mapping[str, int | None]], float]:
-    """The problem's `evaluate`, which also reports progress with the best loss so far."""
-    evaluate = problem.evaluate
-
-    def counted(bits: Mapping[str, int | None]) -> float:
-        value = evaluate(bits)
-        step(f"best loss {min(problem.tried):.4f}" if problem.tried else "")
-        return value
-
-    return counted
 
 
 def _search(problem: Problem, quantizer: AllocatedBits) -> Sensitivities | None:

@@ -93,25 +93,6 @@ def test_choice_is_that_of_a_brute_force_search(name, minimum_width, divisible_b
     assert changed >= 3
 
 
-@pytest.mark.parametrize("name", ["params_reduction", "macs_reduction"])
-def test_fewest_channels_in_order_of_score_reach_a_cost_target(name):
-    scores = random_scores(5)
-    chosen = choose(scores, oto(**{name: 0.4}))
-    assert reduction(name, kept_of(chosen)) >= 0.4
-    chosen[scores.masked_fill(~chosen, -1).argmax()] = False
-    assert reduction(name, kept_of(chosen)) < 0.4
-
-
-@pytest.mark.parametrize("divisible_by", [1, 2, 4])
-@pytest.mark.parametrize("minimum_width", [1, 3])
-def test_widths_that_are_left_are_allowed(divisible_by, minimum_width):
-    chosen = choose(random_scores(2), oto(group_sparsity=0.5, divisible_by=divisible_by, minimum_width=minimum_width))
-    kept = kept_of(chosen).tolist()
-    for left, width in zip(kept, WIDTHS, strict=True):
-        assert left == width or (left % divisible_by == 0 and left >= minimum_width)
-    assert sum(kept) < CHANNELS
-
-
 def test_equal_scores_keep_the_order_of_the_network_and_allowed_widths():
     for value in (0.0, 0.1, 1 / 3):  # sums of 0.1 and 1/3 over units of different size round differently
         chosen = choose(torch.full((CHANNELS,), value), oto(group_sparsity=0.25, divisible_by=4))

@@ -177,16 +177,6 @@ def test_gradual_pruning_chooses_by_the_weights_of_the_moment():
 
 
 @methods
-@scopes
-def test_an_earlier_choice_is_part_of_the_next_even_where_others_are_smaller(method, scope):
-    network = toy()
-    earlier = {name: weight.abs() > 0.2 for name, weight in prunable_weights(network).items()}
-    chosen = zeros_of(network, pruner(method, 0.6, scope), 0, zeros=earlier)
-    assert any(zeros.any() for zeros in earlier.values())
-    assert all((chosen[name] | ~earlier[name]).all() for name in chosen)
-
-
-@methods
 def test_gradual_pruning_resumed_from_its_state_goes_on_as_if_never_stopped(method):
     def optimizer_of(network):
         return torch.optim.SGD(network.parameters(), lr=0.05, weight_decay=0.1)
