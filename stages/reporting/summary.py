@@ -25,17 +25,8 @@ from stages.reporting.wording import (
 )
 
 COLUMNS = (
-    "variant",
-    "top-1 (%)",
-    "Δ dense (points)",
-    "p",
-    "Δ control (points)",
-    "p control",
-    "size",
-    "parameters",
-    "MACs",
-    "latency",
-    "speed-up",
+    *("variant", "top-1 (%)", "Δ dense (points)", "p", "Δ control (points)", "p control"),
+    *("size", "parameters", "MACs", "latency", "speed-up"),
 )
 
 
@@ -101,9 +92,10 @@ def findings_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     chosen = by_name[metrics["headline_variant"]]
     dense = dense_of(chosen, by_name)
     extremes: dict[str, list[str]] = {}
-    for words, key, sign in (("smallest", "size_bytes", 1), ("fastest", "latency_ms_p50", 1)):
-        extremes.setdefault(min(rows, key=lambda row: sign * row[key])["variant"], []).append(words)
-    extremes.setdefault(max(rows, key=lambda row: row["top1"])["variant"], []).append("most accurate")
+    for words, key in (("smallest", "size_bytes"), ("fastest", "latency_ms_p50")):
+        extremes.setdefault(min(rows, key=lambda row: row[key])["variant"], []).append(words)
+    best = min(rows, key=lambda row: (-row["top1"], row["size_bytes"]))
+    extremes.setdefault(best["variant"], []).append("most accurate")
     found = []
     for variant, words in extremes.items():
         row = by_name[variant]

@@ -15,8 +15,8 @@ from stages.params.load import load_params
 from stages.params.pruners import Structured
 from stages.params.quantizers import AllocatedBits, Bits, LearnedBits, UniformBits
 from stages.reporting.inputs import CompletedRun, Params, read_run
-from stages.reporting.rows import Change, Group, assemble_rows, compare, groups_of, model_family
-from stages.reporting.statistics import holm, mean_and_std
+from stages.reporting.rows import Group, assemble_rows, compare, groups_of, model_family
+from stages.reporting.statistics import Change, corrected, mean_and_std
 from stages.reporting.wording import bytes_text, interval_text, p_text, points_text, std_text
 
 EQUAL_MACS = 0.05
@@ -42,19 +42,17 @@ def compared(run: CompletedRun, pairs: list[tuple[Group, Group]]) -> list[Compar
 
     Pairs of groups that were run with different seeds are left out.
     """
-    found = []
+    changes, stds = {}, {}
     for one, other in pairs:
         rows = {row["seed"]: row for row in other.rows}
         if {row["seed"] for row in one.rows} == rows.keys():
             seeds = [(row, rows[row["seed"]]) for row in one.rows]
-            difference = compare(run, [(ours["variant"], theirs["variant"]) for ours, theirs in seeds])
-            std = mean_and_std([ours["top1"] - theirs["top1"] for ours, theirs in seeds])[1]
-            found.append((one, other, difference, std))
-    corrected = holm({f"{one.name} {other.name}": difference.p_value for one, other, difference, _ in found})
-    return [
-        Comparison(one, other, Change(d.delta, d.low, d.high, corrected[f"{one.name} {other.name}"]), std)
-        for one, other, d, std in found
-    ]
+            key = f"{one.name} {other.name}"
+            changes[key] = compare(run, [(ours["variant"], theirs["variant"]) for ours, theirs in seeds])
+            stds[key] = mean_and_std([ours["top1"] - theirs["top1"] for ours, theirs in seeds])[1]
+    changes = corrected(changes)
+    keys = ((one, other, f"{one.name} {other.name}") for one, other in pairs)
+    return [Comparison(one, other, changes[key], stds[key]) for one, other, key in keys if key in changes]
 
 
 def at_equal_macs(run: CompletedRun, groups: dict[str, Group]) -> list[tuple[Group, Group]]:
