@@ -35,10 +35,11 @@ def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) ->
     headline = headline_of(rows, run, metrics)
     (_, size, size_note), (_, latency, latency_note), (_, top1, top1_note) = headline.figures
     groups = groups_of(rows)
-    controls = any(group.control for group in groups.values())
-    shown = [index for index, column in enumerate(COLUMNS) if controls or "control" not in column]
-    lines = [[line[index] for index in shown] for line in (COLUMNS, *map(_line, groups.values()))]
+    table = [list(COLUMNS), *map(_line, groups.values())]
+    shown = [index for index in range(len(COLUMNS)) if any(line[index] for line in table[1:])]
+    lines = [[line[index] for index in shown] for line in table]
     lines.insert(1, ["---"] + ["---:"] * (len(shown) - 1))
+    controls = COLUMNS.index("Δ control (points)") in shown
     seeds = max(group.seeds for group in groups.values())
     return "\n".join(
         [
