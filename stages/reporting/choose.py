@@ -172,8 +172,10 @@ def _tested(run: CompletedRun, rows: list[Row], row: Row) -> list[tuple[str, str
 
 def _written(lines: list[tuple[str, str]]) -> str:
     """Labels and texts in two columns; names are never broken."""
-    whole = {"subsequent_indent": " " * LABEL, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(text, COLUMNS, initial_indent=f"{label:<{LABEL}}", **whole) for label, text in lines)
+    wrapper = textwrap.TextWrapper(
+        COLUMNS, subsequent_indent=" " * LABEL, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrapper.fill(f"{label:<{LABEL}}{text}") for label, text in lines)
 
 
 def number(text: str, least: float, most: float, expected: str) -> float:

@@ -158,7 +158,8 @@ def _by_corruption(run: CompletedRun, choices: Choices) -> list[Line]:
 
 def _worst(run: CompletedRun, choices: Choices) -> list[Line]:
     """The classes with the lowest recall of the headline variant: recall, images, most frequent wrong prediction."""
-    counts, lines = confusion_counts(run, choices.headline), []
+    counts = confusion_counts(run, choices.headline)
+    lines: list[Line] = []
     for k in worst_classes(counts, CONFUSION_TABLE):
         wrong = counts[k] * (np.arange(len(counts)) != k)
         mistaken = f"{run.classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""

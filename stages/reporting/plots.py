@@ -6,6 +6,7 @@ quantizer.
 
 import textwrap
 from statistics import quantiles
+from typing import Any
 
 from stages.reporting.drawing import (
     INK,
@@ -27,6 +28,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H", "8")
 FILLS = ("full", "none", "left")
 LINES = ("-", "--", ":", "-.")
+Look = dict[str, Any]
+"""Keyword arguments of a matplotlib line."""
 LABEL_LETTERS = 22
 """Letters in a line of a label before it is wrapped."""
 MOST_CURVES = 40
@@ -130,7 +133,7 @@ def _accuracy_words(point: Point) -> str:
     return f"{name} and {point.group.seeds - 1} more seeds: top-1 {top1} {PLUS_MINUS} {std}"
 
 
-def looks_of(run: CompletedRun) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+def looks_of(run: CompletedRun) -> tuple[dict[str, Look], dict[str, Look]]:
     """The color and filling of each pruner and the marker of each quantizer, in the params' order."""
     used = run.params.variants.values()
     pruners = [p for p in run.params.pruners if any(run.params.pruned[v.pruned].pruner == p for v in used)]
@@ -142,7 +145,7 @@ def looks_of(run: CompletedRun) -> tuple[dict[str, dict[str, str]], dict[str, di
     return colors, {name: {"marker": MARKERS[index % len(MARKERS)]} for index, name in enumerate(quantizers)}
 
 
-def _legend(figure, pruners: dict[str, dict[str, str]], quantizers: dict[str, dict[str, str]], front: bool) -> None:
+def _legend(figure, pruners: dict[str, Look], quantizers: dict[str, Look], front: bool) -> None:
     """Under the plot: pruners by color and filling, quantizers by marker, and the front's line if it is drawn."""
     from matplotlib.lines import Line2D
 
@@ -152,7 +155,7 @@ def _legend(figure, pruners: dict[str, dict[str, str]], quantizers: dict[str, di
         handles += [Line2D([], [], color=INK, **look, ls="", ms=6, label=name) for name, look in marks]
     if front:
         handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
-    legend_below(figure, handles, [handle.get_label() for handle in handles])
+    legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
 
 
 def soak(run: CompletedRun) -> Picture | None:

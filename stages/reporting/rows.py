@@ -79,7 +79,7 @@ def control_of(params: Params, variant: str) -> str | None:
 def compare(run: CompletedRun, pairs: list[tuple[str, str]]) -> Change:
     """Accuracy of the first of each pair minus the second's on the same test images, pooled over pairs (seeds)."""
     correct = {name: run.variants[name].correct.astype(np.int64) for pair in pairs for name in pair}
-    differences = sum(correct[ours] - correct[theirs] for ours, theirs in pairs)
+    differences = np.sum([correct[ours] - correct[theirs] for ours, theirs in pairs], axis=0)
     return paired_difference(differences, len(pairs), run.params.report.confidence)
 
 
@@ -89,16 +89,11 @@ def _compare_groups(run: CompletedRun, others: dict[str, str | None]) -> dict[st
     Args:
         others: for each variant the one to compare with; a group is left out if one of its variants has none.
     """
-    groups: dict[str, list[str]] = {}
-    for variant in others:
-        groups.setdefault(group_of(run.params, variant), []).append(variant)
-    return corrected(
-        {
-            group: compare(run, [(variant, others[variant]) for variant in variants])
-            for group, variants in groups.items()
-            if all(others[variant] is not None for variant in variants)
-        }
-    )
+    groups: dict[str, list[tuple[str, str | None]]] = {}
+    for pair in others.items():
+        groups.setdefault(group_of(run.params, pair[0]), []).append(pair)
+    whole = {group: [(ours, other) for ours, other in pairs if other] for group, pairs in groups.items()}
+    return corrected({group: compare(run, pairs) for group, pairs in whole.items() if len(pairs) == len(groups[group])})
 
 
 def assemble_rows(run: CompletedRun) -> list[Row]:
@@ -159,8 +154,8 @@ class Group:
 
     def std(self, key: str) -> float | None:
         """Sample standard deviation over seeds; None for one seed or an unknown value."""
-        values = [row.get(key) for row in self.rows]
-        return None if None in values else mean_and_std(values)[1]
+        values = [row[key] for row in self.rows if row.get(key) is not None]
+        return mean_and_std(values)[1] if len(values) == self.seeds else None
 
     @property
     def change(self) -> Change | None:
@@ -290,6 +285,6 @@ def points_of(rows: list[Row], cost: str) -> list[Point]:
     points = []
     for group, mean_cost, top1, on_front in zip(groups, costs, top1s, front(costs, top1s), strict=True):
         std, first = group.std("top1"), group.rows[0]
-        ends = (first["top1_ci_low"], first["top1_ci_high"]) if std is None else (top1 - std, top1 + std)
-        points.append(Point(group, mean_cost, top1, *ends, on_front))
+        low, high = (first["top1_ci_low"], first["top1_ci_high"]) if std is None else (top1 - std, top1 + std)
+        points.append(Point(group, mean_cost, top1, low, high, on_front))
     return points

@@ -143,8 +143,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 def corrected(changes: Mapping[str, Change]) -> dict[str, Change]:
     """A family of changes with p-values corrected by `holm`."""
-    adjusted = holm({name: change.p_value for name, change in changes.items()})
-    return {name: replace(change, p_value=adjusted[name]) for name, change in changes.items()}
+    adjusted = holm({name: change.p_value for name, change in changes.items() if change.p_value is not None})
+    return {name: replace(change, p_value=adjusted.get(name)) for name, change in changes.items()}
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:

@@ -93,8 +93,8 @@ def findings_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     chosen = by_name[metrics["headline_variant"]]
     dense = dense_of(chosen, by_name)
     extremes: dict[str, list[str]] = {}
-    for words, key in (("smallest", "size_bytes"), ("fastest", "latency_ms_p50")):
-        extremes.setdefault(min(rows, key=lambda row: row[key])["variant"], []).append(words)
+    for word, key in (("smallest", "size_bytes"), ("fastest", "latency_ms_p50")):
+        extremes.setdefault(min(rows, key=lambda row: row[key])["variant"], []).append(word)
     best = min(rows, key=lambda row: (-row["top1"], row["size_bytes"]))
     extremes.setdefault(best["variant"], []).append("most accurate")
     found = []
