@@ -74,8 +74,8 @@ def write_report(report: Report) -> None:
         for variant, text in report.cards.items():
             write_text(cards / f"{variant}.md", text)
         plots = stack.enter_context(atomic_folder(paths.PLOTS))
-        for name, table in report.tables.items():
-            write_csv(plots / f"{name}.csv", table.rows, table.columns)
+        for name, (columns, rows) in report.tables.items():
+            write_csv(plots / f"{name}.csv", rows, columns)
         for name, picture in report.pictures.items():
             (plots / f"{name}.png").write_bytes(picture.png)
         write_csv(unfinished("variants.csv"), report.rows, ROW_KEYS)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from stages.common.errors import UserError, disk_error
 
@@ -92,7 +93,7 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict | list:
+def read_json(path: Path) -> Any:
     """Parse a file; a missing or broken one raises a `UserError` that names it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -58,11 +58,10 @@ def costs(row: Row) -> dict[str, float]:
     return {DROP: 1 - row["validation_top1"], LATENCY: row["latency_ms_p50"], SIZE: row["size_bytes"]}
 
 
-def limits_of(
-    rows: list[Row], max_drop: float | None, max_latency_ms: float | None, max_size: int | None
-) -> dict[str, float]:
+def limits_of(rows: list[Row], max_drop: float | None, ms: float | None, size: int | None) -> Limits:
+    """Those of the limits that are given."""
     error = None if max_drop is None else 1 - least_top1(rows, max_drop)
-    given = {DROP: error, LATENCY: max_latency_ms, SIZE: max_size}
+    given = {DROP: error, LATENCY: ms, SIZE: size}
     return {option: most for option, most in given.items() if most is not None}
 
 
@@ -94,14 +93,11 @@ def nearest(rows: list[Row], limits: Limits) -> Row:
 def answer(run: CompletedRun, rows: list[Row], limits: Limits, fits: list[Row]) -> str:
     """The best of the variants that fit, the reason, its test figures and the command that deploys it."""
     chosen, total = best(fits, limits), f"{len(rows)} variants"
-    if len(fits) == 1:
-        why = f"the only one of {total} that fits"
-    else:
-        rule = f"the smallest file (because of {DROP})" if DROP in limits else "the highest validation top-1"
-        why = f"{rule} of {len(fits)} that fit, of {total}"
+    rule = f"the smallest file (because of {DROP})" if DROP in limits else "the highest validation top-1"
+    only = f"the only one of {total} that fits"
     lines = [
         ("chosen", chosen["variant"]),
-        ("why", why),
+        ("why", only if len(fits) == 1 else f"{rule} of {len(fits)} that fit, of {total}"),
         *_figures(run, rows, chosen, limits),
         *_tested(run, rows, chosen),
         *(("warning", mark) for mark in marks_of(run, [chosen["variant"]])),
@@ -157,11 +153,9 @@ def _amount(option: str, amount: float) -> str:
 def _tested(run: CompletedRun, rows: list[Row], row: Row) -> list[tuple[str, str]]:
     """The test figures, which had no part in the choice, and the costs of the dense network of the same seed."""
     group, dense = groups_of(rows)[row["group"]], dense_of(row, {one["variant"]: one for one in rows})
-    confidence = run.params.report.confidence
+    confidence, itself = run.params.report.confidence, "it is the dense network itself"
     top1 = fraction_text(row["top1"], row["top1_ci_low"], row["top1_ci_high"])
-    change = "it is the dense network itself"
-    if group.change is not None:
-        change = change_sentence(group.change, "the dense network", group, confidence)
+    change = itself if group.change is None else change_sentence(group.change, "the dense network", group, confidence)
     size, time = (ratio_text(dense[key] / row[key]) for key in ("size_bytes", "latency_ms_p50"))
     return [
         ("test top-1", f"{top1} ({percent_text(confidence, 0)} Wilson interval), n = {row['n_test']:,}"),
@@ -178,38 +172,29 @@ def _tested(run: CompletedRun, rows: list[Row], row: Row) -> list[tuple[str, str
 
 def _written(lines: list[tuple[str, str]]) -> str:
     """Labels and texts in two columns; names are never broken."""
-    return "\n".join(
-        textwrap.fill(
-            text,
-            COLUMNS,
-            initial_indent=f"{label:<{LABEL}}",
-            subsequent_indent=" " * LABEL,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for label, text in lines
+    wrapper = textwrap.TextWrapper(
+        COLUMNS, subsequent_indent=" " * LABEL, break_long_words=False, break_on_hyphens=False
     )
+    return "\n".join(wrapper.fill(f"{label:<{LABEL}}{text}") for label, text in lines)
+
+
+def number(text: str, least: float, most: float, expected: str) -> float:
+    """A number within limits as typed."""
+    try:
+        if least <= (value := float(text)) <= most:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: give {expected}")
 
 
 def points(text: str) -> float:
     """Points as typed, as a fraction."""
-    if not 0 <= (value := _number(text)) <= 100:
-        raise argparse.ArgumentTypeError(f"{text}: give points of top-1 from 0 to 100, such as 1.0")
-    return value / 100
+    return number(text, 0, 100, "points of top-1 from 0 to 100, such as 1.0") / 100
 
 
 def milliseconds(text: str) -> float:
-    if not 0 < (value := _number(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: give milliseconds above 0, such as 2.5")
-    return value
-
-
-def _number(text: str) -> float:
-    """NaN, which fails every bound, if the text is not a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    return number(text, 1e-9, 1e9, "milliseconds above 0, such as 2.5")
 
 
 def size(text: str) -> int:

@@ -50,7 +50,6 @@ def style() -> Iterator[None]:
         "axes.axisbelow": True,
         "grid.color": FAINT,
         "grid.linewidth": 0.5,
-        "hatch.linewidth": 0.6,
         "legend.frameon": False,
         "legend.fontsize": 9,
     } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
@@ -58,14 +57,14 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, rows: int = 1, columns: int = 1):
+def new_figure(height: float, rows: int = 1):
     """A figure of the common width and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, sharex=rows > 1, sharey=columns > 1)
+    return figure, figure.subplots(rows, sharex=rows > 1)
 
 
 def finish(figure, name: str, title: str, alt: str, titles: dict[str, str] | None = None, labels=()) -> Picture:
@@ -102,12 +101,6 @@ def _for_page(svg: str, name: str, alt: str, titles: dict[str, str]) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def scale_of(values: list[float], unit: str) -> tuple[float, str]:
-    """The divisor that gives the axis short numbers, and the resulting unit."""
-    prefixes = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if unit == "bytes" else ()
-    return next(((scale, name) for scale, name in prefixes if max(values) >= scale), (1.0, unit))
-
-
 def cost_axis(axes, xs: list[float]) -> None:
     """A logarithmic axis with plain numbers at 1, 2, 5 if the costs differ by more than a factor of four."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -123,12 +116,6 @@ def cost_axis(axes, xs: list[float]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         room = (high - low) * 0.12 or 0.5 * high
         axes.set_xlim(low - room, high + room)
-
-
-def whole_numbers(axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def grow(figure, lines: int) -> None:

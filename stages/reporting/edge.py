@@ -1,7 +1,6 @@
 """The run as a whole: its description (`run.json`), warnings about its measurements, and the runtimes compared."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,26 +36,13 @@ def describe_run(run: CompletedRun) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Runtimes:
-    """A table with a line for each variant and a column for each runtime."""
+def runtimes_of(run: CompletedRun) -> tuple[list[str], list[tuple[str, ...]]] | None:
+    """Heads and lines of a table: for each variant its median latency in each runtime, and the fastest runtime.
 
-    names: list[str]
-    lines: list[tuple[str, ...]]
-    """The variant, its median latency in each runtime, and the fastest with its lead over ONNX Runtime."""
-    missing: list[str]
-    """Reasons why a requested runtime is not available."""
-    refused: list[str]
-    """Reasons why a runtime did not run a variant."""
-
-
-def runtimes_of(run: CompletedRun) -> Runtimes | None:
-    """None if only ONNX Runtime and the eager baseline were requested."""
-    left_out = run.edge.get("left_out", [])
-    missing = [entry["reason"] for entry in left_out if entry["variant"] is None]
-    refused = [entry["reason"] for entry in left_out if entry["variant"] is not None]
+    None if only ONNX Runtime and the eager baseline were requested.
+    """
     names = list(dict.fromkeys(row.runtime for row in run.timings))
-    if set(names) <= {ONNX_RUNTIME, EAGER} and not left_out:
+    if set(names) <= {ONNX_RUNTIME, EAGER} and not run.edge.get("left_out"):
         return None
     timed = {(row.variant, row.runtime): row for row in run.timings}
     lines = []
@@ -72,7 +58,7 @@ def runtimes_of(run: CompletedRun) -> Runtimes | None:
             for name in names
         )
         lines.append((variant, *cells, words))
-    return Runtimes(names, lines, missing, refused)
+    return ["Variant", *names, "Fastest"], lines
 
 
 def marks_of(run: CompletedRun, variants: Collection[str]) -> list[str]:

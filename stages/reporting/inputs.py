@@ -2,8 +2,9 @@
 
 import csv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -158,10 +159,10 @@ class Measured:
     """Everything the stages measured for one variant."""
 
     profile: ProfileFile
+    label: np.ndarray
+    """`[n_test]` integers: the true class of each test image."""
     predicted: np.ndarray
-    """`[n_test]` integers: the class that `model.onnx` predicts for each test image."""
-    correct: np.ndarray
-    """`[n_test]` bool."""
+    """`[n_test]` integers: the class that `model.onnx` predicts."""
     confidence: np.ndarray
     """`[n_test]`: the probability of the predicted class."""
     corrupted: Corrupted
@@ -170,6 +171,11 @@ class Measured:
     artifact: ArtifactFile
     edge: TimedRow
     """The variant in ONNX Runtime."""
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """`[n_test]` bool."""
+        return self.predicted == self.label
 
 
 @dataclass(frozen=True)
@@ -188,11 +194,11 @@ class CompletedRun:
     baselines: dict[str, TimedRow]
     """For each model, its dense float network in the runtime that every `latency_ratio` refers to: PyTorch eager, or
     ONNX Runtime on a device without PyTorch."""
-    soak: list[dict[str, float | None]]
+    soak: list[dict[str, Any]]
     """Time windows of the soak test; empty without one."""
     printed: dict[str, Any] | None
     """`printed.json`, if the params ask for printed samples."""
-    curves: dict[str, list[dict[str, float]]]
+    curves: dict[str, list[dict[str, Any]]]
     """Training curves by name, dense models first; without those that trained nothing."""
 
     @property
@@ -207,10 +213,6 @@ class CompletedRun:
     @property
     def first(self) -> Measured:
         return next(iter(self.variants.values()))
-
-    def method_of(self, variant: str) -> str:
-        """The pruning method of a variant."""
-        return self.params.pruners[self.params.pruner_of(variant)].method
 
 
 def read_run(params: Params) -> CompletedRun:
@@ -231,20 +233,20 @@ def read_run(params: Params) -> CompletedRun:
         return timed[variant, runtime]
 
     variants: dict[str, Measured] = {}
-    labels = None
     for variant in params.variants:
-        measured, label = _read_variant(variant, params, timing(variant, ONNX_RUNTIME))
-        labels = label if labels is None else labels
+        measured = _read_variant(variant, timing(variant, ONNX_RUNTIME))
         first = next(iter(variants.values()), measured)
-        for reason in _mismatches(measured, label, labels, first):
-            raise UserError(f"{variant}: {reason}; run `dvc repro`")
+        for reason in _mismatches(variant, params, measured, first):
+            raise UserError(
+                f"{variant}: {reason}: delete {paths.profile(variant)} if this repeats, and run `dvc repro`"
+            )
         variants[variant] = measured
     runtime = next((row.baseline_runtime for row in timings if "baseline_runtime" in row.model_fields_set), EAGER)
     stored = read_json(path)
     return CompletedRun(
         params=params,
         variants=variants,
-        labels=labels,
+        labels=first.label,
         classes=first.profile.classes,
         edge={key: value for key, value in stored.items() if key != "rows"},
         timings=[row for row in timings if row.variant in params.variants],
@@ -255,43 +257,22 @@ def read_run(params: Params) -> CompletedRun:
     )
 
 
-def _read_variant(variant: str, params: Params, edge: TimedRow) -> tuple[Measured, np.ndarray]:
-    """What was measured for one variant, and the label of each test image."""
+def _read_variant(variant: str, edge: TimedRow) -> Measured:
     folder = paths.profile(variant)
-    profile = _parsed(ProfileFile, folder / "profile.json", variant)
-    expected = {"variant": variant, "model": params.model_of(variant), "pruner": params.pruner_of(variant)}
-    for key, value in (expected | {"quantizer": params.variants[variant].quantizer}).items():
-        if (found := getattr(profile, key)) != value:
-            raise UserError(
-                f"{variant}: {folder / 'profile.json'} says {key} = {found!r}, params.yaml {value!r}: run `dvc repro`"
-            )
     label, predicted, confidence = _arrays(folder, "predictions.npz", variant, ("label", "predicted", "confidence"))
-    if not len(label) == len(predicted) == len(confidence) == profile.n_test:
-        raise UserError(
-            f"{variant}: predictions.npz holds {len(predicted)} predictions, {len(label)} labels and"
-            f" {len(confidence)} probabilities, profile.json says n_test = {profile.n_test}: delete {folder} and run"
-            " `dvc repro`"
-        )
     keys = ("position", "corruption", "severity", "predicted")
     position, corruption, severity, answers = _arrays(folder, "corruptions.npz", variant, keys)
     cells = [(str(name), int(level)) for name, level in zip(corruption, severity, strict=False)]
-    correct = predicted == label
-    if abs(float(correct.mean()) - profile.top1) > 0.5 / profile.n_test:
-        raise UserError(
-            f"{variant}: the stored predictions give top-1 {correct.mean():.4f}, profile.json says {profile.top1:.4f}:"
-            f" delete {folder} and run `dvc repro`"
-        )
-    measured = Measured(
-        profile,
+    return Measured(
+        _parsed(ProfileFile, folder / "profile.json", variant),
+        label.astype(np.int64),
         predicted.astype(np.int64),
-        correct,
         confidence.astype(np.float64),
         Corrupted(position.astype(np.int64), cells, answers.astype(np.int64)),
-        _read_layers(folder / "layers.csv", variant),
+        _csv(folder / "layers.csv", variant, {}),
         _parsed(ArtifactFile, folder / "model.json", variant),
         edge,
     )
-    return measured, label.astype(np.int64)
 
 
 def _arrays(folder: Path, name: str, variant: str, keys: tuple[str, ...]) -> list[np.ndarray]:
@@ -305,36 +286,30 @@ def _arrays(folder: Path, name: str, variant: str, keys: tuple[str, ...]) -> lis
         raise UserError(f"{variant}: {path} cannot be read ({error}): delete {folder} and run `dvc repro`") from None
 
 
-def _read_layers(path: Path, variant: str) -> list[dict[str, str]]:
-    try:
-        layers = read_csv(path)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{variant}: {path} cannot be read ({error}): delete it and run `dvc repro`") from None
-    if not layers:
-        raise UserError(f"{variant}: {path} holds no layers: delete it and run `dvc repro`")
-    return layers
-
-
-def _mismatches(measured: Measured, label: np.ndarray, labels: np.ndarray, first: Measured) -> Iterator[str]:
-    """Reasons why a variant cannot be compared with the first one, or its files are of different runs."""
+def _mismatches(variant: str, params: Params, measured: Measured, first: Measured) -> Iterator[str]:
+    """Reasons why the files of a variant contradict each other, the params, or the first variant."""
     ours, theirs, name = measured.profile, first.profile, first.profile.variant
-    if ours.data_sha256 != theirs.data_sha256:
-        yield (
-            f"measured on images {ours.data_sha256[:12]}, {name} on {theirs.data_sha256[:12]}: all variants need one"
-            " data set"
-        )
-    if ours.classes != theirs.classes:
-        yield f"its class names differ from {name}'s"
-    if len(label) != len(labels):
-        yield f"{len(label)} test images, {name} has {len(labels)}"
-    elif not np.array_equal(label, labels):
+    expected = {"variant": variant, "model": params.model_of(variant), "pruner": params.pruner_of(variant)}
+    for key, value in (expected | {"quantizer": params.variants[variant].quantizer}).items():
+        if getattr(ours, key) != value:
+            yield f"profile.json says {key} = {getattr(ours, key)!r}, params.yaml {value!r}"
+    counts = [len(array) for array in (measured.label, measured.predicted, measured.confidence)]
+    if counts != [ours.n_test] * 3:
+        yield f"labels, predictions and probabilities are of {counts} test images, profile.json says {ours.n_test}"
+    if abs(float(measured.correct.mean()) - ours.top1) > 0.5 / ours.n_test:
+        yield f"the predictions give top-1 {measured.correct.mean():.4f}, profile.json says {ours.top1:.4f}"
+    if ours.data_sha256 != theirs.data_sha256 or ours.classes != theirs.classes:
+        yield f"measured on images {ours.data_sha256[:12]}, {name} on {theirs.data_sha256[:12]}, not on one data set"
+    if ours.n_test != theirs.n_test:
+        yield f"{ours.n_test} test images, {name} has {theirs.n_test}"
+    if not np.array_equal(measured.label, first.label):
         yield f"its test labels are in another order than {name}'s, so predictions cannot be paired"
     corrupted, other = measured.corrupted, first.corrupted
     position, shape = corrupted.position, (len(corrupted.cells), len(corrupted.position))
-    if corrupted.predicted.shape != shape or not ((position >= 0) & (position < len(label))).all():
+    if corrupted.predicted.shape != shape or not ((position >= 0) & (position < ours.n_test)).all():
         yield (
             f"corruptions.npz holds predictions {list(corrupted.predicted.shape)} for {shape[0]} cells of {shape[1]}"
-            f" test images: delete {paths.profile(ours.variant)}"
+            " test images"
         )
     if corrupted.cells != other.cells or not np.array_equal(position, other.position):
         yield f"tested on other corrupted images than {name}"
@@ -347,16 +322,22 @@ def _mismatches(measured: Measured, label: np.ndarray, labels: np.ndarray, first
             )
 
 
-def _read_soak(params: Params, edge: dict[str, Any]) -> list[dict[str, float | None]]:
+def _csv(path: Path, name: str, columns: dict[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
+    """All rows of a file, with the values of the given columns converted."""
+    try:
+        rows = read_csv(path)
+        return [row | {column: convert(row[column]) for column, convert in columns.items()} for row in rows]
+    except (UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: {path} cannot be read ({error!r}): delete it and run `dvc repro`") from None
+
+
+def _read_soak(params: Params, edge: dict[str, Any]) -> list[dict[str, Any]]:
     if params.edge_benchmark.soak is None:
         return []
-    path, variant = paths.EDGE / "soak.csv", params.edge_benchmark.soak.variant
+    variant = params.edge_benchmark.soak.variant
     if not isinstance(edge.get("soak"), dict) or edge["soak"].get("variant") != variant:
         raise UserError(f"{variant}: {paths.EDGE / 'edge.json'} holds no soak test of it: run `dvc repro`")
-    try:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in read_csv(path)]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{variant}: {path} has a broken line ({error}): delete {paths.EDGE}, `dvc repro`") from None
+    return _csv(paths.EDGE / "soak.csv", variant, dict.fromkeys(("seconds", "latency_ms_p50", "latency_ms_p99"), float))
 
 
 def _read_printed(params: Params, variants: dict[str, Measured]) -> dict[str, Any] | None:
@@ -372,22 +353,14 @@ def _read_printed(params: Params, variants: dict[str, Measured]) -> dict[str, An
     return printed.model_dump()
 
 
-def _read_curves(params: Params) -> dict[str, list[dict[str, float]]]:
+def _read_curves(params: Params) -> dict[str, list[dict[str, Any]]]:
     files = {model: paths.dense_curve(model) for model in params.models}
     files |= {name: paths.pruned_curve(name) for name in params.pruned}
     for name, variant in params.variants.items():
         quantizer = params.quantizers[variant.quantizer]
         if isinstance(quantizer, Bits) and quantizer.epochs > 0:
             files[name] = paths.compressed_curve(name)
-    curves = {}
-    for name, path in files.items():
-        rows = read_csv(path)
-        try:
-            curves[name] = [{column: float(row[column]) for column in CURVE_COLUMNS} for row in rows]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{name}: {path} has a broken line or column ({error}): delete it and run `dvc repro`"
-            ) from None
+    curves = {name: _csv(path, name, dict.fromkeys(CURVE_COLUMNS, float)) for name, path in files.items()}
     return {name: rows for name, rows in curves.items() if rows}
 
 

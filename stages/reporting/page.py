@@ -1,6 +1,5 @@
 """`reports/index.html`: one file that opens from disk without a network (the template: `page.html.j2`)."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,11 @@ from stages.reporting.cards import environment
 from stages.reporting.drawing import Picture
 from stages.reporting.edge import runtimes_of, too_few_images
 from stages.reporting.inputs import CompletedRun
-from stages.reporting.plots import CONFUSION_TABLE
-from stages.reporting.robustness import robustness_of
+from stages.reporting.robustness import headline_variants, robustness_of
 from stages.reporting.rows import Choices, Group, Row, dense_of, extra_training, groups_of, is_control
 from stages.reporting.tables import confusion_counts, worst_classes
 from stages.reporting.wording import (
-    count_text,
+    bytes_text,
     describe,
     headline_of,
     machine_text,
@@ -27,6 +25,9 @@ from stages.reporting.wording import (
 )
 
 Line = tuple[str, ...]
+CONFUSION_TABLE = 20
+"""The page shows the whole confusion matrix up to this number of classes; beyond that, this many of the worst."""
+BYTES = ("size_bytes", "size_gzip_bytes", "weight_bytes", "scale_bytes", "graph_bytes", "artifact_bytes")
 
 
 def render_page(
@@ -46,7 +47,7 @@ def render_page(
     groups = groups_of(rows)
     by_name = {row["variant"]: row for row in rows}
     chosen = groups[by_name[choices.headline]["group"]]
-    params, corrupted = run.params, run.first.corrupted
+    params, corrupted, layers = run.params, run.first.corrupted, run.variants[choices.headline].layers
     template = environment(autoescape=True).get_template("page.html.j2")
     return template.render(
         run=facts,
@@ -68,6 +69,10 @@ def render_page(
         n_cells=len(corrupted.cells),
         float_layers=_float_layers(run, groups),
         removals=_removals(run, groups),
+        by_corruption=_by_corruption(run, choices),
+        bytes_lines=[
+            (name, *(bytes_text(getattr(one.profile, key)) for key in BYTES)) for name, one in run.variants.items()
+        ],
         runtimes=runtimes_of(run),
         soak=soak_lines(facts),
         printed=printed_lines(facts),
@@ -75,35 +80,29 @@ def render_page(
         classes=run.classes,
         confusion=confusion_counts(run, choices.headline).tolist() if len(run.classes) <= CONFUSION_TABLE else [],
         worst=_worst(run, choices),
-        layers=_layers(run, choices.headline),
+        layer_heads=list(next(iter(layers), {})),
+        layers=[tuple(line.values()) for line in layers],
         environment=_environment(run),
         settings=[("pruner", describe(name, section)) for name, section in params.pruners.items()]
         + [("quantizer", describe(name, section)) for name, section in params.quantizers.items()],
-        folder=f"profiles/{Path.cwd().name}" if Path.cwd().parent.name == "profiles" else ".",
     )
 
 
 def _lacking_control(run: CompletedRun, group: Group) -> str:
-    """A sentence if the headline variant trained longer than the dense network and the run has no control for it."""
-    variant = group.variants[0]
-    if group.change is not None and is_control(run.params, variant):
+    """A warning if the headline variant trained longer than the dense network and the run has no control for it."""
+    if is_control(run.params, group.variants[0]):
         return "It is not compressed: it only trained longer."
-    epochs, ways = extra_training(run.params, variant)
+    epochs, _ = extra_training(run.params, group.variants[0])
     if not epochs or group.control is not None:
         return ""
-    remedy = (
-        f"add a `continued` pruner with {plural(epochs, 'epoch')} and the same settings"
-        if len(ways) == 1
-        else "pruning and recovery train with different settings, so no control is possible"
-    )
-    return f"It trained longer than the dense network, and the run has no control that shows the effect: {remedy}."
+    return f"It trained for {plural(epochs, 'more epoch')} than the dense network, and the run has no control for that."
 
 
 def _spread(group: Group) -> str:
     """The spread over seeds of accuracy and latency: pruning gives each seed its own widths."""
-    latencies = [row["latency_ms_p50"] for row in group.rows]
-    between = f"; median latency from {ms_text(min(latencies))} to {ms_text(max(latencies))}"
-    return seeds_text(group) + (between if group.seeds > 1 else "")
+    times = [row["latency_ms_p50"] for row in group.rows]
+    between = f"; median latency from {ms_text(min(times))} to {ms_text(max(times))}" if group.seeds > 1 else ""
+    return seeds_text(group) + between
 
 
 def _alternatives(by_name: dict[str, Row], choices: Choices) -> list[tuple[str, Row]]:
@@ -145,22 +144,27 @@ def _removals(run: CompletedRun, groups: dict[str, Group]) -> list[Line]:
     return lines
 
 
-def _worst(run: CompletedRun, choices: Choices) -> list[tuple[str, str]]:
-    """The three classes with the lowest recall of the headline variant."""
+def _by_corruption(run: CompletedRun, choices: Choices) -> list[Line]:
+    """For each headline variant, top-1 on the clean images and the mean over severities of each corruption."""
+    lines = []
+    for variant in headline_variants(run, choices):
+        corrupted = run.variants[variant].corrupted
+        right: dict[str, list[float]] = {"clean": [run.variants[variant].correct[corrupted.position].mean()]}
+        for (name, _), outcomes in zip(corrupted.cells, corrupted.correct(run.labels), strict=True):
+            right.setdefault(name, []).append(outcomes.mean())
+        lines.append((variant, *(f"{100 * float(np.mean(one)):.1f}" for one in right.values())))
+    return lines
+
+
+def _worst(run: CompletedRun, choices: Choices) -> list[Line]:
+    """The classes with the lowest recall of the headline variant: recall, images, most frequent wrong prediction."""
     counts = confusion_counts(run, choices.headline)
-    return [(run.classes[k], percent_text(counts[k, k] / counts[k].sum())) for k in worst_classes(counts, 3)]
-
-
-def _layers(run: CompletedRun, variant: str) -> tuple[list[str], list[Line]]:
-    """Columns and lines of the layer table of a variant, with long numbers shortened."""
-    layers = run.variants[variant].layers
-
-    def short(column: str, value: str) -> str:
-        large = value.isdigit() and int(value) >= 10_000
-        return count_text(int(value)) if large and not column.endswith("bits") else value
-
-    lines = [tuple(short(column, value or "") for column, value in line.items()) for line in layers]
-    return [column.replace("_", " ") for column in layers[0]], lines
+    lines: list[Line] = []
+    for k in worst_classes(counts, CONFUSION_TABLE):
+        wrong = counts[k] * (np.arange(len(counts)) != k)
+        mistaken = f"{run.classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
+        lines.append((run.classes[k], percent_text(counts[k, k] / counts[k].sum()), str(counts[k].sum()), mistaken))
+    return lines
 
 
 def _environment(run: CompletedRun) -> list[tuple[str, str]]:

@@ -6,8 +6,7 @@ quantizer.
 
 import textwrap
 from statistics import quantiles
-
-import numpy as np
+from typing import Any
 
 from stages.reporting.drawing import (
     INK,
@@ -18,29 +17,25 @@ from stages.reporting.drawing import (
     grow,
     legend_below,
     new_figure,
-    scale_of,
     style,
-    whole_numbers,
 )
 from stages.reporting.inputs import CompletedRun
 from stages.reporting.labels import place_labels
-from stages.reporting.robustness import curves_of, headline_variants
 from stages.reporting.rows import Choices, Point, Row, points_of
-from stages.reporting.tables import CONFUSION_CLASSES, confusion_counts, worst_classes
-from stages.reporting.wording import PLUS_MINUS, bytes_text, ms_text, percent_text, short_name, wrapped
+from stages.reporting.wording import BYTE_UNITS, PLUS_MINUS, bytes_text, ms_text, percent_text, short_name, wrapped
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H", "8")
 FILLS = ("full", "none", "left")
 LINES = ("-", "--", ":", "-.")
+Look = dict[str, Any]
+"""Keyword arguments of a matplotlib line."""
 LABEL_LETTERS = 22
 """Letters in a line of a label before it is wrapped."""
 MOST_CURVES = 40
 """Number of training curves in one picture."""
 FAR_BELOW = 0.05
 """Points less than this accuracy below the rest always have a place on the axis."""
-CONFUSION_TABLE = 20
-"""Up to this number of classes the page has the confusion matrix as a table, so no picture is drawn."""
 COSTS = {
     "size_bytes": ("size of model.onnx", "bytes", bytes_text),
     "latency_ms_p50": ("median latency, batch {batch}", "ms", ms_text),
@@ -54,10 +49,8 @@ def draw_all(run: CompletedRun, rows: list[Row], choices: Choices) -> dict[str, 
         pictures = [
             pareto(run, rows, choices, "size_bytes", "pareto_size"),
             pareto(run, rows, choices, "latency_ms_p50", "pareto_latency"),
-            corruptions(run, choices),
             soak(run),
             training(run),
-            confusion(run, choices.headline),
         ]
     return {picture.name: picture for picture in pictures if picture is not None}
 
@@ -78,7 +71,9 @@ def pareto(run: CompletedRun, rows: list[Row], choices: Choices, cost: str, name
     lowest = _axis_floor(points, [point.top1 for point in points if point.on_front or is_headline(point)])
     listed = [f"{_name(run, point)} {percent_text(point.top1)}" for point in points if point.top1 < lowest]
     points = [point for point in points if point.top1 >= lowest]
-    scale, unit = scale_of([point.cost for point in points], unit)
+    prefixes = BYTE_UNITS.items() if unit == "bytes" else ()
+    dearest = max(point.cost for point in points)
+    scale, unit = next(((one, name) for name, one in prefixes if dearest >= one), (1.0, unit))
     figure, axes = new_figure(3.7)
     pruners, quantizers = looks_of(run)
     cost_axis(axes, [point.cost / scale for point in points])
@@ -138,7 +133,7 @@ def _accuracy_words(point: Point) -> str:
     return f"{name} and {point.group.seeds - 1} more seeds: top-1 {top1} {PLUS_MINUS} {std}"
 
 
-def looks_of(run: CompletedRun) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+def looks_of(run: CompletedRun) -> tuple[dict[str, Look], dict[str, Look]]:
     """The color and filling of each pruner and the marker of each quantizer, in the params' order."""
     used = run.params.variants.values()
     pruners = [p for p in run.params.pruners if any(run.params.pruned[v.pruned].pruner == p for v in used)]
@@ -150,7 +145,7 @@ def looks_of(run: CompletedRun) -> tuple[dict[str, dict[str, str]], dict[str, di
     return colors, {name: {"marker": MARKERS[index % len(MARKERS)]} for index, name in enumerate(quantizers)}
 
 
-def _legend(figure, pruners: dict[str, dict[str, str]], quantizers: dict[str, dict[str, str]], front: bool) -> None:
+def _legend(figure, pruners: dict[str, Look], quantizers: dict[str, Look], front: bool) -> None:
     """Under the plot: pruners by color and filling, quantizers by marker, and the front's line if it is drawn."""
     from matplotlib.lines import Line2D
 
@@ -160,7 +155,7 @@ def _legend(figure, pruners: dict[str, dict[str, str]], quantizers: dict[str, di
         handles += [Line2D([], [], color=INK, **look, ls="", ms=6, label=name) for name, look in marks]
     if front:
         handles.append(Line2D([], [], color=INK, lw=0.9, ls="--", label="Pareto front"))
-    legend_below(figure, handles, [handle.get_label() for handle in handles])
+    legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
 
 
 def soak(run: CompletedRun) -> Picture | None:
@@ -179,36 +174,6 @@ def soak(run: CompletedRun) -> Picture | None:
     legend_below(figure, *axes.get_legend_handles_labels())
     title = f"Soak test of {found['variant']}: {found['verdict']}"
     return finish(figure, "soak", title, f"Line plot of latency over {minutes[-1]:.1f} minutes. {title}.")
-
-
-def corruptions(run: CompletedRun, choices: Choices) -> Picture | None:
-    """Top-1 by severity, with a panel for each corruption and a line for each headline variant; None without any."""
-    curves = {variant: curves_of(run, variant) for variant in headline_variants(run, choices)}
-    kinds = list(curves[choices.headline])
-    if not kinds:
-        return None
-    figure, panels = new_figure(1.9 * -(-len(kinds) // 2), rows=-(-len(kinds) // 2), columns=2)
-    for kind, axes in zip(kinds, panels.flat, strict=False):
-        axes.set_title(kind, fontsize=10)
-        for index, (variant, of_kind) in enumerate(curves.items()):
-            look = {"color": COLORS[index], "ls": LINES[index % len(LINES)], "marker": MARKERS[index]}
-            axes.plot([100 * top1 for top1 in of_kind[kind]], ms=3.5, lw=1.3, label=variant, **look)
-        severities = range(len(of_kind[kind]))
-        axes.set_xticks(severities, ["none", *severities[1:]])
-    for axes in panels.flat[len(kinds) :]:
-        axes.remove()
-    for axes in panels[:, 0]:
-        axes.set_ylabel("top-1 (%)")
-    for axes in panels.flat[max(0, len(kinds) - 2) : len(kinds)]:
-        axes.set_xlabel("severity")
-        axes.tick_params(labelbottom=True)
-    legend_below(figure, *panels.flat[0].get_legend_handles_labels())
-    words = (
-        f"{variant} {percent_text(np.mean([top1s[-1] for top1s in of_kind.values()]))}"
-        for variant, of_kind in curves.items()
-    )
-    alt = f"Line plots of top-1 accuracy on corrupted test images. Mean at the highest severity: {', '.join(words)}."
-    return finish(figure, "corruptions", "Corrupted test images", alt)
 
 
 def training(run: CompletedRun) -> Picture | None:
@@ -232,34 +197,9 @@ def training(run: CompletedRun) -> Picture | None:
     upper.set_ylabel("validation top-1 (%)")
     lower.set_ylabel("training loss")
     lower.set_xlabel("epoch")
-    whole_numbers(lower)
+    lower.xaxis.get_major_locator().set_params(integer=True)
     legend_below(figure, *upper.get_legend_handles_labels())
     best = ", ".join(f"{name} {percent_text(max(r['validation_top1'] for r in rows))}" for name, rows in shown.items())
     alt = f"Line plots of validation top-1 accuracy and training loss by epoch. Best validation top-1: {best}."
     rest = f" (the first {MOST_CURVES} of {len(run.curves)})" if len(shown) < len(run.curves) else ""
     return finish(figure, "training", f"Training curves{rest}", alt)
-
-
-def confusion(run: CompletedRun, variant: str) -> Picture | None:
-    """The fraction of each true class (rows) that is predicted as each class (columns); None for few classes.
-
-    Beyond `CONFUSION_CLASSES` classes, only those with the lowest recall, in their own order.
-    """
-    counts = confusion_counts(run, variant)
-    if len(counts) <= CONFUSION_TABLE:
-        return None
-    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    shown, title = list(range(len(counts))), f"Confusion matrix of {variant}"
-    if len(counts) > CONFUSION_CLASSES:
-        shown = sorted(worst_classes(counts, CONFUSION_CLASSES))
-        title += f": the {len(shown)} classes with the lowest recall of {len(counts)}"
-    names = [wrapped(run.classes[k], LABEL_LETTERS) for k in shown]
-    figure, axes = new_figure(4.9)
-    axes.imshow(fractions[np.ix_(shown, shown)], cmap="cividis", vmin=0, vmax=1)
-    axes.grid(visible=False)
-    places = range(0, len(names), max(1, len(names) // 20))
-    axes.set_xticks(places, [names[place] for place in places], rotation=90)
-    axes.set_yticks(places, [names[place] for place in places])
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    return finish(figure, "confusion", title, f"{title}, on {len(run.labels)} test images.")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.reporting.inputs import CompletedRun
-from stages.reporting.rows import Change, Choices, Group
-from stages.reporting.statistics import PairedDifference, holm, paired_difference
+from stages.reporting.rows import Choices, Group
+from stages.reporting.statistics import Change, corrected, paired_difference
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def robustness_of(run: CompletedRun, groups: dict[str, Group]) -> dict[str, Robu
     if not first.cells:
         return {}
     found = {name: measured.corrupted.correct(run.labels) for name, measured in run.variants.items()}
-    differences: dict[str, PairedDifference] = {}
+    changes: dict[str, Change] = {}
     for group in groups.values():
         if group.change is not None:
             by_image = sum(
@@ -37,32 +37,17 @@ def robustness_of(run: CompletedRun, groups: dict[str, Group]) -> dict[str, Robu
                 for variant in group.variants
             )
             repeats = len(group.variants) * len(first.cells)
-            differences[group.name] = paired_difference(by_image, repeats, run.params.report.confidence)
-    corrected = holm({name: difference.p_value for name, difference in differences.items()})
-
-    def change(name: str) -> Change | None:
-        one = differences.get(name)
-        return None if one is None else Change(one.delta, one.low, one.high, corrected[name])
-
+            changes[group.name] = paired_difference(by_image, repeats, run.params.report.confidence)
+    changes = corrected(changes)
     return {
         name: Robustness(
             group,
             float(np.mean([run.variants[variant].correct[first.position].mean() for variant in group.variants])),
             float(np.mean([found[variant] for variant in group.variants])),
-            change(name),
+            changes.get(name),
         )
         for name, group in groups.items()
     }
-
-
-def curves_of(run: CompletedRun, variant: str) -> dict[str, list[float]]:
-    """For each corruption the top-1 by severity; severity 0 is the clean image."""
-    corrupted = run.variants[variant].corrupted
-    clean = run.variants[variant].correct[corrupted.position]
-    curves: dict[str, list[float]] = {}
-    for (name, _), outcomes in zip(corrupted.cells, corrupted.correct(run.labels), strict=True):
-        curves.setdefault(name, [float(clean.mean())]).append(float(outcomes.mean()))
-    return curves
 
 
 def headline_variants(run: CompletedRun, choices: Choices) -> list[str]:

@@ -10,10 +10,10 @@ from stages.params.budget import Budget
 from stages.params.pruners import Continued
 from stages.reporting.inputs import CompletedRun, Params
 from stages.reporting.statistics import (
-    PairedDifference,
+    Change,
     calibration_error,
+    corrected,
     front,
-    holm,
     mean_and_std,
     paired_difference,
     wilson_interval,
@@ -76,29 +76,24 @@ def control_of(params: Params, variant: str) -> str | None:
     return next((n for n in same_model if is_control(params, n) and extra_training(params, n) == training), None)
 
 
-def compare(run: CompletedRun, pairs: list[tuple[str, str]]) -> PairedDifference:
+def compare(run: CompletedRun, pairs: list[tuple[str, str]]) -> Change:
     """Accuracy of the first of each pair minus the second's on the same test images, pooled over pairs (seeds)."""
     correct = {name: run.variants[name].correct.astype(np.int64) for pair in pairs for name in pair}
-    differences = sum(correct[ours] - correct[theirs] for ours, theirs in pairs)
+    differences = np.sum([correct[ours] - correct[theirs] for ours, theirs in pairs], axis=0)
     return paired_difference(differences, len(pairs), run.params.report.confidence)
 
 
-def _compare_groups(run: CompletedRun, others: dict[str, str | None]) -> dict[str, tuple[PairedDifference, float]]:
-    """Each group against the given other variants, with the p-value that is Holm-corrected over the groups.
+def _compare_groups(run: CompletedRun, others: dict[str, str | None]) -> dict[str, Change]:
+    """Each group against the given other variants, with p-values corrected over the groups.
 
     Args:
         others: for each variant the one to compare with; a group is left out if one of its variants has none.
     """
-    groups: dict[str, list[str]] = {}
-    for variant in others:
-        groups.setdefault(group_of(run.params, variant), []).append(variant)
-    found = {
-        group: compare(run, [(variant, others[variant]) for variant in variants])
-        for group, variants in groups.items()
-        if all(others[variant] is not None for variant in variants)
-    }
-    corrected = holm({group: difference.p_value for group, difference in found.items()})
-    return {group: (difference, corrected[group]) for group, difference in found.items()}
+    groups: dict[str, list[tuple[str, str | None]]] = {}
+    for pair in others.items():
+        groups.setdefault(group_of(run.params, pair[0]), []).append(pair)
+    whole = {group: [(ours, other) for ours, other in pairs if other] for group, pairs in groups.items()}
+    return corrected({group: compare(run, pairs) for group, pairs in whole.items() if len(pairs) == len(groups[group])})
 
 
 def assemble_rows(run: CompletedRun) -> list[Row]:
@@ -127,29 +122,13 @@ def assemble_rows(run: CompletedRun) -> list[Row]:
         for key, other in (("top1_delta", dense[variant]), ("control_delta", controls[variant])):
             computed[key] = None if other is None else (right[variant] - right[other]) / n
         for kind, p_key in (("delta", "p_value"), ("control", "control_p_value")):
-            difference, p = by_group[kind].get(computed["group"], (None, None))
-            computed[f"{kind}_ci_low"] = None if difference is None else difference.low
-            computed[f"{kind}_ci_high"] = None if difference is None else difference.high
-            computed[p_key] = p
+            change = by_group[kind].get(computed["group"], Change(0.0, None, None, None))
+            computed[f"{kind}_ci_low"], computed[f"{kind}_ci_high"] = change.low, change.high
+            computed[p_key] = change.p_value
         found = measured.edge.model_dump() | measured.profile.model_dump() | computed
-        rows.append({key: _rounded(key, found[key]) for key in ROW_KEYS})
+        rounded = {key: round(found[key], 6) for key in ROW_KEYS if key.startswith(COMPUTED) and found[key] is not None}
+        rows.append({key: rounded.get(key, found[key]) for key in ROW_KEYS})
     return rows
-
-
-def _rounded(key: str, value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) and key.startswith(COMPUTED) else value
-
-
-@dataclass(frozen=True)
-class Change:
-    """A difference of test top-1, pooled over the seeds of a group."""
-
-    delta: float
-    low: float | None
-    high: float | None
-    """Ends of its interval; None in rows that an older version wrote."""
-    p_value: float | None
-    """Holm-corrected over the table."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +154,8 @@ class Group:
 
     def std(self, key: str) -> float | None:
         """Sample standard deviation over seeds; None for one seed or an unknown value."""
-        values = [row.get(key) for row in self.rows]
-        return None if None in values else mean_and_std(values)[1]
+        values = [row[key] for row in self.rows if row.get(key) is not None]
+        return mean_and_std(values)[1] if len(values) == self.seeds else None
 
     @property
     def change(self) -> Change | None:
@@ -250,7 +229,7 @@ def choose(run: CompletedRun, rows: list[Row]) -> Choices:
     least = least_top1(rows, run.params.report.headline_max_drop)
     allowed = [row for row in rows if row["validation_top1"] >= least]
     fastest = min(allowed, key=lambda row: (row["latency_ms_p50"], -row["validation_top1"]))
-    narrow = [row for row in rows if run.method_of(row["variant"]) == "small_dense"]
+    narrow = [row for row in rows if run.params.pruners[row["pruner"]].method == "small_dense"]
     small = max(narrow, key=lambda row: row["validation_top1"], default=None)
     return Choices(
         smallest(allowed)["variant"],
@@ -306,6 +285,6 @@ def points_of(rows: list[Row], cost: str) -> list[Point]:
     points = []
     for group, mean_cost, top1, on_front in zip(groups, costs, top1s, front(costs, top1s), strict=True):
         std, first = group.std("top1"), group.rows[0]
-        ends = (first["top1_ci_low"], first["top1_ci_high"]) if std is None else (top1 - std, top1 + std)
-        points.append(Point(group, mean_cost, top1, *ends, on_front))
+        low, high = (first["top1_ci_low"], first["top1_ci_high"]) if std is None else (top1 - std, top1 + std)
+        points.append(Point(group, mean_cost, top1, low, high, on_front))
     return points

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,17 +103,17 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
 
 @dataclass(frozen=True)
-class PairedDifference:
+class Change:
     """The difference of two accuracies on the same images, as fractions."""
 
     delta: float
-    low: float
-    high: float
-    p_value: float
-    n: int
+    low: float | None
+    high: float | None
+    """Ends of its interval; None, as the p-value, where only the difference is known."""
+    p_value: float | None
 
 
-def paired_difference(differences: np.ndarray, seeds: int = 1, confidence: float = 0.95) -> PairedDifference:
+def paired_difference(differences: np.ndarray, seeds: int = 1, confidence: float = 0.95) -> Change:
     """Difference of accuracy with its interval and exact p-value; the image is the unit.
 
     The interval is the adjusted Wald interval for matched pairs (Agresti & Min 2005, section 3): two pseudo images keep
@@ -128,7 +128,7 @@ def paired_difference(differences: np.ndarray, seeds: int = 1, confidence: float
     total, squares = float(per_image.sum()), float((per_image**2).sum()) + 1.0
     middle = total / (n + 2)
     half = normal_quantile(confidence) * math.sqrt(max(0.0, squares - total * total / (n + 2))) / (n + 2)
-    return PairedDifference(total / n, middle - half, middle + half, sign_flip_p(differences), n)
+    return Change(total / n, middle - half, middle + half, sign_flip_p(differences))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -139,6 +139,12 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}
+
+
+def corrected(changes: Mapping[str, Change]) -> dict[str, Change]:
+    """A family of changes with p-values corrected by `holm`."""
+    adjusted = holm({name: change.p_value for name, change in changes.items() if change.p_value is not None})
+    return {name: replace(change, p_value=adjusted.get(name)) for name, change in changes.items()}
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float | None]:

@@ -25,17 +25,8 @@ from stages.reporting.wording import (
 )
 
 COLUMNS = (
-    "variant",
-    "top-1 (%)",
-    "Δ dense (points)",
-    "p",
-    "Δ control (points)",
-    "p control",
-    "size",
-    "parameters",
-    "MACs",
-    "latency",
-    "speed-up",
+    *("variant", "top-1 (%)", "Δ dense (points)", "p", "Δ control (points)", "p control"),
+    *("size", "parameters", "MACs", "latency", "speed-up"),
 )
 
 
@@ -44,10 +35,11 @@ def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) ->
     headline = headline_of(rows, run, metrics)
     (_, size, size_note), (_, latency, latency_note), (_, top1, top1_note) = headline.figures
     groups = groups_of(rows)
-    controls = any(group.control for group in groups.values())
-    shown = [index for index, column in enumerate(COLUMNS) if controls or "control" not in column]
-    lines = [[line[index] for index in shown] for line in (COLUMNS, *map(_line, groups.values()))]
+    table = [list(COLUMNS), *map(_line, groups.values())]
+    shown = [index for index in range(len(COLUMNS)) if any(line[index] for line in table[1:])]
+    lines = [[line[index] for index in shown] for line in table]
     lines.insert(1, ["---"] + ["---:"] * (len(shown) - 1))
+    controls = COLUMNS.index("Δ control (points)") in shown
     seeds = max(group.seeds for group in groups.values())
     return "\n".join(
         [
@@ -101,9 +93,10 @@ def findings_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     chosen = by_name[metrics["headline_variant"]]
     dense = dense_of(chosen, by_name)
     extremes: dict[str, list[str]] = {}
-    for words, key, sign in (("smallest", "size_bytes", 1), ("fastest", "latency_ms_p50", 1)):
-        extremes.setdefault(min(rows, key=lambda row: sign * row[key])["variant"], []).append(words)
-    extremes.setdefault(max(rows, key=lambda row: row["top1"])["variant"], []).append("most accurate")
+    for word, key in (("smallest", "size_bytes"), ("fastest", "latency_ms_p50")):
+        extremes.setdefault(min(rows, key=lambda row: row[key])["variant"], []).append(word)
+    best = min(rows, key=lambda row: (-row["top1"], row["size_bytes"]))
+    extremes.setdefault(best["variant"], []).append("most accurate")
     found = []
     for variant, words in extremes.items():
         row = by_name[variant]

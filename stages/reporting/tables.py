@@ -1,7 +1,5 @@
 """The tables that DVC's own plots read besides `variants.csv`, and the confusion matrix."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from stages.reporting.inputs import CompletedRun
@@ -11,12 +9,8 @@ CONFUSION_CLASSES = 50
 """The whole confusion matrix is shown up to this number of classes; beyond that, only this many of the worst."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of one CSV file; the columns are separate because a table may be empty."""
-
-    columns: tuple[str, ...]
-    rows: list[Row]
+Table = tuple[tuple[str, ...], list[Row]]
+"""Columns and rows of one CSV file; the rows may be empty."""
 
 
 def plot_tables(run: CompletedRun, choices: Choices) -> dict[str, Table]:
@@ -30,7 +24,7 @@ def _training(run: CompletedRun, variant: str) -> Table:
     steps = [(name, row) for name in stages for row in run.curves.get(name, [])]
     columns = ("epoch", "network", "validation_top1", "training_loss")
     lines = [row | {"network": name, "epoch": epoch} for epoch, (name, row) in enumerate(steps, 1)]
-    return Table(columns, [{column: line[column] for column in columns} for line in lines])
+    return columns, [{column: line[column] for column in columns} for line in lines]
 
 
 def _confusion(run: CompletedRun, variant: str) -> Table:
@@ -38,7 +32,7 @@ def _confusion(run: CompletedRun, variant: str) -> Table:
     shown = set(worst_classes(confusion_counts(run, variant), CONFUSION_CLASSES))
     pairs = zip(run.labels.tolist(), run.variants[variant].predicted.tolist(), strict=True)
     lines = [{"actual": run.classes[a], "predicted": run.classes[p]} for a, p in pairs if a in shown]
-    return Table(("actual", "predicted"), lines)
+    return ("actual", "predicted"), lines
 
 
 def confusion_counts(run: CompletedRun, variant: str) -> np.ndarray:

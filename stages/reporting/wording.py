@@ -6,7 +6,8 @@ from typing import Any
 
 from stages.params.section import Section
 from stages.reporting.inputs import Params
-from stages.reporting.rows import Change, Group, Row, dense_of, group_of, groups_of, model_family
+from stages.reporting.rows import Group, Row, dense_of, group_of, groups_of, model_family
+from stages.reporting.statistics import Change
 
 BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
@@ -108,10 +109,9 @@ def change_sentence(change: Change, other: str, group: Group, confidence: float)
 
 def seeds_text(group: Group) -> str:
     """The spread over training runs as far as the seeds of the run show it."""
-    std = group.std("top1")
-    if std is None:
+    if group.seeds == 1:
         return "one seed, so the spread over training runs is unknown"
-    return f"mean of {group.seeds} seeds {percent_text(group.mean('top1'), 2)}{std_text(std)}"
+    return f"mean of {group.seeds} seeds {percent_text(group.mean('top1'), 2)}{std_text(group.std('top1'))}"
 
 
 def short_name(params: Params, variant: str) -> str:
@@ -169,21 +169,15 @@ def headline_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     best = "the best dense network" if len(run["baseline_latency_ms_p50"]) > 1 else "the dense network"
     baseline = f"{ms_text(run['baseline_latency_ms_p50'][chosen['model']])} in {run['baseline_runtime']}"
     top1 = f"[{percent_text(chosen['top1_ci_low'])}, {percent_text(chosen['top1_ci_high'])}], n = {chosen['n_test']:,}"
+    smaller = ratio_text(dense["size_bytes"] / chosen["size_bytes"])
+    sizes = f"dense: {bytes_text(dense['size_bytes'])}, {smaller} as large"
+    times = f"dense: {ms_text(dense['latency_ms_p50'])} in ONNX Runtime, {baseline}"
     return Headline(
         chosen["variant"],
         f"the smallest file whose validation top-1 is within {drop} of {best}",
         [
-            (
-                "Size of model.onnx",
-                bytes_text(chosen["size_bytes"]),
-                f"dense: {bytes_text(dense['size_bytes'])}, {ratio_text(dense['size_bytes'] / chosen['size_bytes'])}"
-                " as large",
-            ),
-            (
-                "Median latency",
-                ms_text(chosen["latency_ms_p50"]),
-                f"dense: {ms_text(dense['latency_ms_p50'])} in ONNX Runtime, {baseline}",
-            ),
+            ("Size of model.onnx", bytes_text(chosen["size_bytes"]), sizes),
+            ("Median latency", ms_text(chosen["latency_ms_p50"]), times),
             ("Test top-1", percent_text(chosen["top1"]), f"{top1}; dense: {percent_text(dense['top1'])}"),
         ],
         _headline_change(chosen, groups_of(rows)[chosen["group"]], run, only=len(rows) == 1),

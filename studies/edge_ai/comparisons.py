@@ -12,11 +12,11 @@ from typing import Any
 
 from stages.common.errors import run_stage
 from stages.params.load import load_params
-from stages.params.pruners import Structured
-from stages.params.quantizers import AllocatedBits, Bits, LearnedBits, UniformBits
+from stages.params.pruners import Oto, Structured
+from stages.params.quantizers import AllocatedBits, LearnedBits, Quantizer, SearchedBits, UniformBits
 from stages.reporting.inputs import CompletedRun, Params, read_run
-from stages.reporting.rows import Change, Group, assemble_rows, compare, groups_of, model_family
-from stages.reporting.statistics import holm, mean_and_std
+from stages.reporting.rows import Group, assemble_rows, compare, groups_of, model_family
+from stages.reporting.statistics import Change, corrected, mean_and_std
 from stages.reporting.wording import bytes_text, interval_text, p_text, points_text, std_text
 
 EQUAL_MACS = 0.05
@@ -42,38 +42,33 @@ def compared(run: CompletedRun, pairs: list[tuple[Group, Group]]) -> list[Compar
 
     Pairs of groups that were run with different seeds are left out.
     """
-    found = []
+    changes, stds = {}, {}
     for one, other in pairs:
         rows = {row["seed"]: row for row in other.rows}
         if {row["seed"] for row in one.rows} == rows.keys():
             seeds = [(row, rows[row["seed"]]) for row in one.rows]
-            difference = compare(run, [(ours["variant"], theirs["variant"]) for ours, theirs in seeds])
-            std = mean_and_std([ours["top1"] - theirs["top1"] for ours, theirs in seeds])[1]
-            found.append((one, other, difference, std))
-    corrected = holm({f"{one.name} {other.name}": difference.p_value for one, other, difference, _ in found})
-    return [
-        Comparison(one, other, Change(d.delta, d.low, d.high, corrected[f"{one.name} {other.name}"]), std)
-        for one, other, d, std in found
-    ]
+            key = f"{one.name} {other.name}"
+            changes[key] = compare(run, [(ours["variant"], theirs["variant"]) for ours, theirs in seeds])
+            stds[key] = mean_and_std([ours["top1"] - theirs["top1"] for ours, theirs in seeds])[1]
+    changes = corrected(changes)
+    keys = ((one, other, f"{one.name} {other.name}") for one, other in pairs)
+    return [Comparison(one, other, changes[key], stds[key]) for one, other, key in keys if key in changes]
 
 
 def at_equal_macs(run: CompletedRun, groups: dict[str, Group]) -> list[tuple[Group, Group]]:
     """Each float `oto` network with every other structured one of equal MACs and the same budget; each pair once."""
-    pruners, pairs = run.params.pruners, []
+    pairs: list[tuple[Group, Group]] = []
     structured = [
-        group
+        (group, pruner, model_family(run.params, group.rows[0]["model"]))
         for group in groups.values()
-        if isinstance(pruners[group.rows[0]["pruner"]], Structured)
+        if isinstance(pruner := run.params.pruners[group.rows[0]["pruner"]], Structured)
         and run.params.quantizers[group.rows[0]["quantizer"]].method == "fp32"
     ]
-    for ours in structured:
-        for theirs in structured:
-            one, other = ours.rows[0], theirs.rows[0]
-            same = model_family(run.params, one["model"]) == model_family(run.params, other["model"])
-            same = same and ours is not theirs and pruners[one["pruner"]].budget == pruners[other["pruner"]].budget
+    for ours, pruner, family in structured:
+        for theirs, other, other_family in structured:
+            same = family == other_family and ours is not theirs and pruner.budget == other.budget
             close = abs(theirs.mean("macs") / ours.mean("macs") - 1) <= EQUAL_MACS
-            is_oto = pruners[one["pruner"]].method == "oto"
-            if is_oto and same and close and (theirs, ours) not in pairs:
+            if isinstance(pruner, Oto) and same and close and (theirs, ours) not in pairs:
                 pairs.append((ours, theirs))
     return pairs
 
@@ -95,13 +90,11 @@ def between_libraries(run: CompletedRun, groups: dict[str, Group]) -> list[tuple
     return pairs
 
 
-def search_of(quantizer: Bits) -> str:
+def search_of(quantizer: Quantizer) -> str:
     """The way in which a quantizer chooses bits."""
-    if isinstance(quantizer, UniformBits):
-        return UNIFORM
     if isinstance(quantizer, LearnedBits):
         return LEARNED if quantizer.learning_rate > 0 else UNTRAINED
-    return quantizer.search.replace("_", " ")
+    return quantizer.search.replace("_", " ") if isinstance(quantizer, SearchedBits) else UNIFORM
 
 
 def contests_of(run: CompletedRun, groups: dict[str, Group]) -> list[list[Group]]:
@@ -110,7 +103,7 @@ def contests_of(run: CompletedRun, groups: dict[str, Group]) -> list[list[Group]
     for group in groups.values():
         row = group.rows[0]
         quantizer = run.params.quantizers[row["quantizer"]]
-        if isinstance(quantizer, Bits):
+        if isinstance(quantizer, UniformBits | AllocatedBits):
             found.append((_terms(quantizer) | {"network": model_family(run.params, row["model"])}, group))
             found[-1][0]["pruner"] = row["pruner"]
     contests: list[dict[str, Any]] = []
@@ -120,7 +113,7 @@ def contests_of(run: CompletedRun, groups: dict[str, Group]) -> list[list[Group]
     return [[group for own, group in found if own.items() <= terms.items()] for terms in contests]
 
 
-def _terms(quantizer: Bits) -> dict[str, Any]:
+def _terms(quantizer: UniformBits | AllocatedBits) -> dict[str, Any]:
     """Everything that competitors share; a search's terms include those of the uniform bits beside it."""
     names = ["rounding", "epochs", *(RECOVERY if quantizer.epochs else ())]
     if isinstance(quantizer, AllocatedBits):
@@ -173,7 +166,7 @@ def _comparison_table(title: str, found: list[Comparison]) -> str:
             f"{one.other.mean('macs') / one.one.mean('macs'):.3f}",
             points_text(one.change.delta, 2) + std_text(one.std),
             interval_text(one.change),
-            p_text(one.change.p_value),
+            "" if one.change.p_value is None else p_text(one.change.p_value),
         ]
         for one in found
     ]
@@ -188,7 +181,7 @@ def report(run: CompletedRun) -> str:
     parts = []
     for contest in contests:
         quantizer = run.params.quantizers[contest[-1].rows[0]["quantizer"]]
-        title = f"Searches for bits, {quantizer.epochs} epochs of recovery ({contest[-1].name})"
+        title = f"Searches for bits, {getattr(quantizer, 'epochs', 0)} epochs of recovery ({contest[-1].name})"
         parts.append(_table(title, heads, search_lines(run, contest)))
     for title, pairs in (
         ("The policy gradient against other searches", list(duels_of(run, contests))),

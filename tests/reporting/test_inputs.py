@@ -79,7 +79,7 @@ BAD_INPUTS = {
     "other corrupted images": (other_corrupted_images, "other corrupted images than atto-none-fp32"),
     "fewer corrupted images": (fewer_corrupted_images, "9 cells of 200 test images"),
     "corrupted images that are not there": (no_such_images, "9 cells of 200 test images"),
-    "fewer test images": (fewer_images, "test images"),
+    "fewer test images": (fewer_images, "has 400"),
     "labels in another order": (other_order, "order"),
     "other top-1": (lambda: edit(FOLDER / "profile.json", lambda p: p.update(top1=0.5)), "top-1"),
     "other data": (lambda: edit(FOLDER / "profile.json", lambda p: p.update(data_sha256="c" * 64)), "one data set"),

@@ -90,7 +90,7 @@ def test_a_headline_without_its_control_says_so(run: CompletedRun):
     params = run.params.model_copy(update={"pruners": pruners, "variants": variants})
     measured = {name: one for name, one in run.variants.items() if name in variants}
     answer = section_of(page_of(replace(run, params=params, variants=measured)), 'class="answer"')
-    assert "add a `continued` pruner with 4 epochs" in answer
+    assert "4 more epochs than the dense network, and the run has no control" in answer
 
 
 def test_every_variant_has_its_change_against_dense_and_control(page: str, run: CompletedRun, rows: list[Row]):
@@ -151,7 +151,14 @@ def test_calibration_corruptions_confusion_and_bytes_are_shown(page: str, run: C
     accuracy = section_of(page, 'id="accuracy"')
     for words in ("Calibration error", "200 test images", "mean of all 9", "Corrupted (%)"):
         assert words in accuracy
-    assert accuracy.count("<tr>") == 1 + len(run.variants)
+    lines = accuracy[: accuracy.index("</table>")].count("<tr>")
+    assert lines == 1 + len(run.variants)
+    corrupted = run.variants["atto-oto50-int8"].corrupted
+    right = corrupted.predicted == run.labels[corrupted.position]
+    clean = run.variants["atto-oto50-int8"].correct[corrupted.position].mean()
+    means = [clean, *(right[first : first + 3].mean() for first in (0, 3, 6))]  # noise, blur, JPEG
+    cells = "".join(f"<td>{100 * mean:.1f}</td>" for mean in means)
+    assert f'<th scope="row">atto-oto50-int8</th>{cells}</tr>' in accuracy
     assert all(f'scope="row">{name}<' in section_of(page, 'id="errors"') for name in run.classes)
     assert "26.0 KB" in section_of(page, 'id="compression"')
 

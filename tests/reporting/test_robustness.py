@@ -5,7 +5,7 @@ import pytest
 from synthetic_run import change_arrays, read
 
 from stages.reporting.inputs import CompletedRun
-from stages.reporting.robustness import curves_of, headline_variants, robustness_of
+from stages.reporting.robustness import headline_variants, robustness_of
 from stages.reporting.rows import Choices, Row, assemble_rows, choose, groups_of
 from stages.reporting.statistics import mcnemar_p
 
@@ -51,15 +51,6 @@ def test_an_image_is_the_unit_not_each_of_its_corruptions(folder: Path):
     assert found[OTO].change.p_value == pytest.approx(others * mcnemar_p(0, 10))
 
 
-def test_curves_start_with_the_images_as_they_are(run: CompletedRun):
-    curves = curves_of(run, OTO)
-    assert list(curves) == ["noise", "blur", "JPEG"]
-    corrupted = run.variants[OTO].corrupted
-    right = corrupted.predicted == run.labels[corrupted.position]
-    clean = run.variants[OTO].correct[corrupted.position].mean()
-    assert curves["blur"] == [clean, *(right[number].mean() for number in (3, 4, 5))]
-
-
 def test_seeds_are_pooled(seeds_run: CompletedRun):
     one = robustness_of(seeds_run, groups_of(assemble_rows(seeds_run)))[OTO]
     means = [seeds_run.variants[v].corrupted.top1(seeds_run.labels) for v in one.group.variants]
@@ -73,7 +64,6 @@ def test_a_run_without_corruptions_has_no_figures_of_them(folder: Path):
     run = read()
     rows = assemble_rows(run)
     assert robustness_of(run, groups_of(rows)) == {}
-    assert curves_of(run, DENSE) == {}
     assert {row["corrupted_top1"] for row in rows} == {None}
 
 
