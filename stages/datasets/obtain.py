@@ -99,7 +99,7 @@ def fetch(url: str, folder: Path, known_hash: str | None = None) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             pooch.retrieve(url, known_hash, name, target.parent, downloader=downloader)
     except HTTPError as error:
-        answer = f"{error.response.status_code} {error.response.reason}"
+        answer = f"{error.response.status_code} {error.response.reason}" if error.response is not None else str(error)
         raise UserError(f"{url}: the server answers {answer}: check data.location, or {DOWNLOAD_BY_HAND}") from None
     except RequestException as error:
         cause: BaseException = error

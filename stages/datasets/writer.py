@@ -77,7 +77,7 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
 
     formats: set[str] = set()
     unreadable: list[str] = []
-    files = {part: PartFile(folder / f"{part}_images.npy", data.image_size) for part in PARTS}
+    files: dict[PartName, PartFile] = {part: PartFile(folder / f"{part}_images.npy", data.image_size) for part in PARTS}
     try:
         with ThreadPoolExecutor(threads) as pool:
             for native, labels in source.labels.items():

@@ -50,9 +50,10 @@ def bad_settings(params: Params) -> Iterator[str]:
                 f"edge_benchmark.{key}.variant = {section.variant!r}: not listed under variants"
                 f" ({', '.join(params.variants)})"
             )
-    for name, baseline, entries in [("pruners", "none", params.pruners), ("quantizers", "fp32", params.quantizers)]:
-        if baseline in entries and entries[baseline].method != baseline:
-            yield f"{name}.{baseline}.method: {baseline!r} names the baseline: {baseline}"
+    if "none" in params.pruners and params.pruners["none"].method != "none":
+        yield "pruners.none.method: 'none' names the baseline: none"
+    if "fp32" in params.quantizers and params.quantizers["fp32"].method != "fp32":
+        yield "quantizers.fp32.method: 'fp32' names the baseline: fp32"
     for name, model in params.models.items():
         early = params.finetune.progressive_resize
         if early and starts_from_random_weights(params, name) and early.input_size >= model.input_size:

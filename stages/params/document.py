@@ -92,10 +92,10 @@ def _chapter(title: str, introduction: str, kinds: list[type[Section]]) -> str:
             rows.setdefault(row, []).append(_methods(kind) if len(kinds) > 1 else "")
     lines += ["| key | type | unit | default | meaning | applies to |", "|---|---|---|---|---|---|"]
     everywhere = sum(len(kind.model_fields) > 1 for kind in kinds)
-    for (key, kind, unit, default, meaning, condition), methods in rows.items():
+    for (key, type_, unit, default, meaning, condition), methods in rows.items():
         where = "" if len(kinds) == 1 else "all that train" if len(methods) == everywhere else ", ".join(methods)
         applies = "; ".join(part for part in (where, condition) if part) or "always"
-        lines.append(f"| {key} | {kind} | {unit} | {default} | {meaning} | {applies} |")
+        lines.append(f"| {key} | {type_} | {unit} | {default} | {meaning} | {applies} |")
     return "\n".join([*lines, ""])
 
 

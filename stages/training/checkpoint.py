@@ -103,7 +103,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         with atomic_file(folder / CHECKPOINT) as temporary:
             torch.save(state, temporary)
     except (UserError, OSError, RuntimeError) as error:
-        reason = error
+        reason = str(error)
         if isinstance(error, RuntimeError):  # torch raises it for a full disk
             reason = f"cannot write {folder / CHECKPOINT}: torch could not finish it, as on a full disk ({error}):"
             reason += " make room, then run again"
@@ -128,6 +128,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def _code_hash() -> str:
     top = Path(stages.__file__).parent
-    sources = [top / name if name.endswith(".py") else (top / name).rglob("*.py") for name in CODE]
-    sources = sorted(file for source in sources for file in ([source] if isinstance(source, Path) else source))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    files = sorted(
+        file for name in CODE for file in (top.glob(name) if name.endswith(".py") else (top / name).rglob("*.py"))
+    )
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

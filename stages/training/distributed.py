@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,9 @@ def launch(base: Base) -> None:
 
     logging.disable(logging.ERROR)  # this process only runs torchrun; the UserError below reports a failure in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(base.threads or 1))  # torchrun's own default, without its warning
-    stage = sys.modules["__main__"].__spec__.name
+    main = sys.modules["__main__"].__spec__
+    assert main is not None, "stages run as modules: python -m stages.<name>"
+    stage = main.name
     stderr = io.StringIO()
     refused = f"base.launcher = {base.launcher!r}: torchrun refuses it:"
     try:
@@ -131,7 +133,7 @@ def broadcast(compute: Callable[[], T]) -> T:
     """Call `compute` in the main process and return its value in all processes."""
     if not dist.is_initialized():
         return compute()
-    values = [compute() if is_main_process() else None]
+    values: list[Any] = [compute() if is_main_process() else None]
     dist.broadcast_object_list(values)
     return values[0]
 

@@ -91,11 +91,19 @@ def train(
         UserError: as `Trainer` and `fit` do, and if memory runs out or `torch.compile` fails.
     """
     data = TrainingData(train_part, validation_part, preprocess)
-    settings = {"seed": seed, "constraint": constraint, "distillation": distillation, "rate_key": rate_key}
     with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"), clear_compile_errors(title):
-        return Trainer(network, data, recipe, prepare_host(base), title=title, **settings).fit(
-            epochs, keep, checkpoints
+        trainer = Trainer(
+            network,
+            data,
+            recipe,
+            prepare_host(base),
+            seed=seed,
+            constraint=constraint,
+            distillation=distillation,
+            title=title,
+            rate_key=rate_key,
         )
+        return trainer.fit(epochs, keep, checkpoints)
 
 
 class Trainer:
@@ -288,7 +296,7 @@ class Trainer:
             logits = self.call(x)
         smoothing = self.recipe.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are smoothed already
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        if teacher_logits is None:
+        if teacher_logits is None or self.distillation is None:
             return loss
         weight, temperature = self.distillation.weight, self.distillation.temperature
         return (1 - weight) * loss + weight * soft_loss(logits, teacher_logits, temperature)
@@ -332,7 +340,7 @@ class Trainer:
 
     def state_dict(self, finished: bool = False) -> dict[str, Any]:
         """The state from which training resumes; a finished training needs only the constraint's."""
-        parts = {"constraint": self.constraint}
+        parts: dict[str, Any] = {"constraint": self.constraint}
         if not finished:
             parts |= {"network": self.network, "optimizers": self.optimizers, "ema": self.ema}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}

@@ -46,7 +46,7 @@ def trivial_augment(pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
     if len(moved):
         theta = _affine(draws[moved], pixels.shape[-1])
         index, theta = (tensor.to(pixels.device, non_blocking=True) for tensor in (moved, theta))
-        grid = F.affine_grid(theta, (len(moved), *pixels.shape[1:]), align_corners=False)
+        grid = F.affine_grid(theta, [len(moved), *pixels.shape[1:]], align_corners=False)
         images = pixels[index].float()
         out[index] = F.grid_sample(images, grid, "nearest", "zeros", align_corners=False).to(torch.uint8)
     for number, name in enumerate(OPERATIONS[len(MOVES) :], len(MOVES)):

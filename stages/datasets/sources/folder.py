@@ -131,7 +131,8 @@ def _check_same_classes(folder: Path, classes: list[str], train: Path) -> None:
 
 def _class_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """Images and other files, each sorted by path."""
-    images, others = [], []
+    images: list[Path] = []
+    others: list[Path] = []
     for place, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if not _hidden(name)]
         for name in names:
