@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.cli import COMMANDS
 from stages.params.load import load_params
 from stages.params.whole import Params
 
@@ -43,9 +44,11 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_module_in_a_command_exists(page):
-    modules = re.findall(r"python -m ((?:stages|benchmarks|studies)[\w.]*)", "\n".join(blocks(TOP / page, "bash")))
+def test_every_command_exists(page):
+    commands = "\n".join(blocks(TOP / page, "bash"))
+    modules = re.findall(r"python -m ((?:stages|benchmarks|studies)[\w.]*)", commands)
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+    assert set(re.findall(r"uv run edgewise (\w+)", commands)) <= set(COMMANDS)
 
 
 def test_the_example_of_a_pruner_fits_into_the_default_params(tmp_path):
