@@ -1,0 +1,53 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from torch import nn
+
+from stages.artifacts.artifact import Description
+from stages.datasets.store import Part
+from stages.params.base import Base
+from stages.params.finetune import Finetune
+from stages.params.pruners import Continued, NonePruner
+from stages.training.session import Session
+
+FINETUNE = Finetune(epochs=9, batch_size=4, optimizer="adamw", learning_rate=0.1, warmup_fraction=0.0)
+CONTINUED = Continued(method="continued", epochs=3, learning_rate_factor=0.5)
+
+
+@pytest.fixture
+def session() -> Session:
+    parent = Description(
+        name="toy", stage="finetune", model="toy", network=None, classes=["zero", "one"], image_size=8, input_size=8,
+        mean=[0.5] * 3, std=[0.2] * 3, data={"sha256": "1"}, parameters={}, seed=7,
+    )  # fmt: skip
+    part = Part(np.zeros((10, 8, 8, 3), np.uint8), np.zeros(10, np.int64))
+    return Session("prune", "toy-c", nn.Identity(), parent, CONTINUED, "pruners.c", Base(), FINETUNE, part, part)
+
+
+def test_the_recipe_is_that_of_finetune_with_the_budget_of_the_settings(session):
+    assert (session.recipe.epochs, session.recipe.learning_rate) == (3, pytest.approx(0.05))
+    assert session.steps == 3 * 2
+    assert session.learning_rate(0) == pytest.approx(0.05)
+    assert [session.epochs_until(step) for step in (0, 1, 2, 3, 6)] == [0, 1, 1, 2, 3]
+    session.settings = NonePruner(method="none")
+    del session.recipe
+    with pytest.raises(AssertionError, match=r"pruners\.c does not train"):
+        _ = session.recipe
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": CONTINUED.model_copy(update={"epochs": 4})},
+        {"finetune": FINETUNE.model_copy(update={"batch_size": 2})},
+        {"base": Base(seed=1)},
+        {"parent": {"seed": 8}},
+        {"parent": {"data": {"sha256": "2"}}},
+        {"parent": {"tensors": {"sha256": "3"}}},
+    ],
+)
+def test_all_that_determines_the_result_is_in_the_identity(session, change):
+    if isinstance(change.get("parent"), dict):
+        change = {"parent": replace(session.parent, **change["parent"])}
+    assert replace(session, **change).identity() != session.identity()
