@@ -14,8 +14,8 @@ from stages.common.errors import UserError
 from stages.common.files import read_json
 
 INFO = "images.json"
-PARTS = ("train", "validation", "test")
 PartName = Literal["train", "validation", "test"]
+PARTS: tuple[PartName, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
