@@ -17,7 +17,7 @@ import numpy as np
 
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json
-from stages.edge.protocol import median_start, peak_rss_bytes, random_pixels
+from stages.edge.protocol import median_start, random_pixels, start_up
 from stages.edge.runtimes import RUNTIMES, Runtime
 
 
@@ -42,18 +42,13 @@ def measure_fresh(runtime: Runtime, folder: Path, threads: int, batch: int, repe
 
 def first_run(runtime: Runtime, folder: Path, threads: int, batch: int, image_size: int) -> dict[str, float]:
     """Measure in this process, which must not have imported the runtime before."""
-    pixels = random_pixels(batch, image_size, 0)
     times = [time.perf_counter_ns()]
     for module in runtime.modules:
         importlib.import_module(module)
     times.append(time.perf_counter_ns())
     run = runtime.open(folder, threads, batch)
     times.append(time.perf_counter_ns())
-    run(pixels)
-    times.append(time.perf_counter_ns())
-    import_ms, load_ms, first_ms = (np.diff(times) / 1e6).tolist()
-    durations = {"import_ms": import_ms, "load_ms": load_ms, "first_inference_ms": first_ms}
-    return durations | {"peak_rss_bytes": peak_rss_bytes()}
+    return start_up(run, random_pixels(batch, image_size, 0), *(np.diff(times) / 1e6).tolist())
 
 
 def main() -> None:

@@ -219,6 +219,15 @@ def timed_run(
     return result, state, window_rows(contenders, windows)
 
 
+def start_up(run: Classify, pixels: np.ndarray, import_ms: float, load_ms: float) -> dict[str, float]:
+    """The start-up cost of a process that has imported its runtime and loaded its model, but not classified yet."""
+    started = time.perf_counter_ns()
+    run(pixels)
+    first_ms = (time.perf_counter_ns() - started) / 1e6
+    times = {"import_ms": import_ms, "load_ms": load_ms, "first_inference_ms": first_ms}
+    return times | {"peak_rss_bytes": peak_rss_bytes()}
+
+
 def median_start(results: Sequence[dict[str, float]]) -> dict[str, float]:
     """The median of each start-up figure over several processes."""
     median = {key: float(np.median([result[key] for result in results])) for key in results[0]}

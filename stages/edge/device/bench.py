@@ -10,14 +10,12 @@ import argparse
 import json
 import os
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 try:
-    import numpy as np
     from edgewise_model import Model, open_model, run_script, stop, threads_argument
-    from edgewise_protocol import Contender, Protocol, measure, peak_rss_bytes, random_pixels, summarize
+    from edgewise_protocol import Contender, Protocol, measure, random_pixels, start_up, summarize
 except ImportError as missing:
     own = str(missing.name).startswith("edgewise_")
     sys.exit(f"error: {missing}: {'copy the whole bundle again' if own else 'pip install -r requirements.txt'}")
@@ -25,20 +23,11 @@ except ImportError as missing:
 WARMUP_RUNS, WINDOWS = 20, 10
 
 
-def first_inference(model: Model, pixels: np.ndarray) -> dict[str, object]:
-    """The start-up cost; the model must not have run before."""
-    started = time.perf_counter_ns()
-    model.run(pixels)
-    first_ms = (time.perf_counter_ns() - started) / 1e6
-    times = {"import_ms": model.import_ms, "load_ms": model.load_ms, "first_inference_ms": first_ms}
-    return times | {"peak_rss_bytes": peak_rss_bytes()}
-
-
 def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
     protocol = Protocol(threads, WARMUP_RUNS, WINDOWS, seconds / WINDOWS, seed=0)
     pixels = random_pixels(protocol.batch, model.bundle.image_size, protocol.seed)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    start_up = first_inference(model, pixels)
+    start = start_up(model.run, pixels, model.import_ms, model.load_ms)
     from edgewise_machine import EnergyMeter, RunWatch, describe_machine  # here, or psutil's memory would be counted
 
     watch = RunWatch.start(protocol.quiet_seconds)
@@ -61,7 +50,7 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
         **alone,
         "latency_ms_p50_fastest_window": min(medians),
         "latency_ms_p50_slowest_window": max(medians),
-        **start_up,
+        **start,
         "machine": describe_machine(("onnxruntime", "numpy")) | state,
     }
 

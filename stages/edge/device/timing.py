@@ -11,14 +11,13 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from edgewise_model import load_onnx, run_script, sha256_of, stop
-from edgewise_protocol import Contender, Protocol, median_start, peak_rss_bytes, random_pixels, timed_run
+from edgewise_protocol import Contender, Protocol, median_start, random_pixels, start_up, timed_run
 from edgewise_soak import SoakPlan, soak
 
 
@@ -34,12 +33,7 @@ def check_models(models: list[dict]) -> None:
 def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str, float]:
     """The start-up cost, in a process that has loaded nothing before."""
     loaded = load_onnx(path, threads)
-    pixels = random_pixels(batch, image_size, 0)
-    started = time.perf_counter_ns()
-    loaded.run(pixels)
-    first_ms = (time.perf_counter_ns() - started) / 1e6
-    times = {"import_ms": loaded.import_ms, "load_ms": loaded.load_ms, "first_inference_ms": first_ms}
-    return times | {"peak_rss_bytes": peak_rss_bytes()}
+    return start_up(loaded.run, random_pixels(batch, image_size, 0), loaded.import_ms, loaded.load_ms)
 
 
 def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
