@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from stages.artifacts.artifact import Description
+from stages.artifacts.description import Description
 from stages.datasets.store import Part
 from stages.params.base import Base
 from stages.params.finetune import Finetune
