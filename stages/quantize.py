@@ -149,8 +149,7 @@ def save(
         metrics={},
     )
     if quantized.pixel_stem:
-        pixels = {"mean": PIXEL_MEAN, "std": PIXEL_STD, "input_size": source.image_size}
-        description = replace(description, **pixels)
+        description = replace(description, mean=PIXEL_MEAN, std=PIXEL_STD, input_size=source.image_size)
     classifier = Classifier(description.preprocess(), quantized.network).eval()
     batch_size = 1 if description.spans_batch() else EVALUATION_BATCH
 

@@ -159,7 +159,9 @@ class _Phase:
         redundant: torch.Tensor,
         flat: bool | None = None,
     ) -> None:
-        rows, whole, offset = [], [], 0
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        whole: list[tuple[torch.Tensor, torch.Tensor]] = []
+        offset = 0
         for group, of_group in zip(groups, by_group(groups, redundant).values(), strict=True):
             for part in group.makes if of_group.any() else ():
                 parameter = parameters[part.name]

@@ -8,6 +8,7 @@ zero for every input (a zero-invariant group, arXiv 2107.07467), and cutting it 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -119,7 +120,9 @@ def cut_channels(
     return subnet.eval(), spec
 
 
-def with_layer_norm(network: nn.Module, spec: NetworkSpec, form: str) -> tuple[nn.Module, NetworkSpec]:
+def with_layer_norm(
+    network: nn.Module, spec: NetworkSpec, form: Literal["exact", "plain"]
+) -> tuple[nn.Module, NetworkSpec]:
     """A cut network with its LayerNorms in another form (`networks.norms.narrowed`), and the spec that builds it."""
     spec = replace(spec, layer_norm=form)
     other = build_network(spec).to(next(network.parameters()))

@@ -41,8 +41,8 @@ class Hesso(Steering):
         if step < schedule.start or not self.active:
             return
         if self._masks is None:
-            keep, forget = (~self.pruned, 1), (self.redundant, 0)
-            self._masks = tuple(ChannelMask(self._parameters, self.groups, *values) for values in (keep, forget))
+            keep = ChannelMask(self._parameters, self.groups, ~self.pruned, 1)
+            self._masks = keep, ChannelMask(self._parameters, self.groups, self.redundant, 0)
         keep, forget = self._masks
         keep.multiply()
         if step >= schedule.end:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -84,6 +85,7 @@ def prune(session: Session) -> Pruned:
             return train_small_dense(session, pruner, network, spec)
         case Depgraph() as pruner:
             return prune_by_depgraph(session, pruner, network, spec)
+    raise TypeError(f"{session.param} is not a pruner")
 
 
 def prune_unstructured(session: Session, pruner: Unstructured, network: nn.Module, spec: NetworkSpec) -> Pruned:
@@ -107,7 +109,7 @@ def prune_oto(session: Session, pruner: Oto, network: nn.Module, spec: NetworkSp
     phase = session.epochs_until(optimizer.schedule.end) or session.recipe.epochs  # 0 where no channel is to go
     if optimizer.schedule.end:
         _require_recovery(session, pruner, phase)
-    keep = "last" if phase < session.recipe.epochs else "best"  # recovery continues from the last weights
+    keep: Literal["best", "last"] = "last" if phase < session.recipe.epochs else "best"  # recovery needs the last
     trained = session.train(network, optimizer, epochs=(0, phase), keep=keep, phase="pruning")
     pruned = optimizer.pruned_channels()
     subnet, spec, difference = _cut(session, pruner, trained.network, spec, groups, pruned)
@@ -177,7 +179,7 @@ def recover(
     The learning rate continues its schedule; the optimizer's moments and the weight average start afresh.
     """
     done = len(before.curve) if before else 0
-    if done == session.recipe.epochs:
+    if before and done == session.recipe.epochs:
         metrics |= {"validation_top1": session.validation_top1(subnet), "epoch": done}
         return Pruned(subnet, spec, metrics, before.curve)
     trained = session.train(subnet, epochs=(done, session.recipe.epochs), phase="recovery")
@@ -186,7 +188,7 @@ def recover(
 
 
 def groups_of(
-    session: Session, pruner: Structured, network: nn.Module, spec: NetworkSpec
+    session: Session, pruner: Oto | RandomStructured | SmallDense, network: nn.Module, spec: NetworkSpec
 ) -> tuple[list[ChannelGroup], dict[str, float]]:
     """The channel groups that can provably be cut exactly, and how many groups are left whole.
 

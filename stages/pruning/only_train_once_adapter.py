@@ -150,7 +150,8 @@ def _library(model: nn.Module) -> Iterator[types.ModuleType]:
     torch.onnx._optimize_graph = onnx_utils._optimize_graph
     sys.modules["imp"] = types.ModuleType("imp")  # imported but never used; Python 3.12 has no such module
     try:
-        sys.path[:0] = importlib.util.find_spec("only_train_once").submodule_search_locations
+        package = importlib.util.find_spec("only_train_once")
+        sys.path[:0] = (package and package.submodule_search_locations) or []
         sys.setrecursionlimit(max(limit, RECURSION_LIMIT))
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -249,17 +250,17 @@ def _unions(model: nn.Module, graph: Any, order: dict[str, int]) -> list[_Union]
         problems[group_id] = f"{where}: its channels pass a concatenation, which cannot be pruned exactly yet"
     tied = {group_id: {group_id} for group_id in makes}
     for members, _ in grouped:
-        union = set().union(*(tied[member] for member in members))
-        tied |= dict.fromkeys(union, union)
+        together = set().union(*(tied[member] for member in members))
+        tied |= dict.fromkeys(together, together)
 
     unions = [
         _Union(
-            makes=sorted(set().union(*(makes[member] for member in union)), key=order.__getitem__),
-            reads=sorted(set().union(*(reads[member] for member in union)), key=order.__getitem__),
-            conv_groups=math.gcd(*(count for members, count in grouped if members <= union)),
-            problem=next((problems[member] for member in sorted(union) if member in problems), None),
+            makes=sorted(set().union(*(makes[member] for member in ids)), key=order.__getitem__),
+            reads=sorted(set().union(*(reads[member] for member in ids)), key=order.__getitem__),
+            conv_groups=math.gcd(*(count for members, count in grouped if members <= ids)),
+            problem=next((problems[member] for member in sorted(ids) if member in problems), None),
         )
-        for union in {id(union): union for union in tied.values()}.values()
+        for ids in {id(ids): ids for ids in tied.values()}.values()
     ]
     unions.sort(key=lambda union: [order[name] for name in union.makes])
     owner: dict[tuple[str, int], _Union] = {}
@@ -282,7 +283,8 @@ def _readers(
         cannot be cut.
     """
     reads: dict[str, set[str]] = {group_id: set() for group_id in cuttable}
-    grouped, problems = [], {}
+    grouped: list[tuple[set[str], int]] = []
+    problems: dict[str, str] = {}
     for node in graph.nodes.values():
         if not node.is_stem():
             continue
@@ -307,7 +309,7 @@ def _readers(
 
 def _concatenated(graph: Any, cuttable: Set[str]) -> list[str]:
     """The node groups whose channels enter or leave a concatenation, each once."""
-    found = {}
+    found: dict[str, None] = {}
     for node in graph.nodes.values():
         if node.is_concat(axis=1):
             for near in (node, *graph.incoming(node)):

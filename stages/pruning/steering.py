@@ -49,13 +49,12 @@ def pruning_schedule(
     length = (end - start) // (periods or 1)
     if length >= 1:
         return PruningSchedule(start, length, periods or 1)
-    cause, remedy = (f"pruning_periods = {periods}", "lower pruning_periods or") if periods else (
-        f"end_fraction = {pruner.end_fraction}", "lower",
-    )  # fmt: skip
+    setting = f"pruning_periods = {periods}" if periods else f"end_fraction = {pruner.end_fraction}"
     raise UserError(
-        f"{key}.{cause}: only {end - start} of {steps} steps lie between start_fraction {pruner.start_fraction} and"
-        f" end_fraction {pruner.end_fraction}, and each period needs one: {remedy} finetune.batch_size (steps in an"
-        f" epoch: {steps // pruner.epochs}), or raise epochs or end_fraction"
+        f"{key}.{setting}: only {end - start} of {steps} steps lie between start_fraction {pruner.start_fraction} and"
+        f" end_fraction {pruner.end_fraction}, and each period needs one: lower"
+        f" {'pruning_periods or ' if periods else ''}finetune.batch_size (steps in an epoch: {steps // pruner.epochs}),"
+        " or raise epochs or end_fraction"
     )
 
 

@@ -73,7 +73,7 @@ class Evaluator:
 
     def _loss(self, first: str | None) -> float:
         loss = 0.0
-        with self._prefix.before(self._modules.get(first)) as network:
+        with self._prefix.before(self._modules[first] if first else None) as network:
             for index, (x, labels) in enumerate(zip(self._inputs, self._labels.split(BATCH), strict=True)):
                 loss += F.cross_entropy(network(index, x).float(), labels, reduction="sum").item()
         return loss / len(self._labels)
@@ -92,8 +92,8 @@ class _Prefix:
         self._ended: dict[nn.Module, int] = {}
         outputs: dict[nn.Module, list[torch.Tensor]] = {}
         parts = [part for module in network.modules() if isinstance(module, nn.Sequential) for part in module]
-        worth = [module for module in network.modules() if module is not network and list(module.children())]
-        worth = dict.fromkeys([*worth, *network.children(), *parts])
+        whole = [module for module in network.modules() if module is not network and list(module.children())]
+        worth = {*whole, *network.children(), *parts}
         again = self._time(inputs[0], outputs)
         size = sum(out[0].numel() * out[0].element_size() for module, out in outputs.items() if module in worth)
         self._outputs: dict[nn.Module, list[torch.Tensor]] = {}

@@ -71,7 +71,7 @@ def int8_static(
     grouped = {name for name, module in layers.items() if getattr(module, "groups", 1) > 1}
     kept = [name for name in layers if name in grouped] + without_integer_form(network)
     layers = {name: module for name, module in layers.items() if name not in grouped}
-    sides = {
+    sides: dict[str, tuple[str, ...]] = {
         name: ("input",) if isinstance(layer, nn.Linear) else ("input", "output") for name, layer in layers.items()
     }
     linear = Classifier(classifier.preprocess, network).eval()
@@ -104,7 +104,9 @@ def _with_room_for_the_bias(layer: nn.Module, rounded: Rounded, input_scale: flo
 def _on_pixels(classifier: Classifier, image_size: int) -> tuple[Classifier, dict[str, int]]:
     """The classifier whose first convolution takes stored pixels, and its `pixel_stem`; itself and {} if none can."""
     found = pixel_stem(classifier, image_size)
-    twin = on_pixels(classifier, image_size, *found) if found else None
+    if found is None:
+        return classifier, {}
+    twin = on_pixels(classifier, image_size, *found)
     if twin is None or _parameters(twin) != _parameters(classifier):
         return classifier, {}
     return twin, dict([found])

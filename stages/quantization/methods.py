@@ -12,7 +12,16 @@ from torch import nn
 from stages.artifacts.description import FLOAT_BITS, LayerStorage
 from stages.common.progress import count_progress
 from stages.networks.modules import replace_module
-from stages.params.quantizers import AllocatedBits, Bits, Fp32, Int8Dynamic, Int8Static, LearnedBits, UniformBits
+from stages.params.quantizers import (
+    AllocatedBits,
+    Bits,
+    Fp32,
+    Int8Dynamic,
+    Int8Static,
+    LearnedBits,
+    SearchedBits,
+    UniformBits,
+)
 from stages.quantization.calibration import calibration_images, hessians
 from stages.quantization.controller import learn_bits
 from stages.quantization.evaluation import Evaluator
@@ -69,6 +78,7 @@ def quantize(session: Session) -> Quantized:
             return Quantized(classifier.network, layers, pointwise_as_linear=True, float_layers=kept, pixel_stem=stem)
         case Bits() as quantizer:
             return quantize_to_bits(session, quantizer)
+    raise TypeError(f"{session.param} is not a quantizer")
 
 
 def quantize_to_bits(session: Session, quantizer: Bits) -> Quantized:
@@ -82,6 +92,7 @@ def quantize_to_bits(session: Session, quantizer: Bits) -> Quantized:
         by_bits = round_all(session, quantizer, layers, [quantizer.bits])
         rounded = {name: choices[quantizer.bits] for name, choices in by_bits.items()}
     else:
+        assert isinstance(quantizer, AllocatedBits)
         by_bits = round_all(session, quantizer, layers, quantizer.choices)
         bits, search = broadcast(lambda: allocate(session, quantizer, layers, by_bits))
         rounded = {name: by_bits[name][bits[name]] for name in bits}
@@ -170,13 +181,11 @@ def allocate(
 def _search(problem: Problem, quantizer: AllocatedBits) -> Sensitivities | None:
     if isinstance(quantizer, LearnedBits):
         return learn_bits(problem, quantizer)
-    match quantizer.search:
-        case "random":
-            return search_at_random(problem)
-        case "greedy":
-            return search_greedily(problem)
-        case "ilp":
-            return search_by_ilp(problem)
+    assert isinstance(quantizer, SearchedBits)
+    if quantizer.search == "random":
+        search_at_random(problem)
+        return None
+    return search_greedily(problem) if quantizer.search == "greedy" else search_by_ilp(problem)
 
 
 def _measured_rises(problem: Problem, sensitivities: Sensitivities) -> dict[str, dict[str, float]]:

@@ -17,10 +17,12 @@ from stages.quantization.rounding import Rounded
 from stages.training.session import Session
 
 
-class _RoundingWeight:
+class _RoundingWeight(nn.Module):
     """Mixin for a float layer that rounds its weight in every forward pass."""
 
     bits: int
+    weight: torch.Tensor
+    kept: torch.Tensor
 
     def _start(self, rounded: Rounded) -> None:
         self.bits = rounded.bits
@@ -72,10 +74,10 @@ def recover(
         A float network with all other trained tensors, the rounded weights, and the training curve.
     """
     student = copy.deepcopy(session.network)
-    for name, found in rounded.items():
+    for name, start in rounded.items():
         layer = student.get_submodule(name)
         layer.__class__ = KINDS[type(layer)]
-        layer._start(found)
+        layer._start(start)
     trained = session.train(student)
     found = {name: trained.network.get_submodule(name).rounded() for name in rounded}
     plain = copy.deepcopy(session.network)

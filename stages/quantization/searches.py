@@ -88,7 +88,7 @@ class Problem:
     """The place of `evaluations` in params.yaml, for messages."""
     tried: list[float] = field(default_factory=list)
     """The loss of every allocation tried, in order."""
-    best: np.ndarray | None = None
+    best: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """int64 `[L]`, indices of the budget's choices: the best allocation tried."""
 
     def try_evenly(self) -> None:
@@ -103,7 +103,7 @@ class Problem:
             raise ValueError("a search proposed an allocation beyond the budget")
         bits = self.budget.choices[allocation]
         value = self.evaluate({layer.name: int(b) for layer, b in zip(self.layers, bits, strict=True)})
-        if self.best is None or value < min(self.tried):
+        if not self.tried or value < min(self.tried):
             self.best = allocation.copy()
         self.tried.append(value)
         return value

@@ -47,7 +47,7 @@ def random_half(groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
 
 
 def digits(size: int) -> torch.Tensor:
-    """Four handwritten digits, normalised, `[4, 3, size, size]`."""
+    """Four handwritten digits, normalized, `[4, 3, size, size]`."""
     images = torch.from_numpy(load_digits().images[:4]).float()[:, None] / 8 - 1
     return F.interpolate(images, size=(size, size), mode="bilinear").expand(-1, 3, -1, -1).contiguous()
 

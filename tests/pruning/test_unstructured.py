@@ -220,7 +220,7 @@ def two_of_four_toy() -> nn.Sequential:
 
 
 @methods
-def test_two_of_every_four_neighbouring_inputs_of_each_output_are_zero(method):
+def test_two_of_every_four_neighboring_inputs_of_each_output_are_zero(method):
     network = two_of_four_toy()
     weights = {name: weight.clone() for name, weight in prunable_weights(network).items()}
     zeros = KeepZeros(network, pruner(method, 0.5, "layer", pattern="2:4"), 1, 3, "pruners.l1").zeros

@@ -71,7 +71,7 @@ class Small(nn.Module):
 
 
 def part_of(count: int, seed: int) -> Part:
-    """Four classes told apart by the brighter quarter of the image."""
+    """Four classes, each with another brighter quarter of the image."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 4, count)
     images = generator.integers(0, 120, (count, 16, 16, 3))
