@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_every_command_exists(page):
     modules = re.findall(r"python -m ((?:stages|benchmarks|studies)[\w.]*)", commands)
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     assert set(re.findall(r"uv run edgewise (\w+)", commands)) <= set(COMMANDS)
+
+
+def test_every_committed_report_stands_unchanged_in_its_page():
+    refreshed = runpy.run_path(str(TOP / "docs/results/refresh.py"))["refreshed"]
+    pages = {path.stem: path.read_text() for path in (TOP / "docs/results").glob("*.md")}
+    assert [name for name, text in pages.items() if refreshed(text) != text] == []
+    reports = {path.parents[1].name: path for path in TOP.glob("profiles/*/reports/summary.md")}
+    reports["study-claims"] = TOP / "profiles/cifar10/reports/claims.md"
+    assert [name for name, report in reports.items() if report.read_text() not in pages[name]] == []
 
 
 def test_the_example_of_a_pruner_fits_into_the_default_params(tmp_path):
