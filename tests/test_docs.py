@@ -1,7 +1,9 @@
 """README and docs: links lead somewhere, commands name what exists, and the example of a pruner is valid."""
 
 import importlib.util
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from stages.cli import COMMANDS
 from stages.params.load import load_params
 from stages.params.whole import Params
+from stages.reporting.wording import bytes_text, p_text, points_text
 
 TOP = Path(__file__).parents[1]
 PAGES = [path.relative_to(TOP).as_posix() for path in [*sorted(TOP.glob("*.md")), *sorted(TOP.glob("docs/**/*.md"))]]
@@ -49,6 +52,28 @@ def test_every_command_exists(page):
     modules = re.findall(r"python -m ((?:stages|benchmarks|studies)[\w.]*)", commands)
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
     assert set(re.findall(r"uv run edgewise (\w+)", commands)) <= set(COMMANDS)
+
+
+def test_every_committed_report_stands_unchanged_in_its_page():
+    refreshed = runpy.run_path(str(TOP / "docs/results/refresh.py"))["refreshed"]
+    pages = {path.stem: path.read_text() for path in (TOP / "docs/results").glob("*.md")}
+    assert [name for name, text in pages.items() if refreshed(text) != text] == []
+    reports = {path.parents[1].name: path for path in TOP.glob("profiles/*/reports/summary.md")}
+    reports["study-claims"] = TOP / "profiles/cifar10/reports/claims.md"
+    assert [name for name, report in reports.items() if report.read_text() not in pages[name]] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_run():
+    rows = {row["variant"]: row for row in json.loads((TOP / "profiles/cifar10/reports/variants.json").read_text())}
+    lines = re.findall(r"^\| `(\w+-\w+)`: [^|]*\| (.*) \|$", (TOP / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == 6
+    for name, line in lines:
+        row = rows[f"convnext-{name}"]
+        top1, low, high = (f"{100 * row[key]:.2f}" for key in ("top1", "top1_ci_low", "top1_ci_high"))
+        delta = points_text(row["top1_delta"], 2) if row["top1_delta"] is not None else ""
+        change = f"{delta} ({p_text(row['p_value'])})" if delta else "baseline"
+        cells = [f"{top1} [{low}, {high}]", change, bytes_text(row["size_bytes"]), f"{row['latency_ms_p50']:.3f}"]
+        assert line == " | ".join(cells)
 
 
 def test_the_example_of_a_pruner_fits_into_the_default_params(tmp_path):

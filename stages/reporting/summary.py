@@ -20,6 +20,7 @@ from stages.reporting.wording import (
     points_text,
     printed_lines,
     ratio_text,
+    size_ratio_text,
     soak_lines,
     std_text,
 )
@@ -33,7 +34,7 @@ COLUMNS = (
 def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -> str:
     """The whole file; one line of the table for each variant, or for each group of seeds with its means."""
     headline = headline_of(rows, run, metrics)
-    (_, size, size_note), (_, latency, latency_note), (_, top1, top1_note) = headline.figures
+    size, latency, top1 = (value for _, value, _ in headline.figures)
     groups = groups_of(rows)
     table = [list(COLUMNS), *map(_line, groups.values())]
     shown = [index for index in range(len(COLUMNS)) if any(line[index] for line in table[1:])]
@@ -45,8 +46,8 @@ def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) ->
         [
             f"# {run['data_name']}: results",
             "",
-            f"**Ship `{headline.variant}`: {size}, {latency}, {top1} top-1.** It is {headline.rule}. Size: {size_note}."
-            f" Latency: {latency_note}. Top-1: {top1_note}. {headline.change}",
+            f"**Ship `{headline.variant}`: {size}, {latency}, {top1} top-1.** It is {headline.rule}."
+            f" {headline.comparison} {headline.change}",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
@@ -101,16 +102,19 @@ def findings_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     for variant, words in extremes.items():
         row = by_name[variant]
         change, own = groups[row["group"]].change, dense_of(row, by_name)
-        smaller, faster = (ratio_text(own[key] / row[key]) for key in ("size_bytes", "latency_ms_p50"))
-        found.append(
-            f"`{variant}` is the {' and the '.join(words)} variant: {bytes_text(row['size_bytes'])} (dense {smaller}),"
-            f" {ms_text(row['latency_ms_p50'])} (dense {faster} in ONNX Runtime),"
-            f" {percent_text(row['top1'], 2)} top-1" + ("." if change is None else f" ({change_text(change)}).")
-        )
+        size, latency = bytes_text(row["size_bytes"]), ms_text(row["latency_ms_p50"])
+        top1 = f"{percent_text(row['top1'], 2)} top-1"
+        if row is not own:
+            size += f" ({size_ratio_text(own['size_bytes'] / row['size_bytes'])} dense)"
+            faster = ratio_text(own["latency_ms_p50"] / row["latency_ms_p50"])
+            latency += f" ({faster} as fast as dense in ONNX Runtime)"
+        if change is not None:
+            top1 += f" ({change_text(change)})"
+        found.append(f"`{variant}` is the {' and the '.join(words)} variant: {size}, {latency}, {top1}.")
     if chosen.get("corrupted_top1") is not None and chosen is not dense:
         ours, theirs = (percent_text(row["corrupted_top1"]) for row in (chosen, dense))
-        found.append(f"On corrupted test images `{chosen['variant']}` has {ours} top-1, its dense network {theirs}.")
-    for title, lines in (("Soak test", soak_lines(run)), ("Printed samples", printed_lines(run))):
+        found.append(f"On corrupted test images, top-1 of `{chosen['variant']}` is {ours}; that of dense is {theirs}.")
+    for title, lines in (("Soak test", soak_lines(run)), ("Printed-sample test", printed_lines(run))):
         if lines:
-            found.append(f"{title}: {'; '.join(f'{name} {value}' for name, value in lines)}.")
+            found.append(f"{title} of {lines[0][1]} ({'; '.join(f'{name}: {value}' for name, value in lines[1:])}).")
     return found + [f"Warning: {mark}" for mark in run.get("marks", [])]

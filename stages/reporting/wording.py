@@ -30,7 +30,7 @@ def count_text(count: float) -> str:
 
 
 def percent_text(fraction: float, decimals: int = 1) -> str:
-    return f"{100 * fraction:.{decimals}f} %"
+    return f"{100 * fraction:z.{decimals}f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def points_text(fraction: float, decimals: int = 1) -> str:
@@ -63,6 +63,13 @@ def ms_text(milliseconds: float) -> str:
 
 def ratio_text(ratio: float) -> str:
     return f"{_three_digits(ratio)}\N{MULTIPLICATION SIGN}"
+
+
+def size_ratio_text(ratio: float) -> str:
+    """The size of a file against a reference `ratio` times as large: `30.0 times smaller than`."""
+    if ratio < 0.995:
+        return f"{_three_digits(1 / ratio)} times as large as"
+    return f"{_three_digits(ratio)} times smaller than" if ratio >= 1.005 else "as large as"
 
 
 def _three_digits(value: float) -> str:
@@ -101,7 +108,7 @@ def change_text(change: Change) -> str:
 def change_sentence(change: Change, other: str, group: Group, confidence: float) -> str:
     """The change against another network, and whether the test images can show it."""
     pooled = f", pooled over {group.seeds} seeds" if group.seeds > 1 else ""
-    sentence = f"{change_text(change)} against {other}{pooled}"
+    sentence = f"Against {other}, top-1 changes by {change_text(change)}{pooled}"
     if change.p_value is None:
         return f"{sentence}."
     return f"{sentence}: " + ("a measurable" if change.p_value < 1 - confidence else "no measurable") + " difference."
@@ -156,6 +163,8 @@ class Headline:
     """Why it is the headline."""
     figures: list[tuple[str, str, str]]
     """Name, value and note of size, latency and accuracy."""
+    comparison: str
+    """Sentences: the same figures beside those of the dense network."""
     change: str
     """Sentences: the change against the dense network and against the control."""
 
@@ -172,6 +181,17 @@ def headline_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     smaller = ratio_text(dense["size_bytes"] / chosen["size_bytes"])
     sizes = f"dense: {bytes_text(dense['size_bytes'])}, {smaller} as large"
     times = f"dense: {ms_text(dense['latency_ms_p50'])} in ONNX Runtime, {baseline}"
+    accuracy = fraction_text(chosen["top1"], chosen["top1_ci_low"], chosen["top1_ci_high"])
+    comparison = f"Its top-1 is {accuracy}, n = {chosen['n_test']:,}"
+    if chosen is dense:
+        comparison += f". It takes {ms_text(dense['latency_ms_p50'])} in ONNX Runtime ({baseline})."
+    else:
+        comparison = (
+            f"It is {size_ratio_text(dense['size_bytes'] / chosen['size_bytes'])} the dense network"
+            f" ({bytes_text(dense['size_bytes'])}) and takes {ms_text(chosen['latency_ms_p50'])} instead of"
+            f" {ms_text(dense['latency_ms_p50'])} in ONNX Runtime ({baseline}). {comparison};"
+            f" that of the dense network is {percent_text(dense['top1'], 2)}."
+        )
     return Headline(
         chosen["variant"],
         f"the smallest file whose validation top-1 is within {drop} of {best}",
@@ -180,6 +200,7 @@ def headline_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
             ("Median latency", ms_text(chosen["latency_ms_p50"]), times),
             ("Test top-1", percent_text(chosen["top1"]), f"{top1}; dense: {percent_text(dense['top1'])}"),
         ],
+        comparison,
         _headline_change(chosen, groups_of(rows)[chosen["group"]], run, only=len(rows) == 1),
     )
 
@@ -187,7 +208,7 @@ def headline_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
 def _headline_change(chosen: Row, group: Group, run: dict[str, Any], only: bool) -> str:
     confidence = run.get("confidence", 0.95)
     if group.change is None:
-        return "This is the dense network itself: " + (
+        return "This is the dense network: " + (
             "the run has no compressed variant." if only else "no smaller variant is within the allowed drop."
         )
     sentences = [change_sentence(group.change, "the dense network", group, confidence)]

@@ -9,6 +9,7 @@ from stages.reporting import results
 from stages.reporting.inputs import CompletedRun
 from stages.reporting.rows import assemble_rows
 from stages.reporting.summary import findings_of, summary_of
+from stages.reporting.wording import bytes_text, ms_text
 
 
 def table_of(summary: str) -> dict[str, list[str]]:
@@ -26,6 +27,8 @@ def test_the_summary_has_headline_table_and_findings(made: report.Report):
     head, _, rest = made.summary.partition("\n| variant")
     assert "**Ship `atto-oto50-int8`: 705 KB" in head
     assert "control `atto-continued-fp32`" in head
+    assert f"times smaller than the dense network ({bytes_text(rows['atto-none-fp32']['size_bytes'])})" in head
+    assert f"instead of {ms_text(rows['atto-none-fp32']['latency_ms_p50'])} in ONNX Runtime" in head
     table = table_of(made.summary)
     assert list(table) == list(rows)
     row = rows["atto-l1-fp32"]

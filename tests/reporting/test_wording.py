@@ -8,8 +8,10 @@ from stages.reporting.wording import (
     drop_text,
     ms_text,
     p_equals,
+    percent_text,
     points_text,
     ratio_text,
+    size_ratio_text,
     wrapped,
 )
 
@@ -24,6 +26,11 @@ from stages.reporting.wording import (
         ([ms_text(x) for x in (0.08874, 1.2, 1234.0)], ["0.089 ms", "1.20 ms", "1,234 ms"]),
         ([p_equals(x) for x in (0.0004, 0.0314)], ["p < 0.001", "p = 0.031"]),
         ([ratio_text(x) for x in (9.2407, 15.5)], ["9.24\N{MULTIPLICATION SIGN}", "15.5\N{MULTIPLICATION SIGN}"]),
+        ([percent_text(x) for x in (0.8771, -0.009, -0.0001)], ["87.7 %", "\N{MINUS SIGN}0.9 %", "0.0 %"]),
+        (
+            [size_ratio_text(x) for x in (30.04, 1.001, 0.5)],
+            ["30.0 times smaller than", "as large as", "2.00 times as large as"],
+        ),
         (wrapped("structured-pruning-long-int8_dynamic", 22), "structured-pruning-\nlong-int8_dynamic"),
         (wrapped("x" * 30 + "-int8", 22), "x" * 30 + "-\nint8"),
         (wrapped("continued-int8", 22), "continued-int8"),
