@@ -361,7 +361,7 @@ def test_a_stage_checks_only_the_sections_that_it_reads(raw, tmp_path):
         ({"arguments": {"patch_size": 0}}, "with arguments {'patch_size': 0} takes no RGB images of 32 pixels"),
         ({"arguments": {}, "input_size": 8}, "models.convnext: timm convnext_atto takes no RGB images of 8 pixels"),
         ({"arguments": {}, "architecture": "vit_tiny_patch16_224"}, "takes no RGB images of 32 pixels"),
-        ({"arguments": {"features_only": True}, "architecture": "resnet18"}, "something other than logits"),
+        ({"arguments": {"features_only": True}, "architecture": "resnet18"}, "does not return logits"),
         ({"arguments": {}, "library": "torchvision", "architecture": "googlenet"}, "googlenet has auxiliary outputs"),
         ({"weights": "weights/atto.pth"}, "models.convnext.weights = 'weights/atto.pth': no such file"),
     ],
@@ -392,7 +392,7 @@ def test_the_plan_names_every_variant_and_remarks_on_what_is_missing_or_unused(r
 
 def test_the_command_prints_the_plan_or_one_message(raw, tmp_path):
     path = written(raw, tmp_path)
-    command = [sys.executable, "-m", "stages.cli", "check"]
+    command = [sys.executable, "-c", "from stages.cli import main; main()", "check"]
     options = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(TOP)}, "cwd": tmp_path}
     here = subprocess.run(command, **options)
     assert here.stdout == plan(check(path)) + "\n"
