@@ -11,7 +11,6 @@ Run: python -m stages.edge_benchmark
 
 import tempfile
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts.description import check_onnx, read_description
@@ -112,12 +111,10 @@ def main() -> None:
     before = previous_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
-    repeat = repeat_of(result, before)
-    result["repeat"] = None if repeat is None else asdict(repeat)
+    result["repeat"] = repeat_of(result, before)
     with atomic_folder(paths.EDGE) as unfinished:
         if section.soak is not None:
-            drift = drift_of(timing.soak, section.confidence)
-            result["soak"] = section.soak.model_dump() | asdict(drift)
+            result["soak"] = section.soak.model_dump() | drift_of(timing.soak, section.confidence)
             write_csv(unfinished / "soak.csv", timing.soak)
         if printed is not None:
             write_json(unfinished / "printed.json", filmed)

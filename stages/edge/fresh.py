@@ -8,7 +8,6 @@ Run: python -m stages.edge.fresh <runtime> <folder> <threads> <batch>
 
 import importlib
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,16 +27,10 @@ def measure_fresh(runtime: Runtime, folder: Path, threads: int, batch: int, repe
         UserError: if a process fails, with the last line of its error output.
     """
     command = [sys.executable, "-m", "stages.edge.fresh", runtime.name, str(folder), str(threads), str(batch)]
-    results = []
-    for _ in range(repeats):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise UserError(
-                f"{folder} does not run in a new process under {runtime.name}: {reason.removeprefix('error: ')}"
-            )
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    return median_start(results)
+    try:
+        return median_start(command, repeats)
+    except ValueError as error:
+        raise UserError(f"{folder} under {runtime.name} {error}") from None
 
 
 def first_run(runtime: Runtime, folder: Path, threads: int, batch: int, image_size: int) -> dict[str, float]:
@@ -52,12 +45,8 @@ def first_run(runtime: Runtime, folder: Path, threads: int, batch: int, image_si
 
 
 def main() -> None:
-    names = "|".join(RUNTIMES)
-    if len(sys.argv) != 5 or sys.argv[1] not in RUNTIMES or not all(text.isdigit() for text in sys.argv[3:]):
-        raise UserError(f"usage: python -m stages.edge.fresh <{names}> <artifact folder> <threads> <batch>")
-    folder, (threads, batch) = Path(sys.argv[2]), map(int, sys.argv[3:])
-    image_size = dict(read_json(folder / "model.json"))["image_size"]
-    print(json.dumps(first_run(RUNTIMES[sys.argv[1]], folder, threads, batch, image_size)))
+    runtime, folder, threads, batch = RUNTIMES[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    print(json.dumps(first_run(runtime, folder, threads, batch, read_json(folder / "model.json")["image_size"])))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def time_here(
         )
         for c, runtime, run in opened
     ]
-    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), log)
+    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch, EnergyMeter(), log)
     packages = sorted({runtime.package for _, runtime, _ in opened} | {"numpy"})
     machine = describe_machine(packages) | state
     result = {"started": started, **timed, "machine": machine, "left_out": left_out}

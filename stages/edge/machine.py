@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -28,9 +27,10 @@ def describe_machine(packages: Sequence[str] = ("onnxruntime", "torch", "numpy")
 
     info = _cpuinfo()
     affinity = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    board = _read(PROCESSES / "device-tree/model") or ""  # on ARM, /proc/cpuinfo has no processor name
     flags = (info.get("flags") or info.get("features") or "").split()
     return {
-        "cpu": info.get("model name") or _board() or platform.processor() or platform.machine(),
+        "cpu": info.get("model name") or board.strip("\0") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "cores": psutil.cpu_count(),
@@ -92,40 +92,32 @@ class EnergyMeter:
         return float(text) if text else None
 
 
-@dataclass(frozen=True)
 class CpuWatch:
     """Measures how many cores other processes use, starting at its construction."""
 
-    used: float
-    own: float
-    started: float
-
-    @classmethod
-    def start(cls) -> "CpuWatch":
-        return cls(_used_seconds(), _own_seconds(), time.monotonic())
+    def __init__(self) -> None:
+        self._others, self._started = _used_seconds() - _own_seconds(), time.monotonic()
 
     def others_cores(self) -> float:
         """Mean number of cores that all other processes, and other guests of the host, have used since the start."""
-        elapsed = max(time.monotonic() - self.started, 1e-3)
-        return max(0.0, (_used_seconds() - self.used - (_own_seconds() - self.own)) / elapsed)
+        elapsed = max(time.monotonic() - self._started, 1e-3)
+        return max(0.0, (_used_seconds() - _own_seconds() - self._others) / elapsed)
 
 
 def others_cores_now(seconds: float = 1.0) -> float:
     """Number of cores that other processes use while this one sleeps."""
-    watch = CpuWatch.start()
+    watch = CpuWatch()
     time.sleep(seconds)
     return watch.others_cores()
 
 
 def quiet_second(patience: int) -> float:
-    """Wait up to `patience` seconds for a quiet one, because a compiler or an installer may still be at work.
+    """Wait up to `patience` seconds for a quiet one, and return the number of cores that others used in the last one.
 
-    Returns:
-        The number of cores that other processes used in the last second.
+    A compiler or an installer may still be at work.
     """
     for _ in range(patience):
-        used = others_cores_now()
-        if not is_busy(used):
+        if not is_busy(used := others_cores_now()):
             break
     return used
 
@@ -134,34 +126,28 @@ def is_busy(*others_cores: float) -> bool:
     return max(others_cores) > BUSY_CORES
 
 
-@dataclass(frozen=True)
 class RunWatch:
-    """Compares the state of the machine before and after a run."""
+    """Compares the state of the machine before and after a run, and first waits up to `patience` seconds for quiet."""
 
-    before: State
-    others_before: float
-    throttled_before: int
-    cpu: CpuWatch
-
-    @classmethod
-    def start(cls, patience: int = 10) -> "RunWatch":
-        return cls(machine_state(), quiet_second(patience), _throttle_count(), CpuWatch.start())
+    def __init__(self, patience: int = 10) -> None:
+        self._before, self._others_before = machine_state(), quiet_second(patience)
+        self._throttled_before, self._cpu = _throttle_count(), CpuWatch()
 
     def finish(self) -> tuple[dict[str, bool], State]:
         """The marks `busy` and `throttled` of the run, and the flat state of the machine before and after it."""
-        others_during, after = self.cpu.others_cores(), machine_state()
-        events = _throttle_count() - self.throttled_before
-        mhz_before, mhz_after = self.before["frequency_mhz"], after["frequency_mhz"]
+        others_during, after = self._cpu.others_cores(), machine_state()
+        events = _throttle_count() - self._throttled_before
+        mhz_before, mhz_after = self._before["frequency_mhz"], after["frequency_mhz"]
         slower = mhz_before is not None and mhz_after is not None and mhz_after < THROTTLED * mhz_before
-        state = {f"{key}_before": value for key, value in self.before.items()}
-        state |= {f"{key}_after": value for key, value in after.items()}
-        state |= {
-            "others_cores_before": round(self.others_before, 3),
+        state = {
+            **{f"{key}_before": value for key, value in self._before.items()},
+            **{f"{key}_after": value for key, value in after.items()},
+            "others_cores_before": round(self._others_before, 3),
             "others_cores_during": round(others_during, 3),
             "busy_above_cores": BUSY_CORES,
             "throttle_events": events,
         }
-        return {"busy": is_busy(self.others_before, others_during), "throttled": events > 0 or slower}, state
+        return {"busy": is_busy(self._others_before, others_during), "throttled": events > 0 or slower}, state
 
 
 def keep_to_cores(cores: Sequence[int]) -> None:
@@ -205,12 +191,6 @@ def _cpuinfo() -> dict[str, str]:
     """The first processor in /proc/cpuinfo, with keys in lower case; empty where there is no such file."""
     pairs = [line.partition(":") for line in (_read(PROCESSES / "cpuinfo") or "").splitlines()]
     return {key.strip().lower(): value.strip() for key, colon, value in reversed(pairs) if colon}
-
-
-def _board() -> str | None:
-    """The name of a single-board computer, because /proc/cpuinfo has no processor name on ARM."""
-    name = _read(PROCESSES / "device-tree/model")
-    return name.strip("\0") if name else None
 
 
 def _read(path: Path) -> str | None:

@@ -8,6 +8,7 @@ Device bundles contain this file unchanged, so it needs the standard library and
 """
 
 import gc
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -114,7 +115,6 @@ def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = 
             contender.run(contender.pixels)
     generator = np.random.default_rng(protocol.seed)
     windows = []
-    collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # for all rounds: with torch loaded, a collection takes as long as a window
     try:
@@ -126,8 +126,7 @@ def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = 
                 timed = time_window(run, pixels, protocol.window_seconds, protocol.minimum_runs, meter)
                 windows.append(Window(int(index), number, order, *timed))
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     return windows
 
 
@@ -166,12 +165,13 @@ def summarize(windows: Sequence[Window], contender: int, baseline: int, protocol
 
 def timed_rows(contenders: Sequence[Contender], windows: Sequence[Window], protocol: Protocol) -> list[dict]:
     """One flat row for each contender, in their order."""
-    return [
-        {"variant": c.variant, "runtime": c.runtime, "baseline": contenders[c.baseline].variant}
-        | {"baseline_runtime": contenders[c.baseline].runtime}
-        | summarize(windows, index, c.baseline, protocol)
-        for index, c in enumerate(contenders)
-    ]
+    rows = []
+    for index, own in enumerate(contenders):
+        base = contenders[own.baseline]
+        names = {"variant": own.variant, "runtime": own.runtime}
+        names |= {"baseline": base.variant, "baseline_runtime": base.runtime}
+        rows.append(names | summarize(windows, index, own.baseline, protocol))
+    return rows
 
 
 def window_rows(contenders: Sequence[Contender], windows: Sequence[Window]) -> list[dict]:
@@ -203,7 +203,7 @@ def timed_run(
 
     Args:
         starts: figures to add to the row of each contender.
-        start_watch: `RunWatch.start`.
+        start_watch: `RunWatch`; this module does without psutil.
         log: receives lines of progress.
 
     Returns:
@@ -228,8 +228,21 @@ def start_up(run: Classify, pixels: np.ndarray, import_ms: float, load_ms: float
     return times | {"peak_rss_bytes": peak_rss_bytes()}
 
 
-def median_start(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The median of each start-up figure over several processes."""
+def median_start(command: Sequence[str], runs: int) -> dict[str, float]:
+    """The median of each start-up figure over `runs` new processes, whose last line of output is that of `start_up`.
+
+    Raises:
+        ValueError: if a process fails, with the last line of its error output.
+    """
+    import subprocess  # here, because the new processes measure their own memory
+
+    results = []
+    for _ in range(runs):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise ValueError(f"does not run in a new process: {reason.removeprefix('error: ')}")
+        results.append(json.loads(done.stdout.splitlines()[-1]))
     median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
     return median | {"peak_rss_bytes": int(median["peak_rss_bytes"])}
 

@@ -3,12 +3,13 @@
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from stages.common.errors import UserError
-from stages.edge.protocol import Classify
+from stages.edge.protocol import Classify, random_pixels
 
 
 @dataclass(frozen=True)
@@ -58,56 +59,44 @@ def _open_openvino(folder: Path, threads: int, batch: int) -> Classify:
             model.reshape([batch, *image])
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise UserError(f"OpenVINO {openvino.__version__} does not run {folder / 'model.onnx'}: {reason}") from None
+        model = folder / "model.onnx"
+        raise UserError(f"OpenVINO {openvino.__version__} does not run {model}: {_line(error, -1)}") from None
     request, output = compiled.create_infer_request(), compiled.output(0)
     return lambda pixels: request.infer([pixels], share_inputs=True)[output]
 
 
-def _open_torch_eager(folder: Path, threads: int, batch: int) -> Classify:
-    classifier, _ = _load_torch(folder, threads)
-    return _torch_run(classifier)
-
-
-def _open_torch_compile(folder: Path, threads: int, batch: int) -> Classify:
-    import torch
-
-    classifier, image_size = _load_torch(folder, threads)
-    run = _torch_run(torch.compile(classifier, dynamic=False))
-    try:
-        run(np.zeros((batch, image_size, image_size, 3), np.uint8))
-    except Exception as error:  # errors of inductor, the compiler and the network have no common class
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"torch {torch.__version__} does not compile {folder} ({reason}): install a C++ compiler, or remove"
-            " torch-compile from edge_benchmark.runtimes"
-        ) from None
-    return run
-
-
-def _load_torch(folder: Path, threads: int) -> tuple[Callable, int]:
-    """The classifier of the artifact, and its image size."""
+def _open_torch(folder: Path, threads: int, batch: int, compiled: bool = False) -> Classify:
     import torch
 
     from stages.artifacts.artifact import load_classifier
 
     torch.set_num_threads(threads)
     classifier, description = load_classifier(folder)
-    return classifier, description.image_size
-
-
-def _torch_run(classifier: Callable) -> Classify:
-    import torch
+    network = torch.compile(classifier, dynamic=False) if compiled else classifier
 
     def run(pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return classifier(torch.from_numpy(pixels)).numpy()
+            return network(torch.from_numpy(pixels)).numpy()
 
+    if compiled:
+        try:
+            run(random_pixels(batch, description.image_size, 0))
+        except Exception as error:  # errors of inductor, the compiler and the network have no common class
+            raise UserError(
+                f"torch {torch.__version__} does not compile {folder} ({_line(error, 0)}): install a C++ compiler, or"
+                " remove torch-compile from edge_benchmark.runtimes"
+            ) from None
     return run
 
 
+def _line(error: Exception, which: int) -> str:
+    """One line of the error's message, without empty lines, or its class."""
+    return ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[which]
+
+
+TORCH_MODULES = ("torch", "stages.artifacts.artifact")
 ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime)
 OPENVINO = Runtime("openvino", "openvino", ("openvino",), _open_openvino, "uv sync --extra openvino")
-TORCH_EAGER = Runtime("torch-eager", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_eager)
-TORCH_COMPILE = Runtime("torch-compile", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_compile)
+TORCH_EAGER = Runtime("torch-eager", "torch", TORCH_MODULES, _open_torch)
+TORCH_COMPILE = Runtime("torch-compile", "torch", TORCH_MODULES, partial(_open_torch, compiled=True))
 RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, TORCH_EAGER, TORCH_COMPILE)}

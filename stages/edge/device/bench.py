@@ -30,7 +30,7 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
     start = start_up(model.run, pixels, model.import_ms, model.load_ms)
     from edgewise_machine import EnergyMeter, RunWatch, describe_machine  # here, or psutil's memory would be counted
 
-    watch = RunWatch.start(protocol.quiet_seconds)
+    watch = RunWatch(protocol.quiet_seconds)
     contender = Contender(model.bundle.variant, "onnxruntime", model.run, pixels, 0)
     windows = measure([contender], protocol, EnergyMeter())
     marks, state = watch.finish()

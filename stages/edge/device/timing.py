@@ -8,7 +8,6 @@ model, threads, batch and image size, it loads the model, classifies once, and p
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -39,14 +38,11 @@ def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str
 def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
     """The median of each figure of `first_run` over new processes."""
     settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
-    results = []
-    for _ in range(protocol.start_up_runs):
-        command = [sys.executable, __file__, "--fresh", *map(str, settings)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            stop(f"{model['variant']} does not run in a new process: {done.stderr.strip()[-300:]}")
-        results.append(json.loads(done.stdout))
-    return median_start(results)
+    command = [sys.executable, __file__, "--fresh", *map(str, settings)]
+    try:
+        return median_start(command, protocol.start_up_runs)
+    except ValueError as error:
+        stop(f"{model['variant']} {error}")
 
 
 def time_models(plan: dict, log: Callable[[str], None]) -> dict:
@@ -76,7 +72,7 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
         )
         for model in models
     ]
-    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), log)
+    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch, EnergyMeter(), log)
     result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
     soaked = []
     if plan["soak"] is not None:
