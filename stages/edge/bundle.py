@@ -20,7 +20,7 @@ from stages.common.errors import UserError
 from stages.common.files import atomic_folder, clear_disk_errors, write_json, write_text
 from stages.datasets.store import open_part, read_info
 from stages.edge.device.edgewise_model import BUNDLE, confidences
-from stages.edge.selective import Threshold, best_threshold, lowest_threshold, proportion, thresholds
+from stages.edge.selective import Threshold, lowest_threshold, proportion, thresholds
 from stages.export.session import open_session, session_logits
 from stages.params.edge_benchmark import EdgeBenchmark
 from stages.params.load import load_params
@@ -56,10 +56,7 @@ def listed_variant(params: Joins, variant: str) -> str:
 def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Threshold, int]:
     """The lowest confidence threshold with which at least `accuracy` of the answers on validation images are right.
 
-    It classifies one image at a time in one thread, as a device does.
-
-    Returns:
-        The threshold, and the number of validation images.
+    It classifies one image at a time in one thread, as a device does. It also returns the number of validation images.
 
     Raises:
         UserError: if no threshold reaches `accuracy`, with the highest accuracy that one reaches.
@@ -67,18 +64,17 @@ def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Thres
     part = open_part(images, "validation")
     logits = session_logits(open_session(folder / ONNX, 1), part.images, 1)
     curve = thresholds(confidences(logits), logits.argmax(1) == part.labels)
-    if (chosen := lowest_threshold(curve, accuracy)) is None:
-        best = best_threshold(curve)
-        raise UserError(
-            f"--accuracy {accuracy:g} is out of reach on {len(part):,} validation images: the highest accuracy is"
-            f" {best.accuracy:.4f}, with answers on {100 * best.coverage:.1f} % of them (confidence"
-            f" {best.confidence:.4f} or more): lower --accuracy, or choose another variant"
-        )
-    return chosen, len(part)
+    if chosen := lowest_threshold(curve, accuracy):
+        return chosen, len(part)
+    best = max(curve, key=lambda threshold: (threshold.accuracy, threshold.coverage))
+    raise UserError(
+        f"--accuracy {accuracy:g} is out of reach on {len(part):,} validation images: the highest accuracy is"
+        f" {best.accuracy:.4f}, with answers on {100 * best.coverage:.1f} % of them (confidence"
+        f" {best.confidence:.4f} or more): lower --accuracy, or choose another variant"
+    )
 
 
 def bundle_json(description: Description, threshold: Threshold, n_validation: int, accuracy: float) -> dict:
-    versions = {name: pinned(name) for name in (*REQUIREMENTS, CAMERA)}
     return {
         "variant": description.name,
         "classes": description.classes,
@@ -92,7 +88,7 @@ def bundle_json(description: Description, threshold: Threshold, n_validation: in
         "validation_selective_accuracy": threshold.accuracy,
         "data_name": description.data["name"],
         "data_sha256": description.data["sha256"],
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version()} | {name: pinned(name) for name in (*REQUIREMENTS, CAMERA)},
     }
 
 
@@ -184,16 +180,16 @@ def run(arguments: argparse.Namespace) -> None:
     description = read_description(source)
     check_onnx(source, description)
     description.require_images(source, read_info(paths.IMAGES).sha256)
-    threshold, n_validation = choose_threshold(source, paths.IMAGES, arguments.accuracy)
+    chosen, n_validation = choose_threshold(source, paths.IMAGES, arguments.accuracy)
     card, remark = read_card(variant, description.onnx["sha256"])
-    content = bundle_json(description, threshold, n_validation, arguments.accuracy)
+    content = bundle_json(description, chosen, n_validation, arguments.accuracy)
     write_bundle(folder, source, description, content, card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    n_right, answered = round(threshold.accuracy * threshold.answered), threshold.answered
-    right = proportion("right", n_right, answered, params.edge_benchmark.confidence)
+    n_right = round(chosen.accuracy * chosen.answered)
+    right = proportion("right", n_right, chosen.answered, params.edge_benchmark.confidence)
     print(
-        f"{folder}: {size / 1e6:.2f} MB; confidence threshold {threshold.confidence:.4f}: answers"
-        f" {100 * threshold.coverage:.1f} % of {n_validation:,} validation images, and {100 * threshold.accuracy:.2f} %"
+        f"{folder}: {size / 1e6:.2f} MB; confidence threshold {chosen.confidence:.4f}: answers"
+        f" {100 * chosen.coverage:.1f} % of {n_validation:,} validation images, and {100 * chosen.accuracy:.2f} %"
         f" of the answers are right [{100 * right['right_ci_low']:.1f}, {100 * right['right_ci_high']:.1f}]"
         f" (--accuracy {arguments.accuracy:g})"
     )

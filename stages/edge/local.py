@@ -17,8 +17,7 @@ from stages.edge.soak import SoakPlan, soak
 BASELINES = (TORCH_EAGER, TORCH_COMPILE)
 """Runtimes that time only the dense float networks."""
 REQUIRED = (ONNXRUNTIME, TORCH_EAGER)
-"""Every comparison needs these runtimes: a model that fails in one of them ends the run. A model that fails in another
-runtime is listed in `left_out`."""
+"""A model that fails in one of these runtimes ends the run; in another runtime, it is listed in `left_out`."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,6 @@ def time_here(
 ) -> Timing:
     """Time every candidate in every runtime, and each baseline in PyTorch eager, in one interleaved run.
 
-    Args:
-        log: receives lines of progress.
-
     Raises:
         UserError: if a model does not run in ONNX Runtime, or a baseline does not run in PyTorch.
     """
@@ -82,19 +78,12 @@ def time_here(
         start = measure_fresh(runtime, candidate.folder, protocol.threads, protocol.batch, repeats)
         starts.append(start | {"onnx_sha256": candidate.onnx_sha256})
     eager = {c.variant: index for index, (c, runtime, _) in enumerate(opened) if runtime is TORCH_EAGER}
-    contenders = [
-        Contender(
-            c.variant,
-            runtime.name,
-            run,
-            random_pixels(protocol.batch, c.image_size, protocol.seed),
-            eager[c.baseline],
-        )
-        for c, runtime, run in opened
-    ]
+    contenders = []
+    for c, runtime, run in opened:
+        pixels = random_pixels(protocol.batch, c.image_size, protocol.seed)
+        contenders.append(Contender(c.variant, runtime.name, run, pixels, eager[c.baseline]))
     timed, state, windows = timed_run(contenders, starts, protocol, RunWatch, EnergyMeter(), log)
-    packages = sorted({runtime.package for _, runtime, _ in opened} | {"numpy"})
-    machine = describe_machine(packages) | state
+    machine = describe_machine(sorted({runtime.package for _, runtime, _ in opened} | {"numpy"})) | state
     result = {"started": started, **timed, "machine": machine, "left_out": left_out}
     soak_windows = []
     if soaked is not None:
@@ -113,13 +102,11 @@ def refuse_many_threads(threads: int, cores: int) -> None:
         )
 
 
-def _requested(
-    candidates: Sequence[Candidate], runtimes: Sequence[str]
-) -> tuple[list[tuple[Candidate, Runtime]], list]:
+def _requested(candidates: Sequence[Candidate], names: Sequence[str]) -> tuple[list[tuple[Candidate, Runtime]], list]:
     """What to open, and the runtimes that are not installed."""
     requested, left_out = [], []
     dense = [candidate for candidate in candidates if candidate.variant == candidate.baseline]
-    for runtime in (RUNTIMES[name] for name in dict.fromkeys((*runtimes, TORCH_EAGER.name))):
+    for runtime in (RUNTIMES[name] for name in dict.fromkeys((*names, TORCH_EAGER.name))):
         if reason := not_installed(runtime):
             left_out.append({"variant": None, "runtime": runtime.name, "reason": reason})
             continue

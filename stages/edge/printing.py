@@ -49,11 +49,9 @@ class Strengths:
 
 def photograph(image: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
     """Photograph a print of `image`: uint8 RGB `[S, S, 3]` to uint8 RGB `[frame_px, frame_px, 3]`."""
-    pixels = lay_on_table(enlarge(image, strengths.print_px), strengths, generator)
-    pixels = light(pixels, strengths, generator)
-    pixels = blur(pixels, strengths, generator)
-    pixels = moire(pixels, strengths, generator)
-    pixels = noise(pixels, strengths, generator)
+    pixels = enlarge(image, strengths.print_px)
+    for step in (lay_on_table, light, blur, moire, noise):
+        pixels = step(pixels, strengths, generator)
     return jpeg(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), strengths.jpeg_quality)
 
 
@@ -70,14 +68,7 @@ def lay_on_table(pixels: np.ndarray, strengths: Strengths, generator: np.random.
     seen = corners + margin + generator.uniform(-reach, reach, (4, 2)).astype(np.float32)
     matrix = cv2.getPerspectiveTransform(corners, seen)
     table = generator.uniform(60, 200, 3) * 0.2 + generator.uniform(60, 200) * 0.8
-    return cv2.warpPerspective(
-        pixels,
-        matrix,
-        (frame, frame),
-        flags=cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=table.tolist(),
-    )
+    return cv2.warpPerspective(pixels, matrix, (frame, frame), borderValue=table.tolist())
 
 
 def light(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
@@ -124,9 +115,8 @@ def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
     if not writer.isOpened():
         raise UserError(f"OpenCV {cv2.__version__} cannot write a video to {path}: is the folder writable?")
     written = 0
-    for picture in pictures:
-        writer.write(np.ascontiguousarray(stamp(picture, written)[..., ::-1]))
-        written += 1
+    for written, picture in enumerate(pictures, 1):
+        writer.write(np.ascontiguousarray(stamp(picture, written - 1)[..., ::-1]))
     writer.release()
     return written
 
@@ -141,15 +131,13 @@ def play(path: Path, written: int) -> Iterator[np.ndarray]:
     try:
         for frame in frames_of(open_video(path)):
             if (found := stamped_number(frame.pixels)) != number % 2**BITS:
-                raise UserError(f"{path}: frame {number} has the stamp {found}: this OpenCV does not play it correctly")
+                raise UserError(f"{path}: frame {number} has the stamp {found}: this OpenCV does not play it")
             number += 1
             yield frame.pixels
     except NoFrames as error:
         raise UserError(f"cannot play the video: {error}") from None
     if number != written:
-        raise UserError(
-            f"{path}: {written} frames were written and {number} read: this OpenCV does not play it correctly"
-        )
+        raise UserError(f"{path}: {written} frames were written and {number} read: this OpenCV does not play it")
 
 
 def stamp(picture: np.ndarray, number: int) -> np.ndarray:

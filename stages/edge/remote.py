@@ -57,10 +57,6 @@ for file in "$kept"/models/*.onnx "$kept"/*/complete; do echo "has=$file"; done
 """
 
 
-ENDS_WITH_THE_CONNECTION = "exec 3<&0; (cat <&3; kill 0) >/dev/null 2>&1 & watch=$!; "
-"""Prefix of a script for `Device.follow`: SSH closes its input when the connection is lost, and this then ends it."""
-
-
 @dataclass(frozen=True)
 class Device:
     target: str
@@ -93,7 +89,7 @@ class Device:
             raise self.failure(client.returncode, errors)
 
     def failure(self, code: int, errors: str) -> UserError:
-        """The last line of the error output. Exit code 255 is that of the SSH client, any other that of the script."""
+        """The last line of the error output. Exit code 255 comes from the SSH client, any other from the script."""
         lines = [line for line in errors.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
         if code == 255:
@@ -153,15 +149,14 @@ def time_there(
     except ValueError as error:
         raise UserError(f"{target}: cannot read its result ({error}): run again") from None
     finally:
-        _remove(device, folder)
+        with contextlib.suppress(UserError):  # without a connection the folder stays, which does no harm
+            device.run(f"rm -rf {shlex.quote(folder)}")
     rows = {row["variant"]: row["onnx_sha256"] for row in timed["result"]["rows"]}
     if rows != {c.variant: c.onnx_sha256 for c in candidates}:
         raise UserError(f"{target}: its result belongs to other models: run again")
-    left_out = [
-        {"variant": None, "runtime": name, "reason": f"{name}: on devices, only ONNX Runtime is timed"}
-        for name in section.runtimes
-        if name != "onnxruntime"
-    ]
+    others = [name for name in section.runtimes if name != "onnxruntime"]
+    reason = "on devices, only ONNX Runtime is timed"
+    left_out = [{"variant": None, "runtime": name, "reason": f"{name}: {reason}"} for name in others]
     return Timing(timed["result"] | {"left_out": left_out}, timed["windows"], timed["soak"])
 
 
@@ -201,9 +196,11 @@ def make_environment(device: Device, home: str, python: str, held: set[str], log
     log(f"making an environment with {' and '.join(pins)}, once")
     install = f"-m pip install --quiet --no-compile --disable-pip-version-check {' '.join(pins)}"
     printed: list[str] = []
+    # SSH closes the script's input when the connection is lost, and then `kill 0` ends the installation
     device.follow(
-        f'{ENDS_WITH_THE_CONNECTION} folder=$(mktemp -d {shlex.quote(start)}XXXXXX); python3 -m venv "$folder" >&2;'
-        f' "$folder/bin/python" {install} >&2; touch "$folder/complete"; echo "$folder"; kill $watch',
+        f"exec 3<&0; (cat <&3; kill 0) >/dev/null 2>&1 & watch=$!; folder=$(mktemp -d {shlex.quote(start)}XXXXXX);"
+        f' python3 -m venv "$folder" >&2; "$folder/bin/python" {install} >&2; touch "$folder/complete";'
+        ' echo "$folder"; kill $watch',
         printed.append,
     )
     return printed[-1]
@@ -213,26 +210,22 @@ def copy_models(
     device: Device, home: str, candidates: Sequence[Candidate], held: set[str], log: Callable[[str], None]
 ) -> None:
     """Copy the models that the device lacks; each gets its final name when it is complete."""
-    missing = {c.onnx_sha256: c.folder / "model.onnx" for c in candidates}
-    missing = {sha: path for sha, path in missing.items() if model_path(home, sha) not in held}
-    for number, (sha, path) in enumerate(missing.items(), 1):
-        log(f"copying model {number} of {len(missing)}, {path.stat().st_size / 1e6:.1f} MB")
-        place, content = shlex.quote(model_path(home, sha)), path.read_bytes()
+    files = {model_path(home, c): c.folder / "model.onnx" for c in candidates}
+    missing = {place: file for place, file in files.items() if place not in held}
+    for number, (place, file) in enumerate(missing.items(), 1):
+        content, quoted = file.read_bytes(), shlex.quote(place)
+        log(f"copying model {number} of {len(missing)}, {len(content) / 1e6:.1f} MB")
         # after a lost connection cat ends as after a complete file
-        complete = f'[ "$(wc -c < {place}.partial)" -eq {len(content)} ]'
-        device.run(f"cat > {place}.partial; {complete}; mv {place}.partial {place}", content)
+        complete = f'[ "$(wc -c < {quoted}.partial)" -eq {len(content)} ]'
+        device.run(f"cat > {quoted}.partial; {complete}; mv {quoted}.partial {quoted}", content)
 
 
-def model_path(home: str, sha256: str) -> str:
-    return f"{home}/models/{sha256}.onnx"
+def model_path(home: str, candidate: Candidate) -> str:
+    return f"{home}/models/{candidate.onnx_sha256}.onnx"
 
 
 def plan_of(
-    home: str,
-    candidates: Sequence[Candidate],
-    section: EdgeBenchmark,
-    protocol: Protocol,
-    soaked: Soaked | None,
+    home: str, candidates: Sequence[Candidate], section: EdgeBenchmark, protocol: Protocol, soaked: Soaked | None
 ) -> tuple[dict, dict[str, bytes]]:
     """The plan for timing.py, and the files that it needs."""
     content = {name: path.read_bytes() for name, path in SOURCES.items()}
@@ -244,13 +237,8 @@ def plan_of(
         content["soak.npy"] = stored.getvalue()
         soak = {"variant": candidate.variant, "file": "soak.npy", "plan": asdict(plan)}
     models = [
-        {
-            "variant": c.variant,
-            "baseline": c.baseline,
-            "file": model_path(home, c.onnx_sha256),
-            "image_size": c.image_size,
-            "onnx_sha256": c.onnx_sha256,
-        }
+        {"variant": c.variant, "baseline": c.baseline, "file": model_path(home, c)}
+        | {"image_size": c.image_size, "onnx_sha256": c.onnx_sha256}
         for c in candidates
     ]
     return {"protocol": asdict(protocol), "affinity": section.affinity, "models": models, "soak": soak}, content
@@ -264,9 +252,3 @@ def _tar(content: dict[str, bytes]) -> bytes:
             entry.size = len(value)
             archive.addfile(entry, io.BytesIO(value))
     return packed.getvalue()
-
-
-def _remove(device: Device, folder: str) -> None:
-    """Remove the folder of the run; without a connection it stays, which does no harm."""
-    with contextlib.suppress(UserError):
-        device.run(f"rm -rf {shlex.quote(folder)}")

@@ -59,8 +59,8 @@ def _open_openvino(folder: Path, threads: int, batch: int) -> Classify:
             model.reshape([batch, *image])
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        model = folder / "model.onnx"
-        raise UserError(f"OpenVINO {openvino.__version__} does not run {model}: {_line(error, -1)}") from None
+        program = f"OpenVINO {openvino.__version__}"
+        raise UserError(f"{program} does not run {folder / 'model.onnx'}: {_line(error, -1)}") from None
     request, output = compiled.create_infer_request(), compiled.output(0)
     return lambda pixels: request.infer([pixels], share_inputs=True)[output]
 

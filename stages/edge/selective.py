@@ -43,11 +43,6 @@ def lowest_threshold(curve: list[Threshold], accuracy: float) -> Threshold | Non
     return next((threshold for threshold in curve if threshold.accuracy >= accuracy), None)
 
 
-def best_threshold(curve: list[Threshold]) -> Threshold:
-    """The threshold with the highest accuracy; ties go to the higher coverage."""
-    return max(curve, key=lambda threshold: (threshold.accuracy, threshold.coverage))
-
-
 def proportion(name: str, right: int, n: int, confidence: float) -> dict[str, float]:
     """`right / n` with the Wilson score interval."""
     from scipy.stats import binomtest  # here, because it takes a second that `--help` can do without

@@ -61,17 +61,11 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
     log(f"start-up of {len(models)} models")
     starts = [fresh(model, protocol) | {"onnx_sha256": model["onnx_sha256"]} for model in models]
     runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads).run for model in models}
-    places = {model["variant"]: place for place, model in enumerate(models)}
-    contenders = [
-        Contender(
-            model["variant"],
-            "onnxruntime",
-            runs[model["variant"]],
-            random_pixels(protocol.batch, model["image_size"], protocol.seed),
-            places[model["baseline"]],
-        )
-        for model in models
-    ]
+    contenders = []
+    for model in models:
+        pixels = random_pixels(protocol.batch, model["image_size"], protocol.seed)
+        baseline = list(runs).index(model["baseline"])
+        contenders.append(Contender(model["variant"], "onnxruntime", runs[model["variant"]], pixels, baseline))
     timed, state, windows = timed_run(contenders, starts, protocol, RunWatch, EnergyMeter(), log)
     result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
     soaked = []
