@@ -38,7 +38,8 @@ def open_video(source: int | Path) -> cv2.VideoCapture:
     Raises:
         NoFrames: if the camera or file does not exist, or OpenCV cannot read it.
     """
-    _keep_quiet()
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET: the scripts report an error in one line
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     if isinstance(source, Path) and not source.is_file():
         raise NoFrames(f"{source}: {'a folder, not a video' if source.is_dir() else 'no such file'}")
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
@@ -52,12 +53,10 @@ def open_video(source: int | Path) -> cv2.VideoCapture:
 
 def frames_of(capture: cv2.VideoCapture) -> Iterator[Frame]:
     """Yield every frame in order, as fast as the caller takes them."""
-    while True:
+    started = time.perf_counter_ns()
+    while (read := capture.read())[0]:
+        yield Frame(read[1], (time.perf_counter_ns() - started) / 1e6)
         started = time.perf_counter_ns()
-        read, pixels = capture.read()
-        if not read:
-            return
-        yield Frame(pixels, (time.perf_counter_ns() - started) / 1e6)
 
 
 class NewestFrames:
@@ -113,9 +112,3 @@ class NewestFrames:
                 self._changed.notify()
             if pixels is None:
                 return
-
-
-def _keep_quiet() -> None:
-    """Silence OpenCV and FFmpeg, because the scripts report an error in one line."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

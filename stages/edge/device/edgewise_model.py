@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +21,6 @@ BUNDLE, MODEL = "bundle.json", "model.onnx"
 class Bundle:
     """The entries of `bundle.json` that the scripts need."""
 
-    folder: Path
     variant: str
     classes: list[str]
     image_size: int
@@ -66,11 +65,10 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Loaded):
+    """The model of a bundle."""
+
     bundle: Bundle
-    run: Callable[[np.ndarray], np.ndarray]
-    import_ms: float
-    load_ms: float
 
     def answer(self, pixels: np.ndarray) -> Answer:
         """Classify one image, uint8 RGB `[image_size, image_size, 3]`."""
@@ -124,15 +122,8 @@ def read_bundle(folder: Path) -> Bundle:
     """Ends the program if `bundle.json` is missing or damaged, or does not describe this `model.onnx`."""
     try:
         raw = json.loads((folder / BUNDLE).read_text(encoding="utf-8"))
-        bundle = Bundle(
-            folder=folder,
-            variant=raw["variant"],
-            classes=raw["classes"],
-            image_size=raw["image_size"],
-            onnx_sha256=raw["onnx_sha256"],
-            confidence_threshold=raw["confidence_threshold"],
-            onnxruntime=raw["versions"]["onnxruntime"],
-        )
+        own = {field.name: raw[field.name] for field in fields(Bundle) if field.name != "onnxruntime"}
+        bundle = Bundle(**own, onnxruntime=raw["versions"]["onnxruntime"])
         _check_types(bundle)
         found = sha256_of(folder / MODEL)
     except OSError as error:
@@ -165,14 +156,10 @@ def open_model(folder: Path, threads: int) -> Model:
     """Open the model of the bundle in ONNX Runtime; ends the program if that fails."""
     bundle = read_bundle(folder)
     loaded = load_onnx(folder / MODEL, threads)
-    for name, in_model, in_bundle in [
-        ("image size", loaded.image_size, bundle.image_size),
-        ("number of classes", loaded.classes, len(bundle.classes)),
-    ]:
-        if in_model != in_bundle:
-            stop(
-                f"{folder / MODEL}: its {name} is {in_model}, but {BUNDLE} has {in_bundle}: copy the whole bundle again"
-            )
+    expected = {"image size": bundle.image_size, "number of classes": len(bundle.classes)}
+    for (name, wanted), found in zip(expected.items(), (loaded.image_size, loaded.classes), strict=True):
+        if found != wanted:
+            stop(f"{folder / MODEL}: its {name} is {found}, but {BUNDLE} has {wanted}: copy the whole bundle again")
     import onnxruntime
 
     if _numbers(onnxruntime.__version__) < _numbers(bundle.onnxruntime):
@@ -181,7 +168,7 @@ def open_model(folder: Path, threads: int) -> Model:
             " bundle was made: pip install -r requirements.txt",
             file=sys.stderr,
         )
-    return Model(bundle, loaded.run, loaded.import_ms, loaded.load_ms)
+    return Model(**vars(loaded), bundle=bundle)
 
 
 def load_onnx(path: Path, threads: int) -> Loaded:
@@ -215,7 +202,7 @@ def load_onnx(path: Path, threads: int) -> Loaded:
 
 
 def threads_argument(text: str) -> int:
-    """Parse a number of threads: at most one for each usable core."""
+    """A number of threads: at most one for each usable core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not text.isdigit() or not 1 <= int(text) <= cores:
         raise argparse.ArgumentTypeError(f"{text}: give 1 to {cores}, the number of usable cores")
