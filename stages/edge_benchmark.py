@@ -19,10 +19,10 @@ from stages.common.cores import usable_cores
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, read_json, write_csv, write_json
 from stages.datasets.store import open_part
-from stages.edge.bundle import listed_variant
+from stages.edge.bundle import CAMERA, listed_variant, pinned
 from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads, time_here
 from stages.edge.machine import keep_to_cores
-from stages.edge.printed import printed_row, require_opencv, sample
+from stages.edge.printed import printed_row, sample
 from stages.edge.protocol import Protocol
 from stages.edge.remote import time_there
 from stages.edge.soak import SoakPlan
@@ -79,7 +79,7 @@ def run_timing(params: Params) -> Timing:
         try:
             keep_to_cores(section.affinity)
         except ValueError as error:
-            raise UserError(f"edge_benchmark.{error}") from None
+            raise UserError(str(error)) from None
     refuse_many_threads(section.threads, usable_cores())
     return time_here(candidates, section.runtimes, protocol, soaked, log)
 
@@ -100,7 +100,7 @@ def main() -> None:
     params = load_params(Params)
     section, printed = params.edge_benchmark, params.edge_benchmark.printed
     if printed is not None:
-        require_opencv()
+        pinned(CAMERA)
         try:
             chosen = sample(len(open_part(paths.IMAGES, "test")), printed.images, printed.seed)
         except ValueError as error:

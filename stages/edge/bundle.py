@@ -27,9 +27,9 @@ from stages.params.load import load_params
 from stages.params.variants import Joins
 
 STAGES = Path(__file__).parents[1]
-DEVICE = ("bench.py", "camera.py", "edgewise_frames.py", "edgewise_model.py", "predict.py")
+SCRIPTS = ("bench.py", "camera.py", "edgewise_frames.py", "edgewise_model.py", "predict.py")
 SOURCES = {
-    **{name: STAGES / "edge/device" / name for name in DEVICE},
+    **{name: STAGES / "edge/device" / name for name in SCRIPTS},
     "edgewise_decode.py": STAGES / "datasets/decode.py",
     "edgewise_machine.py": STAGES / "edge/machine.py",
     "edgewise_protocol.py": STAGES / "edge/protocol.py",
@@ -37,8 +37,7 @@ SOURCES = {
 """Files to copy, by their names in the bundle. The same code decodes images there and in the download stage."""
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "psutil")
 CAMERA = "opencv-python-headless"
-PRINTED = "printed"
-"""Folder of the printed-sample test within a bundle."""
+PRINTED = "printed"  # folder of the printed-sample test within a bundle
 CARD = "README.md"
 
 
@@ -93,13 +92,11 @@ def bundle_json(description: Description, threshold: Threshold, n_validation: in
 
 
 def pinned(package: str) -> str:
-    """The version installed here, with which the tests have run."""
+    """The version installed here, with which the tests have run; a `UserError` if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"{package} is not installed here, so there is no version to pin: run `uv sync --extra camera`, then again"
-        ) from None
+        raise UserError(f"{package} is not installed here: run `uv sync --extra camera`, then again") from None
 
 
 def refuse_other_folder(folder: Path) -> None:
@@ -112,10 +109,9 @@ def refuse_other_folder(folder: Path) -> None:
 
 
 def write_bundle(folder: Path, source: Path, description: Description, content: dict, card: str | None) -> None:
-    """Write the bundle, or replace the files of an earlier one.
+    """Write the bundle, or replace the files of an earlier one after all new files are written.
 
-    It replaces nothing before all files are written, and `bundle.json` with the hash of the model comes last: a device
-    refuses a mixture of two bundles.
+    `bundle.json` with the hash of the model comes last: a device refuses a mixture of two bundles.
 
     Raises:
         UserError: if the disk is full or not writable, or the copied model is not the one described.
@@ -162,13 +158,11 @@ def accuracy(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("variant", help="an entry of variants in params.yaml")
-    parser.add_argument(
-        "--accuracy",
-        type=accuracy,
-        default=0.95,
-        help="fraction of the answers that must be right on validation images. The bundle answers only if the top"
-        " softmax confidence reaches a threshold, which this sets; otherwise it prints `unsure` (default: 0.95)",
+    text = (
+        "fraction of the answers that must be right on validation images. The bundle answers only if the top softmax"
+        " confidence reaches a threshold, which this sets; otherwise it prints `unsure` (default: 0.95)"
     )
+    parser.add_argument("--accuracy", type=accuracy, default=0.95, help=text)
     parser.add_argument("--out", type=Path, default=Path("dist"), help="parent folder of the bundle (default: dist)")
 
 

@@ -8,14 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from stages.common.errors import UserError
-from stages.edge.fresh import measure_fresh
 from stages.edge.machine import EnergyMeter, RunWatch, describe_machine, process_state
 from stages.edge.protocol import Contender, Protocol, random_pixels, timed_run
-from stages.edge.runtimes import ONNXRUNTIME, RUNTIMES, TORCH_COMPILE, TORCH_EAGER, Runtime, not_installed
+from stages.edge.runtimes import (
+    ONNXRUNTIME,
+    RUNTIMES,
+    TORCH_COMPILE,
+    TORCH_EAGER,
+    Runtime,
+    measure_fresh,
+    not_installed,
+)
 from stages.edge.soak import SoakPlan, soak
 
-BASELINES = (TORCH_EAGER, TORCH_COMPILE)
-"""Runtimes that time only the dense float networks."""
+BASELINES = (TORCH_EAGER, TORCH_COMPILE)  # runtimes that time only the dense float networks
 REQUIRED = (ONNXRUNTIME, TORCH_EAGER)
 """A model that fails in one of these runtimes ends the run; in another runtime, it is listed in `left_out`."""
 
@@ -25,10 +31,8 @@ class Candidate:
     """A variant to time."""
 
     variant: str
-    folder: Path
-    """Its artifact."""
-    baseline: str
-    """The dense float variant to compare with."""
+    folder: Path  # its artifact
+    baseline: str  # the dense float variant to compare with
     image_size: int
     onnx_sha256: str
 
@@ -38,11 +42,9 @@ class Timing:
     """The result of a run on this machine or on a device."""
 
     result: dict[str, object]
-    """`started`, the marks `busy` and `throttled`, `machine`, `protocol`, `overhead_ns`, `rows`, and `left_out`: each
-    requested timing that was not possible, with the reason."""
+    """The contents of `edge.json`; `left_out` has each requested timing that was not possible, with the reason."""
     windows: list[dict]
-    soak: list[dict]
-    """Empty if the params ask for no soak."""
+    soak: list[dict]  # empty if the params ask for no soak
 
 
 Soaked = tuple[Candidate, np.ndarray, SoakPlan]

@@ -73,23 +73,18 @@ class EnergyMeter:
     def __init__(self) -> None:
         zones = sorted((SYSTEM / "class/powercap").glob("intel-rapl:*"))  # AMD processors use the same name
         packages = [zone for zone in zones if (_read(zone / "name") or "").startswith("package")]  # without subzones
-        self._last = {zone: used for zone in packages if (used := self._microjoules(zone)) is not None}
+        self._last = {zone: used for zone in packages if (used := _number(zone / "energy_uj")) is not None}
         self._joules = 0.0
 
     def __call__(self) -> float | None:
         """None where a counter is not readable."""
         for zone, last in self._last.items():
-            if (now := self._microjoules(zone)) is None:
+            if (now := _number(zone / "energy_uj")) is None:
                 return None
-            wrapped = float(_read(zone / "max_energy_range_uj") or 0) if now < last else 0.0
+            wrapped = _number(zone / "max_energy_range_uj") or 0.0 if now < last else 0.0
             self._last[zone] = now
             self._joules += (now - last + wrapped) / 1e6
         return self._joules if self._last else None
-
-    @staticmethod
-    def _microjoules(zone: Path) -> float | None:
-        text = _read(zone / "energy_uj")
-        return float(text) if text else None
 
 
 class CpuWatch:
@@ -104,10 +99,10 @@ class CpuWatch:
         return max(0.0, (_used_seconds() - _own_seconds() - self._others) / elapsed)
 
 
-def others_cores_now(seconds: float = 1.0) -> float:
-    """Number of cores that other processes use while this one sleeps."""
+def others_cores_now() -> float:
+    """Number of cores that other processes use while this one sleeps for a second."""
     watch = CpuWatch()
-    time.sleep(seconds)
+    time.sleep(1)
     return watch.others_cores()
 
 
@@ -157,18 +152,19 @@ def keep_to_cores(cores: Sequence[int]) -> None:
         ValueError: with a message for the user, if a core is not usable or the system has no affinity.
     """
     if not hasattr(psutil.Process, "cpu_affinity"):
-        raise ValueError("affinity: this system cannot restrict a process to cores: set it to null")
+        raise ValueError("edge_benchmark.affinity: this system cannot restrict a process to cores: set it to null")
     process = psutil.Process()
     usable = process.cpu_affinity()
     if missing := sorted(set(cores) - set(usable)):
-        raise ValueError(f"affinity names core {missing[0]}, but this process may use {', '.join(map(str, usable))}")
+        cores_here = ", ".join(map(str, usable))
+        raise ValueError(f"edge_benchmark.affinity names core {missing[0]}, but this process may use {cores_here}")
     process.cpu_affinity(list(cores))
 
 
 def _throttle_count() -> int:
     """How often heat has slowed the cores down since boot; 0 where the system has no counters."""
     files = (SYSTEM / "devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
-    return sum(int(text) for file in files if (text := _read(file)) and text.isdigit())
+    return sum(int(_number(file) or 0) for file in files)
 
 
 def _used_seconds() -> float:
@@ -198,3 +194,8 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+def _number(path: Path) -> float | None:
+    text = _read(path)
+    return float(text) if text and text.isdigit() else None

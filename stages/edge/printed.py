@@ -8,8 +8,6 @@ Run: edgewise printed <variant> [--images 1000] [--seed 0] [--out dist/<variant>
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,14 +19,13 @@ from stages.common.errors import UserError
 from stages.common.files import atomic_folder, write_json
 from stages.datasets.decode import decode
 from stages.datasets.store import open_part, read_info
-from stages.edge.bundle import CAMERA, PRINTED, Params, listed_variant
+from stages.edge.bundle import CAMERA, PRINTED, Params, listed_variant, pinned
 from stages.edge.selective import proportion
 from stages.export.session import open_session, session_logits
 from stages.params.load import load_params
 
 VIDEO, RESULT = "printed.mp4", "printed.json"
-IMAGES = 1000
-"""Default number of images, if the test part has as many."""
+IMAGES = 1000  # default number of images, if the test part has as many
 
 
 def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
@@ -88,15 +85,9 @@ def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, 
         "video_bytes": (folder / VIDEO).stat().st_size,
         "crop_fraction": CROP,
         **asdict(strengths),
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
-        "opencv": importlib.metadata.version(CAMERA),
+        "onnxruntime": pinned("onnxruntime"),
+        "opencv": pinned(CAMERA),
     }
-
-
-def require_opencv() -> None:
-    """Raises a `UserError` if OpenCV is not installed."""
-    if importlib.util.find_spec("cv2") is None:
-        raise UserError("OpenCV is not installed here: run `uv sync --extra camera`, then again")
 
 
 def refuse_other_folder(folder: Path) -> None:
@@ -115,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: give 0 or more")
-    require_opencv()
+    pinned(CAMERA)
     params = load_params(Params)
     variant = listed_variant(params, arguments.variant)
     folder = arguments.out or Path("dist") / variant / PRINTED

@@ -21,26 +21,16 @@ BITS, BIT_PX, STAMP_TOP, STAMP_LEFT = 16, 16, 8, 32
 
 @dataclass(frozen=True)
 class Strengths:
-    print_px: int = 224
-    """Side of the print in the photograph."""
-    frame_px: int = 320
-    """Side of the photograph."""
-    corner_shift: float = 0.04
-    """Perspective: largest shift of each corner, as a fraction of the side of the print."""
-    light_fall: float = 0.4
-    """Largest loss of light on the darkest side of the picture, as a fraction."""
-    exposure: float = 0.15
-    """Largest error of the brightness of the whole picture, as a fraction."""
-    blur_px: float = 1.5
-    """Std of the largest Gaussian blur."""
-    moire_contrast: float = 0.06
-    """Largest amplitude of the moire, as a fraction of the light."""
-    moire_period_px: float = 6.0
-    """Shortest period; the longest is four times as long."""
-    noise: float = 6.0
-    """Std of the sensor noise, on the scale of 0 to 255."""
-    jpeg_quality: int = 70
-    """Quality of the camera's own encoder, 1 to 95."""
+    print_px: int = 224  # side of the print in the photograph
+    frame_px: int = 320  # side of the photograph
+    corner_shift: float = 0.04  # perspective: largest shift of each corner, as a fraction of the side of the print
+    light_fall: float = 0.4  # largest loss of light on the darkest side of the picture, as a fraction
+    exposure: float = 0.15  # largest error of the brightness of the whole picture, as a fraction
+    blur_px: float = 1.5  # std of the largest Gaussian blur
+    moire_contrast: float = 0.06  # largest amplitude of the moire, as a fraction of the light
+    moire_period_px: float = 6.0  # shortest period; the longest is four times as long
+    noise: float = 6.0  # std of the sensor noise, on the scale of 0 to 255
+    jpeg_quality: int = 70  # quality of the camera's own encoder, 1 to 95
 
     @property
     def margin_px(self) -> int:

@@ -9,6 +9,7 @@ Device bundles contain this file unchanged, so it needs the standard library and
 
 import gc
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +19,8 @@ from typing import Any
 
 import numpy as np
 
-Classify = Callable[[np.ndarray], np.ndarray]
-"""uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
-Meter = Callable[[], float | None]
-"""Joules used so far; None where the machine has no counter."""
+Classify = Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`
+Meter = Callable[[], float | None]  # joules used so far; None where the machine has no counter
 
 STEADY = 0.05  # the ratios of the two halves of a steady run differ by at most this fraction
 
@@ -29,26 +28,17 @@ STEADY = 0.05  # the ratios of the two halves of a steady run differ by at most 
 @dataclass(frozen=True)
 class Protocol:
     threads: int
-    warmup_runs: int
-    """Calls of each contender before the first round."""
-    windows: int
-    """Number of rounds, and so the number of windows for each contender."""
-    window_seconds: float
-    """Minimum duration of a window."""
-    seed: int
-    """Seed of the order, the pixels and the bootstrap."""
-    batch: int = 1
-    """Images in each call."""
-    minimum_runs: int = 5
-    """Minimum number of recorded calls in a window, however long they take."""
-    unrecorded_runs: int = 2
-    """Calls at the start of each window, when the caches hold another contender's weights."""
+    warmup_runs: int  # calls of each contender before the first round
+    windows: int  # number of rounds, and so the number of windows for each contender
+    window_seconds: float  # minimum duration of a window
+    seed: int  # seed of the order, the pixels and the bootstrap
+    batch: int = 1  # images in each call
+    minimum_runs: int = 5  # minimum number of recorded calls in a window, however long they take
+    unrecorded_runs: int = 2  # calls at the start of each window, when the caches hold another contender's weights
     confidence: float = 0.95
     resamples: int = 2000
-    start_up_runs: int = 3
-    """New processes for the median start-up time and memory."""
-    quiet_seconds: int = 10
-    """Maximum time to wait before the run for a second in which no other program works."""
+    start_up_runs: int = 3  # new processes for the median start-up time and memory
+    quiet_seconds: int = 10  # maximum time to wait before the run for a second in which no other program works
 
 
 @dataclass(frozen=True)
@@ -56,22 +46,17 @@ class Contender:
     variant: str
     runtime: str
     run: Classify
-    pixels: np.ndarray
-    """Input of each call."""
-    baseline: int
-    """Index of the contender to compare with."""
+    pixels: np.ndarray  # input of each call
+    baseline: int  # index of the contender to compare with
 
 
 @dataclass(frozen=True)
 class Window:
     contender: int
     round: int
-    order: int
-    """Position within the round, from 0."""
-    times_ns: np.ndarray
-    """Duration of each call, int64."""
-    joules: float | None = None
-    """Energy that the whole processor used during the recorded calls."""
+    order: int  # position within the round, from 0
+    times_ns: np.ndarray  # duration of each call, int64
+    joules: float | None = None  # energy that the whole processor used during the recorded calls
 
     @property
     def p50_ms(self) -> float:
@@ -89,27 +74,19 @@ def time_window(run: Classify, pixels: np.ndarray, seconds: float, minimum_runs:
     Returns:
         The duration of each call in ns, int64 `[calls]`, and the joules used, or None.
     """
-    clock: Callable[[], int] = time.perf_counter_ns
-    times: list[int] = []
-    joules = meter()
-    end = clock() + int(seconds * 1e9)
-    while True:
+    clock, times, joules = time.perf_counter_ns, [], meter()
+    after, end = 0, clock() + int(seconds * 1e9)
+    while after < end or len(times) < minimum_runs:
         before = clock()
         run(pixels)
         after = clock()
         times.append(after - before)
-        if after >= end and len(times) >= minimum_runs:
-            break
     now = meter()
     return np.array(times, np.int64), None if joules is None or now is None else now - joules
 
 
 def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = lambda: None) -> list[Window]:
-    """Time every contender.
-
-    Returns:
-        `windows * len(contenders)` windows in the order in which they ran.
-    """
+    """Time every contender; returns `windows * len(contenders)` windows in the order in which they ran."""
     for contender in contenders:
         for _ in range(protocol.warmup_runs):
             contender.run(contender.pixels)
@@ -199,15 +176,11 @@ def timed_run(
     meter: Meter,
     log: Callable[[str], None],
 ) -> tuple[dict, dict, list[dict]]:
-    """Time every contender on a watched machine.
-
-    Args:
-        starts: figures to add to the row of each contender.
-        start_watch: `RunWatch`; this module does without psutil.
-        log: receives lines of progress.
+    """Time every contender on a machine watched by `start_watch` (`RunWatch`; this module does without psutil).
 
     Returns:
-        The marks, `protocol`, `overhead_ns` and `rows`; the state of the machine; one row for each window.
+        The marks, `protocol`, `overhead_ns` and `rows`, to which `starts` adds its figures; the state of the machine;
+        one row for each window.
     """
     seconds = len(contenders) * protocol.windows * protocol.window_seconds
     log(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
@@ -228,8 +201,8 @@ def start_up(run: Classify, pixels: np.ndarray, import_ms: float, load_ms: float
     return times | {"peak_rss_bytes": peak_rss_bytes()}
 
 
-def median_start(command: Sequence[str], runs: int) -> dict[str, float]:
-    """The median of each start-up figure over `runs` new processes, whose last line of output is that of `start_up`.
+def median_start(name: str, command: Sequence[str], runs: int) -> dict[str, float]:
+    """The median of each figure of `start_up`, which `command` prints as JSON, over `runs` new processes.
 
     Raises:
         ValueError: if a process fails, with the last line of its error output.
@@ -241,7 +214,7 @@ def median_start(command: Sequence[str], runs: int) -> dict[str, float]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise ValueError(f"does not run in a new process: {reason.removeprefix('error: ')}")
+            raise ValueError(f"{name} does not run in a new process: {reason.removeprefix('error: ')}")
         results.append(json.loads(done.stdout.splitlines()[-1]))
     median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
     return median | {"peak_rss_bytes": int(median["peak_rss_bytes"])}
@@ -253,9 +226,8 @@ def peak_rss_bytes() -> int:
     On Linux, /proc counts from the exec on, but `ru_maxrss` also covers the process that this one was forked from.
     """
     status = Path("/proc/self/status")
-    for line in status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if found := re.search(r"VmHWM:\s*(\d+)", status.read_text(errors="replace") if status.exists() else ""):
+        return int(found[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

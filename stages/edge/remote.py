@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -21,19 +22,16 @@ from stages.common.errors import UserError
 from stages.edge.bundle import STAGES, pinned
 from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads
 from stages.edge.protocol import Protocol
-from stages.params.edge_benchmark import SSH_TARGET, EdgeBenchmark
+from stages.params.edge_benchmark import EdgeBenchmark
 
 SSH = (
     *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
 )
-ARCHITECTURES = ("x86_64", "aarch64")
-"""Those with wheels of ONNX Runtime."""
-PYTHON = (3, 11)
-"""The oldest version that runs the scripts."""
+ARCHITECTURES = ("x86_64", "aarch64")  # with wheels of ONNX Runtime
+PYTHON = (3, 11)  # the oldest version that runs the scripts
 REQUIREMENTS = ("onnxruntime", "numpy", "psutil")
-ENVIRONMENT_BYTES = 400 * 10**6
-"""Disk space for a new environment, downloads included."""
+ENVIRONMENT_BYTES = 400 * 10**6  # disk space for a new environment, downloads included
 SOURCES = {
     "timing.py": STAGES / "edge/device/timing.py",
     "edgewise_model.py": STAGES / "edge/device/edgewise_model.py",
@@ -59,10 +57,7 @@ for file in "$kept"/models/*.onnx "$kept"/*/complete; do echo "has=$file"; done
 
 @dataclass(frozen=True)
 class Device:
-    target: str
-    """Its name in the params, for messages."""
-    address: tuple[str, ...]
-    """Its name in the arguments of the SSH client."""
+    target: str  # `ssh://[user@]host[:port]`, which OpenSSH takes as it is
 
     def run(self, script: str, content: bytes | None = None) -> str:
         """Run a POSIX shell script on the device with `content` as its input, and return its output.
@@ -70,7 +65,7 @@ class Device:
         Raises:
             UserError: if the device is not reachable, or the script fails.
         """
-        command = [*SSH, *self.address, f"set -e; {script}"]
+        command = [*SSH, self.target, f"set -e; {script}"]
         done = subprocess.run(command, input=content or b"", capture_output=True, check=False)
         if done.returncode:
             raise self.failure(done.returncode, done.stderr.decode(errors="replace"))
@@ -78,7 +73,7 @@ class Device:
 
     def follow(self, script: str, log: Callable[[str], None]) -> None:
         """Like `run`, but pass each line of output to `log` at once, and keep the script's input open until it ends."""
-        command = [*SSH, *self.address, f"set -e; {script}"]
+        command = [*SSH, self.target, f"set -e; {script}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
             assert client.stdout is not None
             assert client.stderr is not None
@@ -102,15 +97,6 @@ class Device:
         return UserError(f"{self.target}: {reason.strip()}")
 
 
-def device_at(target: str) -> Device:
-    """The device of a target `ssh://[user@]host[:port]`, whose form the params have checked."""
-    found = SSH_TARGET.fullmatch(target)
-    assert found
-    user, host, port = found.groups()
-    place = f"{user}@{host}" if user else host
-    return Device(target, (*(("-p", port) if port else ()), place))
-
-
 def time_there(
     target: str,
     candidates: Sequence[Candidate],
@@ -127,10 +113,10 @@ def time_there(
         UserError: if the device is not reachable, not supported or full, or the run fails. The environment and the
             models stay on the device.
     """
-    device = device_at(target)
+    device = Device(target)
 
     def log_device(line: str) -> None:
-        log(f"{device.address[-1]}: {line}")
+        log(f"{urlsplit(target).hostname}: {line}")
 
     found, held = probe(device)
     check_device(target, found, sum(c.folder.joinpath("model.onnx").stat().st_size for c in candidates))
@@ -169,21 +155,18 @@ def probe(device: Device) -> tuple[dict[str, str], set[str]]:
 def check_device(target: str, found: dict[str, str], model_bytes: int) -> None:
     """Raise a `UserError` if the device cannot run the models."""
     if found["architecture"] not in ARCHITECTURES:
-        raise UserError(
-            f"{target} is {found['architecture']}, but ONNX Runtime has wheels only for {' and '.join(ARCHITECTURES)}"
-        )
+        wheels = " and ".join(ARCHITECTURES)
+        raise UserError(f"{target} is {found['architecture']}, but ONNX Runtime has wheels only for {wheels}")
     version = tuple(map(int, found["python"].split("."))) if found["python"] else ()
     if version < PYTHON:
         has = f"python3 is {found['python']}" if version else "there is no python3"
         raise UserError(f"{target}: {has}: install Python {'.'.join(map(str, PYTHON))} or later there")
     if found["venv"] != "yes":
         raise UserError(f"{target}: its Python cannot make environments: install python3-venv there")
-    free, wanted = int(found["free_kb"]) * 1024, ENVIRONMENT_BYTES + model_bytes
+    free, wanted = int(found["free_kb"]) * 1024 / 1e6, (ENVIRONMENT_BYTES + model_bytes) / 1e6
     if free < wanted:
-        raise UserError(
-            f"{target}: {free / 1e6:,.0f} MB are free, but the environment and the models need up to"
-            f" {wanted / 1e6:,.0f}: make room there"
-        )
+        needs = f"the environment and the models need up to {wanted:,.0f}"
+        raise UserError(f"{target}: {free:,.0f} MB are free, but {needs}: make room there")
 
 
 def make_environment(device: Device, home: str, python: str, held: set[str], log: Callable[[str], None]) -> str:

@@ -1,6 +1,17 @@
-"""The runtimes that can run an artifact, behind one small interface. Each is imported only when it is used."""
+"""The runtimes that can run an artifact, behind one small interface. Each is imported only when it is used.
 
+    python -m stages.edge.runtimes <runtime> <folder> <threads> <batch>
+
+measures the start-up: it loads an artifact, classifies once, and prints one line of JSON: `import_ms` (the runtime),
+`load_ms` (from the file to a session that can run), `first_inference_ms` and `peak_rss_bytes` (the whole process,
+Python and NumPy included). With ONNX Runtime, this process imports neither torch nor any training code.
+"""
+
+import importlib
 import importlib.metadata
+import json
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,21 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.common.errors import UserError
-from stages.edge.protocol import Classify, random_pixels
+from stages.common.errors import UserError, run_stage
+from stages.common.files import read_json
+from stages.edge.protocol import Classify, median_start, random_pixels, start_up
 
 
 @dataclass(frozen=True)
 class Runtime:
     name: str
-    package: str
-    """The distribution whose version belongs to the figures."""
-    modules: tuple[str, ...]
-    """Modules that it imports; their import is timed apart from loading a model."""
+    package: str  # the distribution whose version belongs to the figures
+    modules: tuple[str, ...]  # modules that it imports; their import is timed apart from loading a model
     open: Callable[[Path, int, int], Classify]
     """Opens the artifact in a folder, with a number of threads and of images in each call."""
-    install: str = "uv sync"
-    """The command that installs it."""
+    install: str = "uv sync"  # the command that installs it
 
 
 def not_installed(runtime: Runtime) -> str | None:
@@ -100,3 +109,28 @@ OPENVINO = Runtime("openvino", "openvino", ("openvino",), _open_openvino, "uv sy
 TORCH_EAGER = Runtime("torch-eager", "torch", TORCH_MODULES, _open_torch)
 TORCH_COMPILE = Runtime("torch-compile", "torch", TORCH_MODULES, partial(_open_torch, compiled=True))
 RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, TORCH_EAGER, TORCH_COMPILE)}
+
+
+def measure_fresh(runtime: Runtime, folder: Path, threads: int, batch: int, repeats: int) -> dict[str, float]:
+    """The median of each start-up figure over `repeats` new processes; a `UserError` if one fails."""
+    command = [sys.executable, "-m", "stages.edge.runtimes", runtime.name, str(folder), str(threads), str(batch)]
+    try:
+        return median_start(f"{folder} under {runtime.name}", command, repeats)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def main() -> None:
+    runtime, folder, threads, batch = RUNTIMES[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    image_size = read_json(folder / "model.json")["image_size"]
+    times = [time.perf_counter_ns()]
+    for module in runtime.modules:
+        importlib.import_module(module)
+    times.append(time.perf_counter_ns())
+    run = runtime.open(folder, threads, batch)
+    times.append(time.perf_counter_ns())
+    print(json.dumps(start_up(run, random_pixels(batch, image_size, 0), *(np.diff(times) / 1e6).tolist())))
+
+
+if __name__ == "__main__":
+    run_stage(main)

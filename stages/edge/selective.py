@@ -10,10 +10,8 @@ class Threshold:
     """The classifier answers the images whose confidence is at least `confidence`."""
 
     confidence: float
-    coverage: float
-    """Fraction of the images that it answers."""
-    accuracy: float
-    """Fraction of the answers that are right."""
+    coverage: float  # fraction of the images that it answers
+    accuracy: float  # fraction of the answers that are right
     answered: int
 
 

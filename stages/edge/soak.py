@@ -13,8 +13,7 @@ import numpy as np
 @dataclass(frozen=True)
 class SoakPlan:
     seconds: float
-    images_per_second: float
-    """0 runs one inference directly after the other."""
+    images_per_second: float  # 0 runs one inference directly after the other
     window_seconds: float
 
 
@@ -36,7 +35,7 @@ def soak(
         `late` (with a rate), the number of `wrong` answers (another class than the first time), and the state.
     """
     expected = [int(run(image).argmax()) for image in images]
-    clock: Callable[[], int] = time.perf_counter_ns
+    clock = time.perf_counter_ns
     interval = int(1e9 / plan.images_per_second) if plan.images_per_second else 0
     started = clock()
     due, end = started, started + int(plan.window_seconds * 1e9)
@@ -61,12 +60,11 @@ def soak(
         number += 1
         if after < end:
             continue
-        p50, p95, p99 = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
+        percentiles = zip(("p50", "p95", "p99", "max"), (np.percentile(times, [50, 95, 99, 100]) / 1e6), strict=True)
         row: dict[str, float | None] = {"seconds": (after - started) / 1e9, "runs": len(times)}
-        row |= {"latency_ms_p50": p50, "latency_ms_p95": p95, "latency_ms_p99": p99}
-        rows.append(row | {"latency_ms_max": max(times) / 1e6, "late": late, "wrong": wrong} | state())
+        row |= {f"latency_ms_{name}": float(value) for name, value in percentiles}
+        rows.append(row | {"late": late, "wrong": wrong} | state())
         times, late, wrong = [], 0, 0
         if after >= last:
             return rows
-        end += int(plan.window_seconds * 1e9)
-        end = max(end, clock())
+        end = max(end + int(plan.window_seconds * 1e9), clock())

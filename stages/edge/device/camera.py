@@ -20,7 +20,7 @@ try:
     import numpy as np
     from edgewise_decode import decode, to_rgb
     from edgewise_frames import CROP, Frame, NewestFrames, NoFrames, center_square, frames_of, open_video
-    from edgewise_model import Answer, Model, open_model, run_script, stop, threads_argument
+    from edgewise_model import Answer, Model, open_model, reason_of, run_script, stop, threads_argument
     from PIL import Image, ImageOps
 except ImportError as missing:
     own = str(missing.name).startswith("edgewise_")
@@ -39,8 +39,7 @@ class Tally:
     times_ms: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     unsure: int = 0
     last: Answer | None = None
-    printed: tuple[float, int] | None = None
-    """Time and number of frames of the last line."""
+    printed: tuple[float, int] | None = None  # time and number of frames of the last line
 
     @property
     def frames(self) -> int:
@@ -90,8 +89,7 @@ def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
                 image.load()
                 rgb = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
         except Exception as error:  # errors of Pillow have no common class
-            reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
-            print(f"{path}: left out: {reason}", file=sys.stderr)
+            print(f"{path}: left out: {reason_of(error, path)}", file=sys.stderr)
             left_out.append(path)
             continue
         found = True

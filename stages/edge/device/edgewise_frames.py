@@ -10,8 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CROP = 0.7
-"""Side of the classified square, as a fraction of the shorter side of the frame."""
+CROP = 0.7  # side of the classified square, as a fraction of the shorter side of the frame
 
 
 @dataclass(frozen=True)

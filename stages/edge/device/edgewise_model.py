@@ -23,20 +23,16 @@ class Bundle:
 
     variant: str
     classes: list[str]
-    image_size: int
-    """Side in pixels of the model's input images."""
+    image_size: int  # side in pixels of the model's input images
     onnx_sha256: str
     confidence_threshold: float
-    onnxruntime: str
-    """The version with which the bundle was made."""
+    onnxruntime: str  # the version with which the bundle was made
 
 
 @dataclass(frozen=True)
 class Answer:
-    label: str
-    """The class with the highest softmax probability."""
-    confidence: float
-    """Its softmax probability, which is not calibrated: use it only with the threshold."""
+    label: str  # the class with the highest softmax probability
+    confidence: float  # its softmax probability, which is not calibrated: use it only with the threshold
     threshold: float
     inference_ms: float
 
@@ -54,14 +50,11 @@ class Answer:
 class Loaded:
     """A `model.onnx` in ONNX Runtime."""
 
-    run: Callable[[np.ndarray], np.ndarray]
-    """uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
+    run: Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`
     image_size: int
     classes: int
-    import_ms: float
-    """Time to import ONNX Runtime."""
-    load_ms: float
-    """Time from the file to a session that can run."""
+    import_ms: float  # time to import ONNX Runtime
+    load_ms: float  # time from the file to a session that can run
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,12 @@ def run_script(main: Callable[[], object]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of the buffer
         sys.exit(141)  # exit code of a process that SIGPIPE ended
+
+
+def reason_of(error: Exception, path: Path) -> str:
+    """The reason in one line, without the path, which the line begins with."""
+    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
+    return " ".join(text.split()).replace(f" {str(path)!r}", "")
 
 
 def sha256_of(path: Path) -> str:

@@ -35,16 +35,6 @@ def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str
     return start_up(loaded.run, random_pixels(batch, image_size, 0), loaded.import_ms, loaded.load_ms)
 
 
-def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
-    """The median of each figure of `first_run` over new processes."""
-    settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
-    command = [sys.executable, __file__, "--fresh", *map(str, settings)]
-    try:
-        return median_start(command, protocol.start_up_runs)
-    except ValueError as error:
-        stop(f"{model['variant']} {error}")
-
-
 def time_models(plan: dict, log: Callable[[str], None]) -> dict:
     """The fields of `Timing` in the edge benchmark: `result`, `windows` and `soak`."""
     # here, because the processes that measure their own memory do without psutil
@@ -52,14 +42,19 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     models, protocol = plan["models"], Protocol(**plan["protocol"])
-    if plan["affinity"] is not None:
-        try:
-            keep_to_cores(plan["affinity"])
-        except ValueError as error:
-            stop(f"edge_benchmark.{error}")
     check_models(models)
     log(f"start-up of {len(models)} models")
-    starts = [fresh(model, protocol) | {"onnx_sha256": model["onnx_sha256"]} for model in models]
+    starts = []
+    try:
+        if plan["affinity"] is not None:
+            keep_to_cores(plan["affinity"])
+        for model in models:
+            settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
+            command = [sys.executable, __file__, "--fresh", *map(str, settings)]
+            start = median_start(model["variant"], command, protocol.start_up_runs)
+            starts.append(start | {"onnx_sha256": model["onnx_sha256"]})
+    except ValueError as error:
+        stop(error)
     runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads).run for model in models}
     contenders = []
     for model in models:
