@@ -74,7 +74,7 @@ def run_timing(params: Params) -> Timing:
     section, candidates = params.edge_benchmark, candidates_of(params)
     soaked, protocol = soak_of(params, candidates), protocol_of(section)
     if section.target != "local":
-        return time_there(section.target, candidates, section, protocol, soaked, log)
+        return time_there(candidates, section, protocol, soaked, log)
     if section.affinity is not None:
         try:
             keep_to_cores(section.affinity)

@@ -55,10 +55,8 @@ def listed_variant(params: Joins, variant: str) -> str:
 def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Threshold, int]:
     """The lowest confidence threshold with which at least `accuracy` of the answers on validation images are right.
 
-    It classifies one image at a time in one thread, as a device does. It also returns the number of validation images.
-
-    Raises:
-        UserError: if no threshold reaches `accuracy`, with the highest accuracy that one reaches.
+    It classifies one image at a time in one thread, as a device does. It also returns the number of validation images,
+    and raises a `UserError` with the highest possible accuracy if no threshold reaches `accuracy`.
     """
     part = open_part(images, "validation")
     logits = session_logits(open_session(folder / ONNX, 1), part.images, 1)
@@ -111,10 +109,8 @@ def refuse_other_folder(folder: Path) -> None:
 def write_bundle(folder: Path, source: Path, description: Description, content: dict, card: str | None) -> None:
     """Write the bundle, or replace the files of an earlier one after all new files are written.
 
-    `bundle.json` with the hash of the model comes last: a device refuses a mixture of two bundles.
-
-    Raises:
-        UserError: if the disk is full or not writable, or the copied model is not the one described.
+    `bundle.json` with the hash of the model comes last: a device refuses a mixture of two bundles. A `UserError` says
+    that the disk is full or not writable, or that the copied model is not the one described.
     """
     staged = folder / ".new" if folder.exists() else folder
     with atomic_folder(staged) as unfinished:
@@ -141,12 +137,11 @@ def write_bundle(folder: Path, source: Path, description: Description, content: 
 def read_card(variant: str, onnx_sha256: str) -> tuple[str | None, str]:
     """The model card (None if the report has not written one for this model), and a line for the user about it."""
     path = paths.REPORTS / "cards" / f"{variant}.md"
-    if not path.is_file():
-        return None, f"no model card: {path} is missing; run `dvc repro` to write it, then bundle again"
-    card = path.read_text(encoding="utf-8")
-    if onnx_sha256 not in card:
-        return None, f"no model card: {path} describes another model.onnx; run `dvc repro`, then bundle again"
-    return card, "README.md is the model card"
+    card = path.read_text(encoding="utf-8") if path.is_file() else None
+    if card is not None and onnx_sha256 in card:
+        return card, "README.md is the model card"
+    problem = "is missing" if card is None else "describes another model.onnx"
+    return None, f"no model card: {path} {problem}; run `dvc repro`, then bundle again"
 
 
 def accuracy(text: str) -> float:

@@ -25,7 +25,8 @@ def describe_machine(packages: Sequence[str] = ("onnxruntime", "torch", "numpy")
     """The constant properties of this machine, and the versions of `packages`; None where the system has no value."""
     import importlib.metadata  # here, because it takes a megabyte
 
-    info = _cpuinfo()
+    pairs = [line.partition(":") for line in (_read(PROCESSES / "cpuinfo") or "").splitlines()]
+    info = {key.strip().lower(): value.strip() for key, colon, value in reversed(pairs) if colon}  # the first processor
     affinity = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
     board = _read(PROCESSES / "device-tree/model") or ""  # on ARM, /proc/cpuinfo has no processor name
     flags = (info.get("flags") or info.get("features") or "").split()
@@ -66,8 +67,8 @@ def process_state() -> State:
 class EnergyMeter:
     """Energy in joules that the processor packages use from the construction of the meter on (RAPL counters).
 
-    Linux has the counters in /sys/class/powercap. Often only root may read them, and virtual machines rarely have
-    them. A counter wraps around after some minutes at full load, so call the meter more often than that.
+    Often only root may read the counters, and virtual machines rarely have them. A counter wraps around after some
+    minutes at full load, so call the meter more often than that.
     """
 
     def __init__(self) -> None:
@@ -146,11 +147,7 @@ class RunWatch:
 
 
 def keep_to_cores(cores: Sequence[int]) -> None:
-    """Restrict this process and its future children to `cores`.
-
-    Raises:
-        ValueError: with a message for the user, if a core is not usable or the system has no affinity.
-    """
+    """Restrict this process and its children to `cores`; a `ValueError` for the user if that is not possible."""
     if not hasattr(psutil.Process, "cpu_affinity"):
         raise ValueError("edge_benchmark.affinity: this system cannot restrict a process to cores: set it to null")
     process = psutil.Process()
@@ -181,12 +178,6 @@ def _used_seconds() -> float:
 
 def _own_seconds() -> float:
     return sum(os.times()[:4])  # user and system time of this process and of its children
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor in /proc/cpuinfo, with keys in lower case; empty where there is no such file."""
-    pairs = [line.partition(":") for line in (_read(PROCESSES / "cpuinfo") or "").splitlines()]
-    return {key.strip().lower(): value.strip() for key, colon, value in reversed(pairs) if colon}
 
 
 def _read(path: Path) -> str | None:

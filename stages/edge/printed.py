@@ -31,8 +31,7 @@ IMAGES = 1000  # default number of images, if the test part has as many
 def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
     """Indices of the test images to print: a seeded sample without repetition, in the stored order.
 
-    Raises:
-        ValueError: with a message for the user, if the test part has fewer images.
+    Raises a `ValueError` with a message for the user if the test part has fewer images.
     """
     images = min(IMAGES, n_test) if images is None else images
     if not 1 <= images <= n_test:
@@ -43,9 +42,7 @@ def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
 def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, folder: Path) -> dict:
     """Film the test images `chosen`, leave the video in `folder`, play it and classify its frames.
 
-    Raises:
-        UserError: if the artifact is missing, broken or made from other images, or the video does not play back frame
-            by frame.
+    Raises a `UserError` if the artifact is missing, broken or made from other images, or the video does not play.
     """
     from stages.edge.device.edgewise_frames import CROP, center_square
     from stages.edge.printing import FRAMES_PER_SECOND, Strengths, film, photograph, play

@@ -96,11 +96,7 @@ def jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 
 def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
-    """Write pictures, uint8 RGB `[side, side, 3]`, to a video, each stamped with its number. Returns their number.
-
-    Raises:
-        UserError: if OpenCV cannot write the video.
-    """
+    """Write pictures, uint8 RGB `[side, side, 3]`, to a video, each stamped with its number. Returns their number."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), FRAMES_PER_SECOND, (side, side))
     if not writer.isOpened():
         raise UserError(f"OpenCV {cv2.__version__} cannot write a video to {path}: is the folder writable?")
@@ -114,8 +110,7 @@ def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
 def play(path: Path, written: int) -> Iterator[np.ndarray]:
     """Yield the frames of a video of `film`, uint8 BGR, read as camera.py reads them.
 
-    Raises:
-        UserError: if they are not exactly the frames written, in their order.
+    Raises a `UserError` if they are not exactly the frames written, in their order.
     """
     number = 0
     try:
@@ -133,9 +128,8 @@ def play(path: Path, written: int) -> Iterator[np.ndarray]:
 def stamp(picture: np.ndarray, number: int) -> np.ndarray:
     """A copy of `[H, W, 3]` with `number` in binary, the lowest bit first."""
     stamped = picture.copy()
-    for bit in range(BITS):
-        left = STAMP_LEFT + bit * BIT_PX
-        stamped[STAMP_TOP : STAMP_TOP + BIT_PX, left : left + BIT_PX] = 255 * (number >> bit & 1)
+    blocks = np.repeat(255 * (number >> np.arange(BITS) & 1), BIT_PX)
+    stamped[STAMP_TOP : STAMP_TOP + BIT_PX, STAMP_LEFT : STAMP_LEFT + len(blocks)] = blocks[:, None]
     return stamped
 
 

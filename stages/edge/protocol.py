@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 Classify = Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`
+Log = Callable[[str], None]  # receives lines of progress
 Meter = Callable[[], float | None]  # joules used so far; None where the machine has no counter
 
 STEADY = 0.05  # the ratios of the two halves of a steady run differ by at most this fraction
@@ -71,8 +72,7 @@ def random_pixels(batch: int, image_size: int, seed: int) -> np.ndarray:
 def time_window(run: Classify, pixels: np.ndarray, seconds: float, minimum_runs: int, meter: Meter) -> tuple:
     """Call `run` on `pixels` for at least `seconds` and at least `minimum_runs` times.
 
-    Returns:
-        The duration of each call in ns, int64 `[calls]`, and the joules used, or None.
+    Returns the duration of each call in ns, int64 `[calls]`, and the joules used, or None.
     """
     clock, times, joules = time.perf_counter_ns, [], meter()
     after, end = 0, clock() + int(seconds * 1e9)
@@ -124,12 +124,9 @@ def summarize(windows: Sequence[Window], contender: int, baseline: int, protocol
     halves = [float(np.median(half)) for half in np.array_split(ratios, 2) if len(half)]
     images = len(times) * protocol.batch
     joules = [window.joules for window in own if window.joules is not None]
-    p50_ms, p95_ms, p99_ms = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
+    percentiles = zip(("p50", "p95", "p99", "min"), (np.percentile(times, [50, 95, 99, 0]) / 1e6).tolist(), strict=True)
     return {
-        "latency_ms_p50": p50_ms,
-        "latency_ms_p95": p95_ms,
-        "latency_ms_p99": p99_ms,
-        "latency_ms_min": float(times.min()) / 1e6,
+        **{f"latency_ms_{name}": value for name, value in percentiles},
         "throughput_per_s": images / (float(times.sum()) / 1e9),
         "latency_ratio": float(np.median(ratios)),
         "latency_ratio_low": low,
@@ -153,30 +150,19 @@ def timed_rows(contenders: Sequence[Contender], windows: Sequence[Window], proto
 
 def window_rows(contenders: Sequence[Contender], windows: Sequence[Window]) -> list[dict]:
     """One flat row for each window, in the order in which they ran."""
-    return [
-        {
-            "variant": contenders[window.contender].variant,
-            "runtime": contenders[window.contender].runtime,
-            "round": window.round,
-            "order": window.order,
-            "runs": len(window.times_ns),
-            "p50_ms": window.p50_ms,
-            "p95_ms": float(np.percentile(window.times_ns, 95)) / 1e6,
-            "min_ms": float(window.times_ns.min()) / 1e6,
-        }
-        for window in windows
-    ]
+    rows = []
+    for window in windows:
+        own, times_ms = contenders[window.contender], window.times_ns / 1e6
+        names = {"variant": own.variant, "runtime": own.runtime, "round": window.round, "order": window.order}
+        figures = {"runs": len(times_ms), "p50_ms": window.p50_ms, "p95_ms": float(np.percentile(times_ms, 95))}
+        rows.append(names | figures | {"min_ms": float(times_ms.min())})
+    return rows
 
 
 def timed_run(
-    contenders: Sequence[Contender],
-    starts: Sequence[dict],
-    protocol: Protocol,
-    start_watch: Callable[[int], Any],
-    meter: Meter,
-    log: Callable[[str], None],
+    contenders: Sequence[Contender], starts: Sequence[dict], protocol: Protocol, watch: Any, meter: Meter, log: Log
 ) -> tuple[dict, dict, list[dict]]:
-    """Time every contender on a machine watched by `start_watch` (`RunWatch`; this module does without psutil).
+    """Time every contender while a `RunWatch` watches the machine (its module needs psutil, this one does not).
 
     Returns:
         The marks, `protocol`, `overhead_ns` and `rows`, to which `starts` adds its figures; the state of the machine;
@@ -184,7 +170,6 @@ def timed_run(
     """
     seconds = len(contenders) * protocol.windows * protocol.window_seconds
     log(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
-    watch = start_watch(protocol.quiet_seconds)
     windows = measure(contenders, protocol, meter)
     marks, state = watch.finish()
     rows = [row | start for row, start in zip(timed_rows(contenders, windows, protocol), starts, strict=True)]
@@ -204,8 +189,7 @@ def start_up(run: Classify, pixels: np.ndarray, import_ms: float, load_ms: float
 def median_start(name: str, command: Sequence[str], runs: int) -> dict[str, float]:
     """The median of each figure of `start_up`, which `command` prints as JSON, over `runs` new processes.
 
-    Raises:
-        ValueError: if a process fails, with the last line of its error output.
+    Raises a `ValueError` with the last line of the error output if a process fails.
     """
     import subprocess  # here, because the new processes measure their own memory
 

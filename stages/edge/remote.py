@@ -12,7 +12,7 @@ import json
 import shlex
 import subprocess
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ import numpy as np
 from stages.common.errors import UserError
 from stages.edge.bundle import STAGES, pinned
 from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads
-from stages.edge.protocol import Protocol
+from stages.edge.protocol import Log, Protocol
 from stages.params.edge_benchmark import EdgeBenchmark
 
 SSH = (
@@ -60,18 +60,14 @@ class Device:
     target: str  # `ssh://[user@]host[:port]`, which OpenSSH takes as it is
 
     def run(self, script: str, content: bytes | None = None) -> str:
-        """Run a POSIX shell script on the device with `content` as its input, and return its output.
-
-        Raises:
-            UserError: if the device is not reachable, or the script fails.
-        """
+        """The output of a POSIX shell script with `content` as its input; a `UserError` if the run fails."""
         command = [*SSH, self.target, f"set -e; {script}"]
         done = subprocess.run(command, input=content or b"", capture_output=True, check=False)
         if done.returncode:
             raise self.failure(done.returncode, done.stderr.decode(errors="replace"))
         return done.stdout.decode(errors="replace")
 
-    def follow(self, script: str, log: Callable[[str], None]) -> None:
+    def follow(self, script: str, log: Log) -> None:
         """Like `run`, but pass each line of output to `log` at once, and keep the script's input open until it ends."""
         command = [*SSH, self.target, f"set -e; {script}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
@@ -98,21 +94,16 @@ class Device:
 
 
 def time_there(
-    target: str,
-    candidates: Sequence[Candidate],
-    section: EdgeBenchmark,
-    protocol: Protocol,
-    soaked: Soaked | None,
-    log: Callable[[str], None],
+    candidates: Sequence[Candidate], section: EdgeBenchmark, protocol: Protocol, soaked: Soaked | None, log: Log
 ) -> Timing:
     """Time every candidate in ONNX Runtime on the device, in one interleaved run.
 
     The device has no PyTorch, so the baseline of a ratio is the dense float network in ONNX Runtime.
 
-    Raises:
-        UserError: if the device is not reachable, not supported or full, or the run fails. The environment and the
-            models stay on the device.
+    Raises a `UserError` if the device is not reachable, not supported or full, or the run fails. The environment and
+    the models stay on the device.
     """
+    target = section.target
     device = Device(target)
 
     def log_device(line: str) -> None:
@@ -169,7 +160,7 @@ def check_device(target: str, found: dict[str, str], model_bytes: int) -> None:
         raise UserError(f"{target}: {free:,.0f} MB are free, but {needs}: make room there")
 
 
-def make_environment(device: Device, home: str, python: str, held: set[str], log: Callable[[str], None]) -> str:
+def make_environment(device: Device, home: str, python: str, held: set[str], log: Log) -> str:
     """The folder of a complete environment, new if there is none: an incomplete one may belong to another run."""
     pins = [f"{name}=={pinned(name)}" for name in REQUIREMENTS]
     start = f"{home}/env-{hashlib.sha256(' '.join([python, *pins]).encode()).hexdigest()[:12]}-"
@@ -189,9 +180,7 @@ def make_environment(device: Device, home: str, python: str, held: set[str], log
     return printed[-1]
 
 
-def copy_models(
-    device: Device, home: str, candidates: Sequence[Candidate], held: set[str], log: Callable[[str], None]
-) -> None:
+def copy_models(device: Device, home: str, candidates: Sequence[Candidate], held: set[str], log: Log) -> None:
     """Copy the models that the device lacks; each gets its final name when it is complete."""
     files = {model_path(home, c): c.folder / "model.onnx" for c in candidates}
     missing = {place: file for place, file in files.items() if place not in held}

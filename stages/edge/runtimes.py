@@ -32,6 +32,8 @@ class Runtime:
     open: Callable[[Path, int, int], Classify]
     """Opens the artifact in a folder, with a number of threads and of images in each call."""
     install: str = "uv sync"  # the command that installs it
+    required: bool = False  # a model that does not run ends the benchmark; otherwise it is listed in `left_out`
+    dense_only: bool = False  # it times only the dense float networks
 
 
 def not_installed(runtime: Runtime) -> str | None:
@@ -104,10 +106,10 @@ def _line(error: Exception, which: int) -> str:
 
 
 TORCH_MODULES = ("torch", "stages.artifacts.artifact")
-ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime)
+ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime, required=True)
 OPENVINO = Runtime("openvino", "openvino", ("openvino",), _open_openvino, "uv sync --extra openvino")
-TORCH_EAGER = Runtime("torch-eager", "torch", TORCH_MODULES, _open_torch)
-TORCH_COMPILE = Runtime("torch-compile", "torch", TORCH_MODULES, partial(_open_torch, compiled=True))
+TORCH_EAGER = Runtime("torch-eager", "torch", TORCH_MODULES, _open_torch, required=True, dense_only=True)
+TORCH_COMPILE = Runtime("torch-compile", "torch", TORCH_MODULES, partial(_open_torch, compiled=True), dense_only=True)
 RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, TORCH_EAGER, TORCH_COMPILE)}
 
 

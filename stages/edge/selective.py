@@ -18,11 +18,8 @@ class Threshold:
 def thresholds(confidence: np.ndarray, right: np.ndarray) -> list[Threshold]:
     """Every threshold that divides these images differently, the lowest first.
 
-    They form the risk-coverage curve of El-Yaniv and Wiener (JMLR 11, 2010, section 2).
-
-    Args:
-        confidence: float `[N]`.
-        right: bool `[N]`, True where the predicted class is the label.
+    They form the risk-coverage curve of El-Yaniv and Wiener (JMLR 11, 2010, section 2). `confidence` is float `[N]`;
+    `right` is bool `[N]`, True where the predicted class is the label.
     """
     values, counts = np.unique(confidence, return_counts=True)
     answered = np.cumsum(counts[::-1])[::-1]

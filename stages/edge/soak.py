@@ -17,17 +17,16 @@ class SoakPlan:
     window_seconds: float
 
 
+Row = dict[str, float | None]
+
+
 def soak(
-    run: Callable[[np.ndarray], np.ndarray],
-    images: Sequence[np.ndarray],
-    plan: SoakPlan,
-    state: Callable[[], dict[str, float | None]],
-) -> list[dict[str, float | None]]:
+    run: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray], plan: SoakPlan, state: Callable[[], Row]
+) -> list[Row]:
     """Classify `images` in turn until the time is up, and compare each answer with the first one on the same image.
 
     Args:
-        run: pixels `[1, H, W, 3]` to logits `[1, classes]`.
-        images: uint8, each `[1, H, W, 3]`.
+        run: uint8 pixels `[1, H, W, 3]`, as each of `images`, to logits `[1, classes]`.
         state: returns memory, temperature and frequency; called at the end of each window, outside the timing.
 
     Returns:
@@ -40,7 +39,7 @@ def soak(
     started = clock()
     due, end = started, started + int(plan.window_seconds * 1e9)
     last = started + int(plan.seconds * 1e9)
-    rows: list[dict[str, float | None]] = []
+    rows: list[Row] = []
     times: list[int] = []
     number = late = wrong = 0
     while True:
@@ -61,7 +60,7 @@ def soak(
         if after < end:
             continue
         percentiles = zip(("p50", "p95", "p99", "max"), (np.percentile(times, [50, 95, 99, 100]) / 1e6), strict=True)
-        row: dict[str, float | None] = {"seconds": (after - started) / 1e9, "runs": len(times)}
+        row: Row = {"seconds": (after - started) / 1e9, "runs": len(times)}
         row |= {f"latency_ms_{name}": float(value) for name, value in percentiles}
         rows.append(row | {"late": late, "wrong": wrong} | state())
         times, late, wrong = [], 0, 0

@@ -57,11 +57,8 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
 def summary(result: dict) -> str:
     machine = result["machine"]
     known = [f"{machine['usable_cores']} of {machine['cores']} cores"]
-    for key, digits, unit in [
-        ("frequency_mhz", 0, "MHz"),
-        ("temperature_c", 0, "°C"),
-        ("load_average_1min", 2, "load"),
-    ]:
+    units = {"frequency_mhz": (0, "MHz"), "temperature_c": (0, "°C"), "load_average_1min": (2, "load")}
+    for key, (digits, unit) in units.items():
         before, after = machine[f"{key}_before"], machine[f"{key}_after"]
         if before is not None and after is not None:
             known.append(f"{before:.{digits}f} to {after:.{digits}f} {unit}")

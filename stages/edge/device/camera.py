@@ -74,11 +74,7 @@ class Tally:
 
 
 def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
-    """The images of a folder in the order of their names, upright; other files are named and added to `left_out`.
-
-    Raises:
-        NoFrames: if the folder is missing, or none of its files is an image.
-    """
+    """The images of a folder in the order of their names, upright; other files are named and added to `left_out`."""
     if not folder.is_dir():
         raise NoFrames(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     found = False
@@ -149,9 +145,8 @@ class Screen:
 
 def classify(model: Model, frame: Frame, crop: float | None, screen: Screen, tally: Tally) -> bool:
     """Classify a frame, show and count it; returns False if the user wants to stop."""
-    height, width = frame.pixels.shape[:2]
     times = [time.perf_counter_ns()]
-    square = center_square(frame.pixels, crop) if crop else (slice(0, height), slice(0, width))
+    square = center_square(frame.pixels, crop)
     pixels, _ = decode(np.ascontiguousarray(frame.pixels[square][..., ::-1]), model.bundle.image_size)
     times.append(time.perf_counter_ns())
     answer = model.answer(pixels)
@@ -165,11 +160,7 @@ def classify(model: Model, frame: Frame, crop: float | None, screen: Screen, tal
 
 
 def run(arguments: argparse.Namespace) -> str | None:
-    """Classify until the end, print the summary, and return a message if something went wrong.
-
-    Raises:
-        NoFrames: if the source cannot be opened.
-    """
+    """Classify until the end, print the summary, and return a message if something went wrong."""
     model = open_model(Path(__file__).parent, arguments.threads)
     source: int | Path = arguments.folder or arguments.video or arguments.camera
     live, rate, crop = None, DEFAULT_RATE, arguments.crop

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +27,10 @@ class Bundle:
     onnx_sha256: str
     confidence_threshold: float
     onnxruntime: str  # the version with which the bundle was made
+
+
+TYPES = {"variant": str, "classes": list, "image_size": int, "onnx_sha256": str}
+TYPES |= {"confidence_threshold": int | float, "onnxruntime": str}
 
 
 @dataclass(frozen=True)
@@ -118,37 +122,23 @@ def comparison(confidence: float, threshold: float) -> str:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Ends the program if `bundle.json` is missing or damaged, or does not describe this `model.onnx`."""
+    """End the program if `bundle.json` is missing or damaged, or does not describe this `model.onnx`."""
     try:
         raw = json.loads((folder / BUNDLE).read_text(encoding="utf-8"))
-        own = {field.name: raw[field.name] for field in fields(Bundle) if field.name != "onnxruntime"}
-        bundle = Bundle(**own, onnxruntime=raw["versions"]["onnxruntime"])
-        _check_types(bundle)
+        values = {**raw, "onnxruntime": raw["versions"]["onnxruntime"]}
+        bundle = Bundle(**{name: values[name] for name in TYPES})
+        wrong = [name for name, kind in TYPES.items() if not isinstance(values[name], kind)]
+        if wrong or not all(isinstance(label, str) for label in bundle.classes):
+            raise ValueError(f"{(*wrong, 'classes')[0]} has a wrong type")
         found = sha256_of(folder / MODEL)
     except OSError as error:
         stop(f"{error.filename}: {error.strerror}: copy the whole bundle again")
     except (ValueError, KeyError, TypeError) as error:
         stop(f"{folder / BUNDLE} is damaged ({type(error).__name__}: {error}): copy the whole bundle again")
     if found != bundle.onnx_sha256:
-        stop(
-            f"{folder / MODEL} has sha256 {found[:12]}…, but {BUNDLE} has {bundle.onnx_sha256[:12]}…: the threshold"
-            " and the model card belong to another model: copy the whole bundle again"
-        )
+        hashes = f"{folder / MODEL} has sha256 {found[:12]}…, but {BUNDLE} has {bundle.onnx_sha256[:12]}…"
+        stop(f"{hashes}: the threshold and the model card belong to another model: copy the whole bundle again")
     return bundle
-
-
-def _check_types(bundle: Bundle) -> None:
-    """Raises a `ValueError` that names the first value of a wrong type."""
-    named = isinstance(bundle.classes, list) and all(isinstance(name, str) for name in bundle.classes)
-    sound = {
-        "variant": isinstance(bundle.variant, str),
-        "classes": named and bool(bundle.classes),
-        "image_size": type(bundle.image_size) is int and bundle.image_size > 0,
-        "confidence_threshold": type(bundle.confidence_threshold) in (int, float),
-        "versions.onnxruntime": isinstance(bundle.onnxruntime, str),
-    }
-    if wrong := [name for name, valid in sound.items() if not valid]:
-        raise ValueError(f"{wrong[0]} has a wrong type")
 
 
 def open_model(folder: Path, threads: int) -> Model:
@@ -162,11 +152,9 @@ def open_model(folder: Path, threads: int) -> Model:
     import onnxruntime
 
     if _numbers(onnxruntime.__version__) < _numbers(bundle.onnxruntime):
-        print(
-            f"warning: ONNX Runtime {onnxruntime.__version__} is older than {bundle.onnxruntime}, with which this"
-            " bundle was made: pip install -r requirements.txt",
-            file=sys.stderr,
-        )
+        older = f"ONNX Runtime {onnxruntime.__version__} is older than {bundle.onnxruntime}"
+        remedy = "pip install -r requirements.txt"
+        print(f"warning: {older}, with which this bundle was made: {remedy}", file=sys.stderr)
     return Model(**vars(loaded), bundle=bundle)
 
 

@@ -61,7 +61,9 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
         pixels = random_pixels(protocol.batch, model["image_size"], protocol.seed)
         baseline = list(runs).index(model["baseline"])
         contenders.append(Contender(model["variant"], "onnxruntime", runs[model["variant"]], pixels, baseline))
-    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch, EnergyMeter(), log)
+    timed, state, windows = timed_run(
+        contenders, starts, protocol, RunWatch(protocol.quiet_seconds), EnergyMeter(), log
+    )
     result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
     soaked = []
     if plan["soak"] is not None:
