@@ -80,7 +80,7 @@ def compare(params: Params, variant: str, scratch: Path) -> dict[str, Any]:
     pixels = random_pixels(1, read_description(folder).image_size, PROTOCOL.seed)
     ours = list(runs).index("ours int8, ONNX Runtime")
     contenders = [Contender(variant, name, run, pixels, ours) for name, run in runs.items()]
-    watch = RunWatch.start()
+    watch = RunWatch()
     rows = timed_rows(contenders, measure(contenders, PROTOCOL, EnergyMeter()), PROTOCOL)
     marks, state = watch.finish()
     validation = open_part(paths.IMAGES, "validation")

@@ -11,7 +11,6 @@ Run: python -m stages.edge_benchmark
 
 import tempfile
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts.description import check_onnx, read_description
@@ -20,10 +19,10 @@ from stages.common.cores import usable_cores
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, read_json, write_csv, write_json
 from stages.datasets.store import open_part
-from stages.edge.bundle import listed_variant
+from stages.edge.bundle import CAMERA, listed_variant, pinned
 from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads, time_here
 from stages.edge.machine import keep_to_cores
-from stages.edge.printed import printed_row, require_opencv, sample
+from stages.edge.printed import printed_row, sample
 from stages.edge.protocol import Protocol
 from stages.edge.remote import time_there
 from stages.edge.soak import SoakPlan
@@ -75,12 +74,12 @@ def run_timing(params: Params) -> Timing:
     section, candidates = params.edge_benchmark, candidates_of(params)
     soaked, protocol = soak_of(params, candidates), protocol_of(section)
     if section.target != "local":
-        return time_there(section.target, candidates, section, protocol, soaked, log)
+        return time_there(candidates, section, protocol, soaked, log)
     if section.affinity is not None:
         try:
             keep_to_cores(section.affinity)
         except ValueError as error:
-            raise UserError(f"edge_benchmark.{error}") from None
+            raise UserError(str(error)) from None
     refuse_many_threads(section.threads, usable_cores())
     return time_here(candidates, section.runtimes, protocol, soaked, log)
 
@@ -101,7 +100,7 @@ def main() -> None:
     params = load_params(Params)
     section, printed = params.edge_benchmark, params.edge_benchmark.printed
     if printed is not None:
-        require_opencv()
+        pinned(CAMERA)
         try:
             chosen = sample(len(open_part(paths.IMAGES, "test")), printed.images, printed.seed)
         except ValueError as error:
@@ -112,12 +111,10 @@ def main() -> None:
     before = previous_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result
-    repeat = repeat_of(result, before)
-    result["repeat"] = None if repeat is None else asdict(repeat)
+    result["repeat"] = repeat_of(result, before)
     with atomic_folder(paths.EDGE) as unfinished:
         if section.soak is not None:
-            drift = drift_of(timing.soak, section.confidence)
-            result["soak"] = section.soak.model_dump() | asdict(drift)
+            result["soak"] = section.soak.model_dump() | drift_of(timing.soak, section.confidence)
             write_csv(unfinished / "soak.csv", timing.soak)
         if printed is not None:
             write_json(unfinished / "printed.json", filmed)

@@ -20,16 +20,16 @@ from stages.common.errors import UserError
 from stages.common.files import atomic_folder, clear_disk_errors, write_json, write_text
 from stages.datasets.store import open_part, read_info
 from stages.edge.device.edgewise_model import BUNDLE, confidences
-from stages.edge.selective import Threshold, best_threshold, lowest_threshold, proportion, thresholds
+from stages.edge.selective import Threshold, lowest_threshold, proportion, thresholds
 from stages.export.session import open_session, session_logits
 from stages.params.edge_benchmark import EdgeBenchmark
 from stages.params.load import load_params
 from stages.params.variants import Joins
 
 STAGES = Path(__file__).parents[1]
-DEVICE = ("bench.py", "camera.py", "edgewise_frames.py", "edgewise_model.py", "predict.py")
+SCRIPTS = ("bench.py", "camera.py", "edgewise_frames.py", "edgewise_model.py", "predict.py")
 SOURCES = {
-    **{name: STAGES / "edge/device" / name for name in DEVICE},
+    **{name: STAGES / "edge/device" / name for name in SCRIPTS},
     "edgewise_decode.py": STAGES / "datasets/decode.py",
     "edgewise_machine.py": STAGES / "edge/machine.py",
     "edgewise_protocol.py": STAGES / "edge/protocol.py",
@@ -37,8 +37,7 @@ SOURCES = {
 """Files to copy, by their names in the bundle. The same code decodes images there and in the download stage."""
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "psutil")
 CAMERA = "opencv-python-headless"
-PRINTED = "printed"
-"""Folder of the printed-sample test within a bundle."""
+PRINTED = "printed"  # folder of the printed-sample test within a bundle
 CARD = "README.md"
 
 
@@ -56,29 +55,23 @@ def listed_variant(params: Joins, variant: str) -> str:
 def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Threshold, int]:
     """The lowest confidence threshold with which at least `accuracy` of the answers on validation images are right.
 
-    It classifies one image at a time in one thread, as a device does.
-
-    Returns:
-        The threshold, and the number of validation images.
-
-    Raises:
-        UserError: if no threshold reaches `accuracy`, with the highest accuracy that one reaches.
+    It classifies one image at a time in one thread, as a device does. It also returns the number of validation images,
+    and raises a `UserError` with the highest possible accuracy if no threshold reaches `accuracy`.
     """
     part = open_part(images, "validation")
     logits = session_logits(open_session(folder / ONNX, 1), part.images, 1)
     curve = thresholds(confidences(logits), logits.argmax(1) == part.labels)
-    if (chosen := lowest_threshold(curve, accuracy)) is None:
-        best = best_threshold(curve)
-        raise UserError(
-            f"--accuracy {accuracy:g} is out of reach on {len(part):,} validation images: the highest accuracy is"
-            f" {best.accuracy:.4f}, with answers on {100 * best.coverage:.1f} % of them (confidence"
-            f" {best.confidence:.4f} or more): lower --accuracy, or choose another variant"
-        )
-    return chosen, len(part)
+    if chosen := lowest_threshold(curve, accuracy):
+        return chosen, len(part)
+    best = max(curve, key=lambda threshold: (threshold.accuracy, threshold.coverage))
+    raise UserError(
+        f"--accuracy {accuracy:g} is out of reach on {len(part):,} validation images: the highest accuracy is"
+        f" {best.accuracy:.4f}, with answers on {100 * best.coverage:.1f} % of them (confidence"
+        f" {best.confidence:.4f} or more): lower --accuracy, or choose another variant"
+    )
 
 
 def bundle_json(description: Description, threshold: Threshold, n_validation: int, accuracy: float) -> dict:
-    versions = {name: pinned(name) for name in (*REQUIREMENTS, CAMERA)}
     return {
         "variant": description.name,
         "classes": description.classes,
@@ -92,18 +85,16 @@ def bundle_json(description: Description, threshold: Threshold, n_validation: in
         "validation_selective_accuracy": threshold.accuracy,
         "data_name": description.data["name"],
         "data_sha256": description.data["sha256"],
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version()} | {name: pinned(name) for name in (*REQUIREMENTS, CAMERA)},
     }
 
 
 def pinned(package: str) -> str:
-    """The version installed here, with which the tests have run."""
+    """The version installed here, with which the tests have run; a `UserError` if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"{package} is not installed here, so there is no version to pin: run `uv sync --extra camera`, then again"
-        ) from None
+        raise UserError(f"{package} is not installed here: run `uv sync --extra camera`, then again") from None
 
 
 def refuse_other_folder(folder: Path) -> None:
@@ -116,13 +107,10 @@ def refuse_other_folder(folder: Path) -> None:
 
 
 def write_bundle(folder: Path, source: Path, description: Description, content: dict, card: str | None) -> None:
-    """Write the bundle, or replace the files of an earlier one.
+    """Write the bundle, or replace the files of an earlier one after all new files are written.
 
-    It replaces nothing before all files are written, and `bundle.json` with the hash of the model comes last: a device
-    refuses a mixture of two bundles.
-
-    Raises:
-        UserError: if the disk is full or not writable, or the copied model is not the one described.
+    `bundle.json` with the hash of the model comes last: a device refuses a mixture of two bundles. A `UserError` says
+    that the disk is full or not writable, or that the copied model is not the one described.
     """
     staged = folder / ".new" if folder.exists() else folder
     with atomic_folder(staged) as unfinished:
@@ -149,12 +137,11 @@ def write_bundle(folder: Path, source: Path, description: Description, content: 
 def read_card(variant: str, onnx_sha256: str) -> tuple[str | None, str]:
     """The model card (None if the report has not written one for this model), and a line for the user about it."""
     path = paths.REPORTS / "cards" / f"{variant}.md"
-    if not path.is_file():
-        return None, f"no model card: {path} is missing; run `dvc repro` to write it, then bundle again"
-    card = path.read_text(encoding="utf-8")
-    if onnx_sha256 not in card:
-        return None, f"no model card: {path} describes another model.onnx; run `dvc repro`, then bundle again"
-    return card, "README.md is the model card"
+    card = path.read_text(encoding="utf-8") if path.is_file() else None
+    if card is not None and onnx_sha256 in card:
+        return card, "README.md is the model card"
+    problem = "is missing" if card is None else "describes another model.onnx"
+    return None, f"no model card: {path} {problem}; run `dvc repro`, then bundle again"
 
 
 def accuracy(text: str) -> float:
@@ -166,13 +153,11 @@ def accuracy(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("variant", help="an entry of variants in params.yaml")
-    parser.add_argument(
-        "--accuracy",
-        type=accuracy,
-        default=0.95,
-        help="fraction of the answers that must be right on validation images. The bundle answers only if the top"
-        " softmax confidence reaches a threshold, which this sets; otherwise it prints `unsure` (default: 0.95)",
+    text = (
+        "fraction of the answers that must be right on validation images. The bundle answers only if the top softmax"
+        " confidence reaches a threshold, which this sets; otherwise it prints `unsure` (default: 0.95)"
     )
+    parser.add_argument("--accuracy", type=accuracy, default=0.95, help=text)
     parser.add_argument("--out", type=Path, default=Path("dist"), help="parent folder of the bundle (default: dist)")
 
 
@@ -184,16 +169,16 @@ def run(arguments: argparse.Namespace) -> None:
     description = read_description(source)
     check_onnx(source, description)
     description.require_images(source, read_info(paths.IMAGES).sha256)
-    threshold, n_validation = choose_threshold(source, paths.IMAGES, arguments.accuracy)
+    chosen, n_validation = choose_threshold(source, paths.IMAGES, arguments.accuracy)
     card, remark = read_card(variant, description.onnx["sha256"])
-    content = bundle_json(description, threshold, n_validation, arguments.accuracy)
+    content = bundle_json(description, chosen, n_validation, arguments.accuracy)
     write_bundle(folder, source, description, content, card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    n_right, answered = round(threshold.accuracy * threshold.answered), threshold.answered
-    right = proportion("right", n_right, answered, params.edge_benchmark.confidence)
+    n_right = round(chosen.accuracy * chosen.answered)
+    right = proportion("right", n_right, chosen.answered, params.edge_benchmark.confidence)
     print(
-        f"{folder}: {size / 1e6:.2f} MB; confidence threshold {threshold.confidence:.4f}: answers"
-        f" {100 * threshold.coverage:.1f} % of {n_validation:,} validation images, and {100 * threshold.accuracy:.2f} %"
+        f"{folder}: {size / 1e6:.2f} MB; confidence threshold {chosen.confidence:.4f}: answers"
+        f" {100 * chosen.coverage:.1f} % of {n_validation:,} validation images, and {100 * chosen.accuracy:.2f} %"
         f" of the answers are right [{100 * right['right_ci_low']:.1f}, {100 * right['right_ci_high']:.1f}]"
         f" (--accuracy {arguments.accuracy:g})"
     )

@@ -1,6 +1,6 @@
 """Time variants on this machine, in each of the chosen runtimes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,17 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from stages.common.errors import UserError
-from stages.edge.fresh import measure_fresh
 from stages.edge.machine import EnergyMeter, RunWatch, describe_machine, process_state
-from stages.edge.protocol import Contender, Protocol, random_pixels, timed_run
-from stages.edge.runtimes import ONNXRUNTIME, RUNTIMES, TORCH_COMPILE, TORCH_EAGER, Runtime, not_installed
+from stages.edge.protocol import Contender, Log, Protocol, random_pixels, timed_run
+from stages.edge.runtimes import ONNXRUNTIME, RUNTIMES, TORCH_EAGER, Runtime, measure_fresh, not_installed
 from stages.edge.soak import SoakPlan, soak
-
-BASELINES = (TORCH_EAGER, TORCH_COMPILE)
-"""Runtimes that time only the dense float networks."""
-REQUIRED = (ONNXRUNTIME, TORCH_EAGER)
-"""Every comparison needs these runtimes: a model that fails in one of them ends the run. A model that fails in another
-runtime is listed in `left_out`."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +19,8 @@ class Candidate:
     """A variant to time."""
 
     variant: str
-    folder: Path
-    """Its artifact."""
-    baseline: str
-    """The dense float variant to compare with."""
+    folder: Path  # its artifact
+    baseline: str  # the dense float variant to compare with
     image_size: int
     onnx_sha256: str
 
@@ -39,11 +30,9 @@ class Timing:
     """The result of a run on this machine or on a device."""
 
     result: dict[str, object]
-    """`started`, the marks `busy` and `throttled`, `machine`, `protocol`, `overhead_ns`, `rows`, and `left_out`: each
-    requested timing that was not possible, with the reason."""
+    """The contents of `edge.json`; `left_out` has each requested timing that was not possible, with the reason."""
     windows: list[dict]
-    soak: list[dict]
-    """Empty if the params ask for no soak."""
+    soak: list[dict]  # empty if the params ask for no soak
 
 
 Soaked = tuple[Candidate, np.ndarray, SoakPlan]
@@ -51,19 +40,11 @@ Soaked = tuple[Candidate, np.ndarray, SoakPlan]
 
 
 def time_here(
-    candidates: Sequence[Candidate],
-    runtimes: Sequence[str],
-    protocol: Protocol,
-    soaked: Soaked | None,
-    log: Callable[[str], None],
+    candidates: Sequence[Candidate], runtimes: Sequence[str], protocol: Protocol, soaked: Soaked | None, log: Log
 ) -> Timing:
     """Time every candidate in every runtime, and each baseline in PyTorch eager, in one interleaved run.
 
-    Args:
-        log: receives lines of progress.
-
-    Raises:
-        UserError: if a model does not run in ONNX Runtime, or a baseline does not run in PyTorch.
+    Raises a `UserError` if a model does not run in a required runtime.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     requested, left_out = _requested(candidates, runtimes)
@@ -72,29 +53,24 @@ def time_here(
         try:
             run = runtime.open(candidate.folder, protocol.threads, protocol.batch)
         except UserError as error:
-            if runtime in REQUIRED:
+            if runtime.required:
                 raise
             left_out.append({"variant": candidate.variant, "runtime": runtime.name, "reason": str(error)})
             log(f"left out: {error}")
             continue
         opened.append((candidate, runtime, run))
-        repeats = protocol.start_up_runs if runtime in REQUIRED else 1
+        repeats = protocol.start_up_runs if runtime.required else 1
         start = measure_fresh(runtime, candidate.folder, protocol.threads, protocol.batch, repeats)
         starts.append(start | {"onnx_sha256": candidate.onnx_sha256})
     eager = {c.variant: index for index, (c, runtime, _) in enumerate(opened) if runtime is TORCH_EAGER}
-    contenders = [
-        Contender(
-            c.variant,
-            runtime.name,
-            run,
-            random_pixels(protocol.batch, c.image_size, protocol.seed),
-            eager[c.baseline],
-        )
-        for c, runtime, run in opened
-    ]
-    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), log)
-    packages = sorted({runtime.package for _, runtime, _ in opened} | {"numpy"})
-    machine = describe_machine(packages) | state
+    contenders = []
+    for c, runtime, run in opened:
+        pixels = random_pixels(protocol.batch, c.image_size, protocol.seed)
+        contenders.append(Contender(c.variant, runtime.name, run, pixels, eager[c.baseline]))
+    timed, state, windows = timed_run(
+        contenders, starts, protocol, RunWatch(protocol.quiet_seconds), EnergyMeter(), log
+    )
+    machine = describe_machine(sorted({runtime.package for _, runtime, _ in opened} | {"numpy"})) | state
     result = {"started": started, **timed, "machine": machine, "left_out": left_out}
     soak_windows = []
     if soaked is not None:
@@ -108,20 +84,17 @@ def time_here(
 def refuse_many_threads(threads: int, cores: int) -> None:
     """Raise a `UserError` if there are more threads than cores: the scheduler would decide their times."""
     if threads > cores:
-        raise UserError(
-            f"edge_benchmark.threads = {threads}: this process may use {cores} core{'s' * (cores != 1)}: lower it"
-        )
+        plural = "s" * (cores != 1)
+        raise UserError(f"edge_benchmark.threads = {threads}: this process may use {cores} core{plural}: lower it")
 
 
-def _requested(
-    candidates: Sequence[Candidate], runtimes: Sequence[str]
-) -> tuple[list[tuple[Candidate, Runtime]], list]:
+def _requested(candidates: Sequence[Candidate], names: Sequence[str]) -> tuple[list[tuple[Candidate, Runtime]], list]:
     """What to open, and the runtimes that are not installed."""
     requested, left_out = [], []
     dense = [candidate for candidate in candidates if candidate.variant == candidate.baseline]
-    for runtime in (RUNTIMES[name] for name in dict.fromkeys((*runtimes, TORCH_EAGER.name))):
+    for runtime in (RUNTIMES[name] for name in dict.fromkeys((*names, TORCH_EAGER.name))):
         if reason := not_installed(runtime):
             left_out.append({"variant": None, "runtime": runtime.name, "reason": reason})
             continue
-        requested += [(candidate, runtime) for candidate in (dense if runtime in BASELINES else candidates)]
+        requested += [(candidate, runtime) for candidate in (dense if runtime.dense_only else candidates)]
     return requested, left_out

@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -26,11 +25,13 @@ def describe_machine(packages: Sequence[str] = ("onnxruntime", "torch", "numpy")
     """The constant properties of this machine, and the versions of `packages`; None where the system has no value."""
     import importlib.metadata  # here, because it takes a megabyte
 
-    info = _cpuinfo()
+    pairs = [line.partition(":") for line in (_read(PROCESSES / "cpuinfo") or "").splitlines()]
+    info = {key.strip().lower(): value.strip() for key, colon, value in reversed(pairs) if colon}  # the first processor
     affinity = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    board = _read(PROCESSES / "device-tree/model") or ""  # on ARM, /proc/cpuinfo has no processor name
     flags = (info.get("flags") or info.get("features") or "").split()
     return {
-        "cpu": info.get("model name") or _board() or platform.processor() or platform.machine(),
+        "cpu": info.get("model name") or board.strip("\0") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "cores": psutil.cpu_count(),
@@ -66,66 +67,53 @@ def process_state() -> State:
 class EnergyMeter:
     """Energy in joules that the processor packages use from the construction of the meter on (RAPL counters).
 
-    Linux has the counters in /sys/class/powercap. Often only root may read them, and virtual machines rarely have
-    them. A counter wraps around after some minutes at full load, so call the meter more often than that.
+    Often only root may read the counters, and virtual machines rarely have them. A counter wraps around after some
+    minutes at full load, so call the meter more often than that.
     """
 
     def __init__(self) -> None:
         zones = sorted((SYSTEM / "class/powercap").glob("intel-rapl:*"))  # AMD processors use the same name
         packages = [zone for zone in zones if (_read(zone / "name") or "").startswith("package")]  # without subzones
-        self._last = {zone: used for zone in packages if (used := self._microjoules(zone)) is not None}
+        self._last = {zone: used for zone in packages if (used := _number(zone / "energy_uj")) is not None}
         self._joules = 0.0
 
     def __call__(self) -> float | None:
         """None where a counter is not readable."""
         for zone, last in self._last.items():
-            if (now := self._microjoules(zone)) is None:
+            if (now := _number(zone / "energy_uj")) is None:
                 return None
-            wrapped = float(_read(zone / "max_energy_range_uj") or 0) if now < last else 0.0
+            wrapped = _number(zone / "max_energy_range_uj") or 0.0 if now < last else 0.0
             self._last[zone] = now
             self._joules += (now - last + wrapped) / 1e6
         return self._joules if self._last else None
 
-    @staticmethod
-    def _microjoules(zone: Path) -> float | None:
-        text = _read(zone / "energy_uj")
-        return float(text) if text else None
 
-
-@dataclass(frozen=True)
 class CpuWatch:
     """Measures how many cores other processes use, starting at its construction."""
 
-    used: float
-    own: float
-    started: float
-
-    @classmethod
-    def start(cls) -> "CpuWatch":
-        return cls(_used_seconds(), _own_seconds(), time.monotonic())
+    def __init__(self) -> None:
+        self._others, self._started = _used_seconds() - _own_seconds(), time.monotonic()
 
     def others_cores(self) -> float:
         """Mean number of cores that all other processes, and other guests of the host, have used since the start."""
-        elapsed = max(time.monotonic() - self.started, 1e-3)
-        return max(0.0, (_used_seconds() - self.used - (_own_seconds() - self.own)) / elapsed)
+        elapsed = max(time.monotonic() - self._started, 1e-3)
+        return max(0.0, (_used_seconds() - _own_seconds() - self._others) / elapsed)
 
 
-def others_cores_now(seconds: float = 1.0) -> float:
-    """Number of cores that other processes use while this one sleeps."""
-    watch = CpuWatch.start()
-    time.sleep(seconds)
+def others_cores_now() -> float:
+    """Number of cores that other processes use while this one sleeps for a second."""
+    watch = CpuWatch()
+    time.sleep(1)
     return watch.others_cores()
 
 
 def quiet_second(patience: int) -> float:
-    """Wait up to `patience` seconds for a quiet one, because a compiler or an installer may still be at work.
+    """Wait up to `patience` seconds for a quiet one, and return the number of cores that others used in the last one.
 
-    Returns:
-        The number of cores that other processes used in the last second.
+    A compiler or an installer may still be at work.
     """
     for _ in range(patience):
-        used = others_cores_now()
-        if not is_busy(used):
+        if not is_busy(used := others_cores_now()):
             break
     return used
 
@@ -134,55 +122,46 @@ def is_busy(*others_cores: float) -> bool:
     return max(others_cores) > BUSY_CORES
 
 
-@dataclass(frozen=True)
 class RunWatch:
-    """Compares the state of the machine before and after a run."""
+    """Compares the state of the machine before and after a run, and first waits up to `patience` seconds for quiet."""
 
-    before: State
-    others_before: float
-    throttled_before: int
-    cpu: CpuWatch
-
-    @classmethod
-    def start(cls, patience: int = 10) -> "RunWatch":
-        return cls(machine_state(), quiet_second(patience), _throttle_count(), CpuWatch.start())
+    def __init__(self, patience: int = 10) -> None:
+        self._before, self._others_before = machine_state(), quiet_second(patience)
+        self._throttled_before, self._cpu = _throttle_count(), CpuWatch()
 
     def finish(self) -> tuple[dict[str, bool], State]:
         """The marks `busy` and `throttled` of the run, and the flat state of the machine before and after it."""
-        others_during, after = self.cpu.others_cores(), machine_state()
-        events = _throttle_count() - self.throttled_before
-        mhz_before, mhz_after = self.before["frequency_mhz"], after["frequency_mhz"]
+        others_during, after = self._cpu.others_cores(), machine_state()
+        events = _throttle_count() - self._throttled_before
+        mhz_before, mhz_after = self._before["frequency_mhz"], after["frequency_mhz"]
         slower = mhz_before is not None and mhz_after is not None and mhz_after < THROTTLED * mhz_before
-        state = {f"{key}_before": value for key, value in self.before.items()}
-        state |= {f"{key}_after": value for key, value in after.items()}
-        state |= {
-            "others_cores_before": round(self.others_before, 3),
+        state = {
+            **{f"{key}_before": value for key, value in self._before.items()},
+            **{f"{key}_after": value for key, value in after.items()},
+            "others_cores_before": round(self._others_before, 3),
             "others_cores_during": round(others_during, 3),
             "busy_above_cores": BUSY_CORES,
             "throttle_events": events,
         }
-        return {"busy": is_busy(self.others_before, others_during), "throttled": events > 0 or slower}, state
+        return {"busy": is_busy(self._others_before, others_during), "throttled": events > 0 or slower}, state
 
 
 def keep_to_cores(cores: Sequence[int]) -> None:
-    """Restrict this process and its future children to `cores`.
-
-    Raises:
-        ValueError: with a message for the user, if a core is not usable or the system has no affinity.
-    """
+    """Restrict this process and its children to `cores`; a `ValueError` for the user if that is not possible."""
     if not hasattr(psutil.Process, "cpu_affinity"):
-        raise ValueError("affinity: this system cannot restrict a process to cores: set it to null")
+        raise ValueError("edge_benchmark.affinity: this system cannot restrict a process to cores: set it to null")
     process = psutil.Process()
     usable = process.cpu_affinity()
     if missing := sorted(set(cores) - set(usable)):
-        raise ValueError(f"affinity names core {missing[0]}, but this process may use {', '.join(map(str, usable))}")
+        cores_here = ", ".join(map(str, usable))
+        raise ValueError(f"edge_benchmark.affinity names core {missing[0]}, but this process may use {cores_here}")
     process.cpu_affinity(list(cores))
 
 
 def _throttle_count() -> int:
     """How often heat has slowed the cores down since boot; 0 where the system has no counters."""
     files = (SYSTEM / "devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
-    return sum(int(text) for file in files if (text := _read(file)) and text.isdigit())
+    return sum(int(_number(file) or 0) for file in files)
 
 
 def _used_seconds() -> float:
@@ -201,20 +180,13 @@ def _own_seconds() -> float:
     return sum(os.times()[:4])  # user and system time of this process and of its children
 
 
-def _cpuinfo() -> dict[str, str]:
-    """The first processor in /proc/cpuinfo, with keys in lower case; empty where there is no such file."""
-    pairs = [line.partition(":") for line in (_read(PROCESSES / "cpuinfo") or "").splitlines()]
-    return {key.strip().lower(): value.strip() for key, colon, value in reversed(pairs) if colon}
-
-
-def _board() -> str | None:
-    """The name of a single-board computer, because /proc/cpuinfo has no processor name on ARM."""
-    name = _read(PROCESSES / "device-tree/model")
-    return name.strip("\0") if name else None
-
-
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+def _number(path: Path) -> float | None:
+    text = _read(path)
+    return float(text) if text and text.isdigit() else None

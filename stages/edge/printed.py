@@ -8,9 +8,6 @@ Run: edgewise printed <variant> [--images 1000] [--seed 0] [--out dist/<variant>
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,22 +18,20 @@ from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import atomic_folder, write_json
 from stages.datasets.decode import decode
-from stages.datasets.store import Part, open_part, read_info
-from stages.edge.bundle import CAMERA, PRINTED, Params, listed_variant
+from stages.datasets.store import open_part, read_info
+from stages.edge.bundle import CAMERA, PRINTED, Params, listed_variant, pinned
 from stages.edge.selective import proportion
 from stages.export.session import open_session, session_logits
 from stages.params.load import load_params
 
 VIDEO, RESULT = "printed.mp4", "printed.json"
-IMAGES = 1000
-"""Default number of images, if the test part has as many."""
+IMAGES = 1000  # default number of images, if the test part has as many
 
 
 def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
     """Indices of the test images to print: a seeded sample without repetition, in the stored order.
 
-    Raises:
-        ValueError: with a message for the user, if the test part has fewer images.
+    Raises a `ValueError` with a message for the user if the test part has fewer images.
     """
     images = min(IMAGES, n_test) if images is None else images
     if not 1 <= images <= n_test:
@@ -44,35 +39,38 @@ def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(n_test, images, replace=False))
 
 
-def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confidence: float, video: Path) -> dict:
-    """Film the images `chosen` of `part`, play the video and classify its frames.
+def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, folder: Path) -> dict:
+    """Film the test images `chosen`, leave the video in `folder`, play it and classify its frames.
 
-    Raises:
-        UserError: if the video does not play back frame by frame.
+    Raises a `UserError` if the artifact is missing, broken or made from other images, or the video does not play.
     """
     from stages.edge.device.edgewise_frames import CROP, center_square
     from stages.edge.printing import FRAMES_PER_SECOND, Strengths, film, photograph, play
 
-    strengths = Strengths()
-    session = open_session(onnx, 1)
-
-    def pictures() -> Iterator[np.ndarray]:
-        for index in chosen:
-            yield photograph(part.images[index], strengths, np.random.default_rng([seed, int(index)]))
+    source, info = paths.compressed(variant), read_info(paths.IMAGES)
+    description = read_description(source)
+    check_onnx(source, description)
+    description.require_images(source, info.sha256)
+    part, strengths, session = open_part(paths.IMAGES, "test"), Strengths(), open_session(source / ONNX, 1)
 
     def class_of(pixels: np.ndarray) -> int:
         return int(session_logits(session, pixels[None], 1)[0].argmax())
 
-    written = film(video, pictures(), strengths.frame_px)
-    size, printed = part.images.shape[1], []
-    for frame in play(video, written):
+    pictures = (photograph(part.images[i], strengths, np.random.default_rng([seed, int(i)])) for i in chosen)
+    written = film(folder / VIDEO, pictures, strengths.frame_px)
+    printed = []
+    for frame in play(folder / VIDEO, written):
         square = frame[center_square(frame, CROP)]
-        pixels, _ = decode(np.ascontiguousarray(square[..., ::-1]), size)
+        pixels, _ = decode(np.ascontiguousarray(square[..., ::-1]), part.images.shape[1])
         printed.append(class_of(pixels))
-    predicted = np.array(printed)
-    clean = np.array([class_of(part.images[index]) for index in chosen])
+    predicted, clean = np.array(printed), np.array([class_of(part.images[index]) for index in chosen])
     labels, n = part.labels[chosen], len(chosen)
     return {
+        "variant": variant,
+        "onnx_sha256": description.onnx["sha256"],
+        "data_name": info.name,
+        "data_source": info.source,
+        "data_sha256": info.sha256,
         "n_images": n,
         "seed": seed,
         "confidence": confidence,
@@ -81,36 +79,12 @@ def printed_test(onnx: Path, part: Part, chosen: np.ndarray, seed: int, confiden
         "agreement": float((predicted == clean).mean()),
         "video_frames": written,
         "video_frames_per_s": FRAMES_PER_SECOND,
-        "video_bytes": video.stat().st_size,
+        "video_bytes": (folder / VIDEO).stat().st_size,
         "crop_fraction": CROP,
         **asdict(strengths),
+        "onnxruntime": pinned("onnxruntime"),
+        "opencv": pinned(CAMERA),
     }
-
-
-def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, folder: Path) -> dict:
-    """Test the variant on the test images `chosen`, and leave the video in `folder`.
-
-    Raises:
-        UserError: if the artifact is missing, broken or made from other images.
-    """
-    source, info = paths.compressed(variant), read_info(paths.IMAGES)
-    description = read_description(source)
-    check_onnx(source, description)
-    description.require_images(source, info.sha256)
-    part = open_part(paths.IMAGES, "test")
-    row = {"variant": variant, "onnx_sha256": description.onnx["sha256"], "data_name": info.name}
-    row |= {"data_source": info.source, "data_sha256": info.sha256}
-    row |= printed_test(source / ONNX, part, chosen, seed, confidence, folder / VIDEO)
-    return row | {
-        "onnxruntime": importlib.metadata.version("onnxruntime"),
-        "opencv": importlib.metadata.version(CAMERA),
-    }
-
-
-def require_opencv() -> None:
-    """Raises a `UserError` if OpenCV is not installed."""
-    if importlib.util.find_spec("cv2") is None:
-        raise UserError("OpenCV is not installed here: run `uv sync --extra camera`, then again")
 
 
 def refuse_other_folder(folder: Path) -> None:
@@ -129,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise UserError(f"--seed {arguments.seed}: give 0 or more")
-    require_opencv()
+    pinned(CAMERA)
     params = load_params(Params)
     variant = listed_variant(params, arguments.variant)
     folder = arguments.out or Path("dist") / variant / PRINTED

@@ -21,26 +21,16 @@ BITS, BIT_PX, STAMP_TOP, STAMP_LEFT = 16, 16, 8, 32
 
 @dataclass(frozen=True)
 class Strengths:
-    print_px: int = 224
-    """Side of the print in the photograph."""
-    frame_px: int = 320
-    """Side of the photograph."""
-    corner_shift: float = 0.04
-    """Perspective: largest shift of each corner, as a fraction of the side of the print."""
-    light_fall: float = 0.4
-    """Largest loss of light on the darkest side of the picture, as a fraction."""
-    exposure: float = 0.15
-    """Largest error of the brightness of the whole picture, as a fraction."""
-    blur_px: float = 1.5
-    """Std of the largest Gaussian blur."""
-    moire_contrast: float = 0.06
-    """Largest amplitude of the moire, as a fraction of the light."""
-    moire_period_px: float = 6.0
-    """Shortest period; the longest is four times as long."""
-    noise: float = 6.0
-    """Std of the sensor noise, on the scale of 0 to 255."""
-    jpeg_quality: int = 70
-    """Quality of the camera's own encoder, 1 to 95."""
+    print_px: int = 224  # side of the print in the photograph
+    frame_px: int = 320  # side of the photograph
+    corner_shift: float = 0.04  # perspective: largest shift of each corner, as a fraction of the side of the print
+    light_fall: float = 0.4  # largest loss of light on the darkest side of the picture, as a fraction
+    exposure: float = 0.15  # largest error of the brightness of the whole picture, as a fraction
+    blur_px: float = 1.5  # std of the largest Gaussian blur
+    moire_contrast: float = 0.06  # largest amplitude of the moire, as a fraction of the light
+    moire_period_px: float = 6.0  # shortest period; the longest is four times as long
+    noise: float = 6.0  # std of the sensor noise, on the scale of 0 to 255
+    jpeg_quality: int = 70  # quality of the camera's own encoder, 1 to 95
 
     @property
     def margin_px(self) -> int:
@@ -49,11 +39,9 @@ class Strengths:
 
 def photograph(image: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
     """Photograph a print of `image`: uint8 RGB `[S, S, 3]` to uint8 RGB `[frame_px, frame_px, 3]`."""
-    pixels = lay_on_table(enlarge(image, strengths.print_px), strengths, generator)
-    pixels = light(pixels, strengths, generator)
-    pixels = blur(pixels, strengths, generator)
-    pixels = moire(pixels, strengths, generator)
-    pixels = noise(pixels, strengths, generator)
+    pixels = enlarge(image, strengths.print_px)
+    for step in (lay_on_table, light, blur, moire, noise):
+        pixels = step(pixels, strengths, generator)
     return jpeg(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), strengths.jpeg_quality)
 
 
@@ -70,14 +58,7 @@ def lay_on_table(pixels: np.ndarray, strengths: Strengths, generator: np.random.
     seen = corners + margin + generator.uniform(-reach, reach, (4, 2)).astype(np.float32)
     matrix = cv2.getPerspectiveTransform(corners, seen)
     table = generator.uniform(60, 200, 3) * 0.2 + generator.uniform(60, 200) * 0.8
-    return cv2.warpPerspective(
-        pixels,
-        matrix,
-        (frame, frame),
-        flags=cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=table.tolist(),
-    )
+    return cv2.warpPerspective(pixels, matrix, (frame, frame), borderValue=table.tolist())
 
 
 def light(pixels: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
@@ -115,18 +96,13 @@ def jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 
 def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
-    """Write pictures, uint8 RGB `[side, side, 3]`, to a video, each stamped with its number. Returns their number.
-
-    Raises:
-        UserError: if OpenCV cannot write the video.
-    """
+    """Write pictures, uint8 RGB `[side, side, 3]`, to a video, each stamped with its number. Returns their number."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), FRAMES_PER_SECOND, (side, side))
     if not writer.isOpened():
         raise UserError(f"OpenCV {cv2.__version__} cannot write a video to {path}: is the folder writable?")
     written = 0
-    for picture in pictures:
-        writer.write(np.ascontiguousarray(stamp(picture, written)[..., ::-1]))
-        written += 1
+    for written, picture in enumerate(pictures, 1):
+        writer.write(np.ascontiguousarray(stamp(picture, written - 1)[..., ::-1]))
     writer.release()
     return written
 
@@ -134,30 +110,26 @@ def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
 def play(path: Path, written: int) -> Iterator[np.ndarray]:
     """Yield the frames of a video of `film`, uint8 BGR, read as camera.py reads them.
 
-    Raises:
-        UserError: if they are not exactly the frames written, in their order.
+    Raises a `UserError` if they are not exactly the frames written, in their order.
     """
     number = 0
     try:
         for frame in frames_of(open_video(path)):
             if (found := stamped_number(frame.pixels)) != number % 2**BITS:
-                raise UserError(f"{path}: frame {number} has the stamp {found}: this OpenCV does not play it correctly")
+                raise UserError(f"{path}: frame {number} has the stamp {found}: this OpenCV does not play it")
             number += 1
             yield frame.pixels
     except NoFrames as error:
         raise UserError(f"cannot play the video: {error}") from None
     if number != written:
-        raise UserError(
-            f"{path}: {written} frames were written and {number} read: this OpenCV does not play it correctly"
-        )
+        raise UserError(f"{path}: {written} frames were written and {number} read: this OpenCV does not play it")
 
 
 def stamp(picture: np.ndarray, number: int) -> np.ndarray:
     """A copy of `[H, W, 3]` with `number` in binary, the lowest bit first."""
     stamped = picture.copy()
-    for bit in range(BITS):
-        left = STAMP_LEFT + bit * BIT_PX
-        stamped[STAMP_TOP : STAMP_TOP + BIT_PX, left : left + BIT_PX] = 255 * (number >> bit & 1)
+    blocks = np.repeat(255 * (number >> np.arange(BITS) & 1), BIT_PX)
+    stamped[STAMP_TOP : STAMP_TOP + BIT_PX, STAMP_LEFT : STAMP_LEFT + len(blocks)] = blocks[:, None]
     return stamped
 
 

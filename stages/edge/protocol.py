@@ -8,6 +8,8 @@ Device bundles contain this file unchanged, so it needs the standard library and
 """
 
 import gc
+import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-Classify = Callable[[np.ndarray], np.ndarray]
-"""uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
-Meter = Callable[[], float | None]
-"""Joules used so far; None where the machine has no counter."""
+Classify = Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`
+Log = Callable[[str], None]  # receives lines of progress
+Meter = Callable[[], float | None]  # joules used so far; None where the machine has no counter
 
 STEADY = 0.05  # the ratios of the two halves of a steady run differ by at most this fraction
 
@@ -28,26 +29,17 @@ STEADY = 0.05  # the ratios of the two halves of a steady run differ by at most 
 @dataclass(frozen=True)
 class Protocol:
     threads: int
-    warmup_runs: int
-    """Calls of each contender before the first round."""
-    windows: int
-    """Number of rounds, and so the number of windows for each contender."""
-    window_seconds: float
-    """Minimum duration of a window."""
-    seed: int
-    """Seed of the order, the pixels and the bootstrap."""
-    batch: int = 1
-    """Images in each call."""
-    minimum_runs: int = 5
-    """Minimum number of recorded calls in a window, however long they take."""
-    unrecorded_runs: int = 2
-    """Calls at the start of each window, when the caches hold another contender's weights."""
+    warmup_runs: int  # calls of each contender before the first round
+    windows: int  # number of rounds, and so the number of windows for each contender
+    window_seconds: float  # minimum duration of a window
+    seed: int  # seed of the order, the pixels and the bootstrap
+    batch: int = 1  # images in each call
+    minimum_runs: int = 5  # minimum number of recorded calls in a window, however long they take
+    unrecorded_runs: int = 2  # calls at the start of each window, when the caches hold another contender's weights
     confidence: float = 0.95
     resamples: int = 2000
-    start_up_runs: int = 3
-    """New processes for the median start-up time and memory."""
-    quiet_seconds: int = 10
-    """Maximum time to wait before the run for a second in which no other program works."""
+    start_up_runs: int = 3  # new processes for the median start-up time and memory
+    quiet_seconds: int = 10  # maximum time to wait before the run for a second in which no other program works
 
 
 @dataclass(frozen=True)
@@ -55,22 +47,17 @@ class Contender:
     variant: str
     runtime: str
     run: Classify
-    pixels: np.ndarray
-    """Input of each call."""
-    baseline: int
-    """Index of the contender to compare with."""
+    pixels: np.ndarray  # input of each call
+    baseline: int  # index of the contender to compare with
 
 
 @dataclass(frozen=True)
 class Window:
     contender: int
     round: int
-    order: int
-    """Position within the round, from 0."""
-    times_ns: np.ndarray
-    """Duration of each call, int64."""
-    joules: float | None = None
-    """Energy that the whole processor used during the recorded calls."""
+    order: int  # position within the round, from 0
+    times_ns: np.ndarray  # duration of each call, int64
+    joules: float | None = None  # energy that the whole processor used during the recorded calls
 
     @property
     def p50_ms(self) -> float:
@@ -85,36 +72,26 @@ def random_pixels(batch: int, image_size: int, seed: int) -> np.ndarray:
 def time_window(run: Classify, pixels: np.ndarray, seconds: float, minimum_runs: int, meter: Meter) -> tuple:
     """Call `run` on `pixels` for at least `seconds` and at least `minimum_runs` times.
 
-    Returns:
-        The duration of each call in ns, int64 `[calls]`, and the joules used, or None.
+    Returns the duration of each call in ns, int64 `[calls]`, and the joules used, or None.
     """
-    clock: Callable[[], int] = time.perf_counter_ns
-    times: list[int] = []
-    joules = meter()
-    end = clock() + int(seconds * 1e9)
-    while True:
+    clock, times, joules = time.perf_counter_ns, [], meter()
+    after, end = 0, clock() + int(seconds * 1e9)
+    while after < end or len(times) < minimum_runs:
         before = clock()
         run(pixels)
         after = clock()
         times.append(after - before)
-        if after >= end and len(times) >= minimum_runs:
-            break
     now = meter()
     return np.array(times, np.int64), None if joules is None or now is None else now - joules
 
 
 def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = lambda: None) -> list[Window]:
-    """Time every contender.
-
-    Returns:
-        `windows * len(contenders)` windows in the order in which they ran.
-    """
+    """Time every contender; returns `windows * len(contenders)` windows in the order in which they ran."""
     for contender in contenders:
         for _ in range(protocol.warmup_runs):
             contender.run(contender.pixels)
     generator = np.random.default_rng(protocol.seed)
     windows = []
-    collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # for all rounds: with torch loaded, a collection takes as long as a window
     try:
@@ -126,8 +103,7 @@ def measure(contenders: Sequence[Contender], protocol: Protocol, meter: Meter = 
                 timed = time_window(run, pixels, protocol.window_seconds, protocol.minimum_runs, meter)
                 windows.append(Window(int(index), number, order, *timed))
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
     return windows
 
 
@@ -148,12 +124,9 @@ def summarize(windows: Sequence[Window], contender: int, baseline: int, protocol
     halves = [float(np.median(half)) for half in np.array_split(ratios, 2) if len(half)]
     images = len(times) * protocol.batch
     joules = [window.joules for window in own if window.joules is not None]
-    p50_ms, p95_ms, p99_ms = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
+    percentiles = zip(("p50", "p95", "p99", "min"), (np.percentile(times, [50, 95, 99, 0]) / 1e6).tolist(), strict=True)
     return {
-        "latency_ms_p50": p50_ms,
-        "latency_ms_p95": p95_ms,
-        "latency_ms_p99": p99_ms,
-        "latency_ms_min": float(times.min()) / 1e6,
+        **{f"latency_ms_{name}": value for name, value in percentiles},
         "throughput_per_s": images / (float(times.sum()) / 1e9),
         "latency_ratio": float(np.median(ratios)),
         "latency_ratio_low": low,
@@ -166,52 +139,37 @@ def summarize(windows: Sequence[Window], contender: int, baseline: int, protocol
 
 def timed_rows(contenders: Sequence[Contender], windows: Sequence[Window], protocol: Protocol) -> list[dict]:
     """One flat row for each contender, in their order."""
-    return [
-        {"variant": c.variant, "runtime": c.runtime, "baseline": contenders[c.baseline].variant}
-        | {"baseline_runtime": contenders[c.baseline].runtime}
-        | summarize(windows, index, c.baseline, protocol)
-        for index, c in enumerate(contenders)
-    ]
+    rows = []
+    for index, own in enumerate(contenders):
+        base = contenders[own.baseline]
+        names = {"variant": own.variant, "runtime": own.runtime}
+        names |= {"baseline": base.variant, "baseline_runtime": base.runtime}
+        rows.append(names | summarize(windows, index, own.baseline, protocol))
+    return rows
 
 
 def window_rows(contenders: Sequence[Contender], windows: Sequence[Window]) -> list[dict]:
     """One flat row for each window, in the order in which they ran."""
-    return [
-        {
-            "variant": contenders[window.contender].variant,
-            "runtime": contenders[window.contender].runtime,
-            "round": window.round,
-            "order": window.order,
-            "runs": len(window.times_ns),
-            "p50_ms": window.p50_ms,
-            "p95_ms": float(np.percentile(window.times_ns, 95)) / 1e6,
-            "min_ms": float(window.times_ns.min()) / 1e6,
-        }
-        for window in windows
-    ]
+    rows = []
+    for window in windows:
+        own, times_ms = contenders[window.contender], window.times_ns / 1e6
+        names = {"variant": own.variant, "runtime": own.runtime, "round": window.round, "order": window.order}
+        figures = {"runs": len(times_ms), "p50_ms": window.p50_ms, "p95_ms": float(np.percentile(times_ms, 95))}
+        rows.append(names | figures | {"min_ms": float(times_ms.min())})
+    return rows
 
 
 def timed_run(
-    contenders: Sequence[Contender],
-    starts: Sequence[dict],
-    protocol: Protocol,
-    start_watch: Callable[[int], Any],
-    meter: Meter,
-    log: Callable[[str], None],
+    contenders: Sequence[Contender], starts: Sequence[dict], protocol: Protocol, watch: Any, meter: Meter, log: Log
 ) -> tuple[dict, dict, list[dict]]:
-    """Time every contender on a watched machine.
-
-    Args:
-        starts: figures to add to the row of each contender.
-        start_watch: `RunWatch.start`.
-        log: receives lines of progress.
+    """Time every contender while a `RunWatch` watches the machine (its module needs psutil, this one does not).
 
     Returns:
-        The marks, `protocol`, `overhead_ns` and `rows`; the state of the machine; one row for each window.
+        The marks, `protocol`, `overhead_ns` and `rows`, to which `starts` adds its figures; the state of the machine;
+        one row for each window.
     """
     seconds = len(contenders) * protocol.windows * protocol.window_seconds
     log(f"timing {len(contenders)} contenders, {protocol.windows} rounds, at least {seconds:.0f} s")
-    watch = start_watch(protocol.quiet_seconds)
     windows = measure(contenders, protocol, meter)
     marks, state = watch.finish()
     rows = [row | start for row, start in zip(timed_rows(contenders, windows, protocol), starts, strict=True)]
@@ -228,8 +186,20 @@ def start_up(run: Classify, pixels: np.ndarray, import_ms: float, load_ms: float
     return times | {"peak_rss_bytes": peak_rss_bytes()}
 
 
-def median_start(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The median of each start-up figure over several processes."""
+def median_start(name: str, command: Sequence[str], runs: int) -> dict[str, float]:
+    """The median of each figure of `start_up`, which `command` prints as JSON, over `runs` new processes.
+
+    Raises a `ValueError` with the last line of the error output if a process fails.
+    """
+    import subprocess  # here, because the new processes measure their own memory
+
+    results = []
+    for _ in range(runs):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise ValueError(f"{name} does not run in a new process: {reason.removeprefix('error: ')}")
+        results.append(json.loads(done.stdout.splitlines()[-1]))
     median = {key: float(np.median([result[key] for result in results])) for key in results[0]}
     return median | {"peak_rss_bytes": int(median["peak_rss_bytes"])}
 
@@ -240,9 +210,8 @@ def peak_rss_bytes() -> int:
     On Linux, /proc counts from the exec on, but `ru_maxrss` also covers the process that this one was forked from.
     """
     status = Path("/proc/self/status")
-    for line in status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if found := re.search(r"VmHWM:\s*(\d+)", status.read_text(errors="replace") if status.exists() else ""):
+        return int(found[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -12,28 +12,26 @@ import json
 import shlex
 import subprocess
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from stages.common.errors import UserError
 from stages.edge.bundle import STAGES, pinned
 from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads
-from stages.edge.protocol import Protocol
-from stages.params.edge_benchmark import SSH_TARGET, EdgeBenchmark
+from stages.edge.protocol import Log, Protocol
+from stages.params.edge_benchmark import EdgeBenchmark
 
 SSH = (
     *("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"),
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
 )
-ARCHITECTURES = ("x86_64", "aarch64")
-"""Those with wheels of ONNX Runtime."""
-PYTHON = (3, 11)
-"""The oldest version that runs the scripts."""
+ARCHITECTURES = ("x86_64", "aarch64")  # with wheels of ONNX Runtime
+PYTHON = (3, 11)  # the oldest version that runs the scripts
 REQUIREMENTS = ("onnxruntime", "numpy", "psutil")
-ENVIRONMENT_BYTES = 400 * 10**6
-"""Disk space for a new environment, downloads included."""
+ENVIRONMENT_BYTES = 400 * 10**6  # disk space for a new environment, downloads included
 SOURCES = {
     "timing.py": STAGES / "edge/device/timing.py",
     "edgewise_model.py": STAGES / "edge/device/edgewise_model.py",
@@ -57,32 +55,21 @@ for file in "$kept"/models/*.onnx "$kept"/*/complete; do echo "has=$file"; done
 """
 
 
-ENDS_WITH_THE_CONNECTION = "exec 3<&0; (cat <&3; kill 0) >/dev/null 2>&1 & watch=$!; "
-"""Prefix of a script for `Device.follow`: SSH closes its input when the connection is lost, and this then ends it."""
-
-
 @dataclass(frozen=True)
 class Device:
-    target: str
-    """Its name in the params, for messages."""
-    address: tuple[str, ...]
-    """Its name in the arguments of the SSH client."""
+    target: str  # `ssh://[user@]host[:port]`, which OpenSSH takes as it is
 
     def run(self, script: str, content: bytes | None = None) -> str:
-        """Run a POSIX shell script on the device with `content` as its input, and return its output.
-
-        Raises:
-            UserError: if the device is not reachable, or the script fails.
-        """
-        command = [*SSH, *self.address, f"set -e; {script}"]
+        """The output of a POSIX shell script with `content` as its input; a `UserError` if the run fails."""
+        command = [*SSH, self.target, f"set -e; {script}"]
         done = subprocess.run(command, input=content or b"", capture_output=True, check=False)
         if done.returncode:
             raise self.failure(done.returncode, done.stderr.decode(errors="replace"))
         return done.stdout.decode(errors="replace")
 
-    def follow(self, script: str, log: Callable[[str], None]) -> None:
+    def follow(self, script: str, log: Log) -> None:
         """Like `run`, but pass each line of output to `log` at once, and keep the script's input open until it ends."""
-        command = [*SSH, *self.address, f"set -e; {script}"]
+        command = [*SSH, self.target, f"set -e; {script}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
             assert client.stdout is not None
             assert client.stderr is not None
@@ -93,7 +80,7 @@ class Device:
             raise self.failure(client.returncode, errors)
 
     def failure(self, code: int, errors: str) -> UserError:
-        """The last line of the error output. Exit code 255 is that of the SSH client, any other that of the script."""
+        """The last line of the error output. Exit code 255 comes from the SSH client, any other from the script."""
         lines = [line for line in errors.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
         if code == 255:
@@ -106,35 +93,21 @@ class Device:
         return UserError(f"{self.target}: {reason.strip()}")
 
 
-def device_at(target: str) -> Device:
-    """The device of a target `ssh://[user@]host[:port]`, whose form the params have checked."""
-    found = SSH_TARGET.fullmatch(target)
-    assert found
-    user, host, port = found.groups()
-    place = f"{user}@{host}" if user else host
-    return Device(target, (*(("-p", port) if port else ()), place))
-
-
 def time_there(
-    target: str,
-    candidates: Sequence[Candidate],
-    section: EdgeBenchmark,
-    protocol: Protocol,
-    soaked: Soaked | None,
-    log: Callable[[str], None],
+    candidates: Sequence[Candidate], section: EdgeBenchmark, protocol: Protocol, soaked: Soaked | None, log: Log
 ) -> Timing:
     """Time every candidate in ONNX Runtime on the device, in one interleaved run.
 
     The device has no PyTorch, so the baseline of a ratio is the dense float network in ONNX Runtime.
 
-    Raises:
-        UserError: if the device is not reachable, not supported or full, or the run fails. The environment and the
-            models stay on the device.
+    Raises a `UserError` if the device is not reachable, not supported or full, or the run fails. The environment and
+    the models stay on the device.
     """
-    device = device_at(target)
+    target = section.target
+    device = Device(target)
 
     def log_device(line: str) -> None:
-        log(f"{device.address[-1]}: {line}")
+        log(f"{urlsplit(target).hostname}: {line}")
 
     found, held = probe(device)
     check_device(target, found, sum(c.folder.joinpath("model.onnx").stat().st_size for c in candidates))
@@ -153,15 +126,14 @@ def time_there(
     except ValueError as error:
         raise UserError(f"{target}: cannot read its result ({error}): run again") from None
     finally:
-        _remove(device, folder)
+        with contextlib.suppress(UserError):  # without a connection the folder stays, which does no harm
+            device.run(f"rm -rf {shlex.quote(folder)}")
     rows = {row["variant"]: row["onnx_sha256"] for row in timed["result"]["rows"]}
     if rows != {c.variant: c.onnx_sha256 for c in candidates}:
         raise UserError(f"{target}: its result belongs to other models: run again")
-    left_out = [
-        {"variant": None, "runtime": name, "reason": f"{name}: on devices, only ONNX Runtime is timed"}
-        for name in section.runtimes
-        if name != "onnxruntime"
-    ]
+    others = [name for name in section.runtimes if name != "onnxruntime"]
+    reason = "on devices, only ONNX Runtime is timed"
+    left_out = [{"variant": None, "runtime": name, "reason": f"{name}: {reason}"} for name in others]
     return Timing(timed["result"] | {"left_out": left_out}, timed["windows"], timed["soak"])
 
 
@@ -174,24 +146,21 @@ def probe(device: Device) -> tuple[dict[str, str], set[str]]:
 def check_device(target: str, found: dict[str, str], model_bytes: int) -> None:
     """Raise a `UserError` if the device cannot run the models."""
     if found["architecture"] not in ARCHITECTURES:
-        raise UserError(
-            f"{target} is {found['architecture']}, but ONNX Runtime has wheels only for {' and '.join(ARCHITECTURES)}"
-        )
+        wheels = " and ".join(ARCHITECTURES)
+        raise UserError(f"{target} is {found['architecture']}, but ONNX Runtime has wheels only for {wheels}")
     version = tuple(map(int, found["python"].split("."))) if found["python"] else ()
     if version < PYTHON:
         has = f"python3 is {found['python']}" if version else "there is no python3"
         raise UserError(f"{target}: {has}: install Python {'.'.join(map(str, PYTHON))} or later there")
     if found["venv"] != "yes":
         raise UserError(f"{target}: its Python cannot make environments: install python3-venv there")
-    free, wanted = int(found["free_kb"]) * 1024, ENVIRONMENT_BYTES + model_bytes
+    free, wanted = int(found["free_kb"]) * 1024 / 1e6, (ENVIRONMENT_BYTES + model_bytes) / 1e6
     if free < wanted:
-        raise UserError(
-            f"{target}: {free / 1e6:,.0f} MB are free, but the environment and the models need up to"
-            f" {wanted / 1e6:,.0f}: make room there"
-        )
+        needs = f"the environment and the models need up to {wanted:,.0f}"
+        raise UserError(f"{target}: {free:,.0f} MB are free, but {needs}: make room there")
 
 
-def make_environment(device: Device, home: str, python: str, held: set[str], log: Callable[[str], None]) -> str:
+def make_environment(device: Device, home: str, python: str, held: set[str], log: Log) -> str:
     """The folder of a complete environment, new if there is none: an incomplete one may belong to another run."""
     pins = [f"{name}=={pinned(name)}" for name in REQUIREMENTS]
     start = f"{home}/env-{hashlib.sha256(' '.join([python, *pins]).encode()).hexdigest()[:12]}-"
@@ -201,38 +170,34 @@ def make_environment(device: Device, home: str, python: str, held: set[str], log
     log(f"making an environment with {' and '.join(pins)}, once")
     install = f"-m pip install --quiet --no-compile --disable-pip-version-check {' '.join(pins)}"
     printed: list[str] = []
+    # SSH closes the script's input when the connection is lost, and then `kill 0` ends the installation
     device.follow(
-        f'{ENDS_WITH_THE_CONNECTION} folder=$(mktemp -d {shlex.quote(start)}XXXXXX); python3 -m venv "$folder" >&2;'
-        f' "$folder/bin/python" {install} >&2; touch "$folder/complete"; echo "$folder"; kill $watch',
+        f"exec 3<&0; (cat <&3; kill 0) >/dev/null 2>&1 & watch=$!; folder=$(mktemp -d {shlex.quote(start)}XXXXXX);"
+        f' python3 -m venv "$folder" >&2; "$folder/bin/python" {install} >&2; touch "$folder/complete";'
+        ' echo "$folder"; kill $watch',
         printed.append,
     )
     return printed[-1]
 
 
-def copy_models(
-    device: Device, home: str, candidates: Sequence[Candidate], held: set[str], log: Callable[[str], None]
-) -> None:
+def copy_models(device: Device, home: str, candidates: Sequence[Candidate], held: set[str], log: Log) -> None:
     """Copy the models that the device lacks; each gets its final name when it is complete."""
-    missing = {c.onnx_sha256: c.folder / "model.onnx" for c in candidates}
-    missing = {sha: path for sha, path in missing.items() if model_path(home, sha) not in held}
-    for number, (sha, path) in enumerate(missing.items(), 1):
-        log(f"copying model {number} of {len(missing)}, {path.stat().st_size / 1e6:.1f} MB")
-        place, content = shlex.quote(model_path(home, sha)), path.read_bytes()
+    files = {model_path(home, c): c.folder / "model.onnx" for c in candidates}
+    missing = {place: file for place, file in files.items() if place not in held}
+    for number, (place, file) in enumerate(missing.items(), 1):
+        content, quoted = file.read_bytes(), shlex.quote(place)
+        log(f"copying model {number} of {len(missing)}, {len(content) / 1e6:.1f} MB")
         # after a lost connection cat ends as after a complete file
-        complete = f'[ "$(wc -c < {place}.partial)" -eq {len(content)} ]'
-        device.run(f"cat > {place}.partial; {complete}; mv {place}.partial {place}", content)
+        complete = f'[ "$(wc -c < {quoted}.partial)" -eq {len(content)} ]'
+        device.run(f"cat > {quoted}.partial; {complete}; mv {quoted}.partial {quoted}", content)
 
 
-def model_path(home: str, sha256: str) -> str:
-    return f"{home}/models/{sha256}.onnx"
+def model_path(home: str, candidate: Candidate) -> str:
+    return f"{home}/models/{candidate.onnx_sha256}.onnx"
 
 
 def plan_of(
-    home: str,
-    candidates: Sequence[Candidate],
-    section: EdgeBenchmark,
-    protocol: Protocol,
-    soaked: Soaked | None,
+    home: str, candidates: Sequence[Candidate], section: EdgeBenchmark, protocol: Protocol, soaked: Soaked | None
 ) -> tuple[dict, dict[str, bytes]]:
     """The plan for timing.py, and the files that it needs."""
     content = {name: path.read_bytes() for name, path in SOURCES.items()}
@@ -244,13 +209,8 @@ def plan_of(
         content["soak.npy"] = stored.getvalue()
         soak = {"variant": candidate.variant, "file": "soak.npy", "plan": asdict(plan)}
     models = [
-        {
-            "variant": c.variant,
-            "baseline": c.baseline,
-            "file": model_path(home, c.onnx_sha256),
-            "image_size": c.image_size,
-            "onnx_sha256": c.onnx_sha256,
-        }
+        {"variant": c.variant, "baseline": c.baseline, "file": model_path(home, c)}
+        | {"image_size": c.image_size, "onnx_sha256": c.onnx_sha256}
         for c in candidates
     ]
     return {"protocol": asdict(protocol), "affinity": section.affinity, "models": models, "soak": soak}, content
@@ -264,9 +224,3 @@ def _tar(content: dict[str, bytes]) -> bytes:
             entry.size = len(value)
             archive.addfile(entry, io.BytesIO(value))
     return packed.getvalue()
-
-
-def _remove(device: Device, folder: str) -> None:
-    """Remove the folder of the run; without a connection it stays, which does no harm."""
-    with contextlib.suppress(UserError):
-        device.run(f"rm -rf {shlex.quote(folder)}")

@@ -1,27 +1,39 @@
-"""The runtimes that can run an artifact, behind one small interface. Each is imported only when it is used."""
+"""The runtimes that can run an artifact, behind one small interface. Each is imported only when it is used.
 
+    python -m stages.edge.runtimes <runtime> <folder> <threads> <batch>
+
+measures the start-up: it loads an artifact, classifies once, and prints one line of JSON: `import_ms` (the runtime),
+`load_ms` (from the file to a session that can run), `first_inference_ms` and `peak_rss_bytes` (the whole process,
+Python and NumPy included). With ONNX Runtime, this process imports neither torch nor any training code.
+"""
+
+import importlib
 import importlib.metadata
+import json
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from stages.common.errors import UserError
-from stages.edge.protocol import Classify
+from stages.common.errors import UserError, run_stage
+from stages.common.files import read_json
+from stages.edge.protocol import Classify, median_start, random_pixels, start_up
 
 
 @dataclass(frozen=True)
 class Runtime:
     name: str
-    package: str
-    """The distribution whose version belongs to the figures."""
-    modules: tuple[str, ...]
-    """Modules that it imports; their import is timed apart from loading a model."""
+    package: str  # the distribution whose version belongs to the figures
+    modules: tuple[str, ...]  # modules that it imports; their import is timed apart from loading a model
     open: Callable[[Path, int, int], Classify]
     """Opens the artifact in a folder, with a number of threads and of images in each call."""
-    install: str = "uv sync"
-    """The command that installs it."""
+    install: str = "uv sync"  # the command that installs it
+    required: bool = False  # a model that does not run ends the benchmark; otherwise it is listed in `left_out`
+    dense_only: bool = False  # it times only the dense float networks
 
 
 def not_installed(runtime: Runtime) -> str | None:
@@ -58,56 +70,69 @@ def _open_openvino(folder: Path, threads: int, batch: int) -> Classify:
             model.reshape([batch, *image])
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise UserError(f"OpenVINO {openvino.__version__} does not run {folder / 'model.onnx'}: {reason}") from None
+        program = f"OpenVINO {openvino.__version__}"
+        raise UserError(f"{program} does not run {folder / 'model.onnx'}: {_line(error, -1)}") from None
     request, output = compiled.create_infer_request(), compiled.output(0)
     return lambda pixels: request.infer([pixels], share_inputs=True)[output]
 
 
-def _open_torch_eager(folder: Path, threads: int, batch: int) -> Classify:
-    classifier, _ = _load_torch(folder, threads)
-    return _torch_run(classifier)
-
-
-def _open_torch_compile(folder: Path, threads: int, batch: int) -> Classify:
-    import torch
-
-    classifier, image_size = _load_torch(folder, threads)
-    run = _torch_run(torch.compile(classifier, dynamic=False))
-    try:
-        run(np.zeros((batch, image_size, image_size, 3), np.uint8))
-    except Exception as error:  # errors of inductor, the compiler and the network have no common class
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"torch {torch.__version__} does not compile {folder} ({reason}): install a C++ compiler, or remove"
-            " torch-compile from edge_benchmark.runtimes"
-        ) from None
-    return run
-
-
-def _load_torch(folder: Path, threads: int) -> tuple[Callable, int]:
-    """The classifier of the artifact, and its image size."""
+def _open_torch(folder: Path, threads: int, batch: int, compiled: bool = False) -> Classify:
     import torch
 
     from stages.artifacts.artifact import load_classifier
 
     torch.set_num_threads(threads)
     classifier, description = load_classifier(folder)
-    return classifier, description.image_size
-
-
-def _torch_run(classifier: Callable) -> Classify:
-    import torch
+    network = torch.compile(classifier, dynamic=False) if compiled else classifier
 
     def run(pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return classifier(torch.from_numpy(pixels)).numpy()
+            return network(torch.from_numpy(pixels)).numpy()
 
+    if compiled:
+        try:
+            run(random_pixels(batch, description.image_size, 0))
+        except Exception as error:  # errors of inductor, the compiler and the network have no common class
+            raise UserError(
+                f"torch {torch.__version__} does not compile {folder} ({_line(error, 0)}): install a C++ compiler, or"
+                " remove torch-compile from edge_benchmark.runtimes"
+            ) from None
     return run
 
 
-ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime)
+def _line(error: Exception, which: int) -> str:
+    """One line of the error's message, without empty lines, or its class."""
+    return ([line for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[which]
+
+
+TORCH_MODULES = ("torch", "stages.artifacts.artifact")
+ONNXRUNTIME = Runtime("onnxruntime", "onnxruntime", ("onnxruntime",), _open_onnxruntime, required=True)
 OPENVINO = Runtime("openvino", "openvino", ("openvino",), _open_openvino, "uv sync --extra openvino")
-TORCH_EAGER = Runtime("torch-eager", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_eager)
-TORCH_COMPILE = Runtime("torch-compile", "torch", ("torch", "stages.artifacts.artifact"), _open_torch_compile)
+TORCH_EAGER = Runtime("torch-eager", "torch", TORCH_MODULES, _open_torch, required=True, dense_only=True)
+TORCH_COMPILE = Runtime("torch-compile", "torch", TORCH_MODULES, partial(_open_torch, compiled=True), dense_only=True)
 RUNTIMES = {runtime.name: runtime for runtime in (ONNXRUNTIME, OPENVINO, TORCH_EAGER, TORCH_COMPILE)}
+
+
+def measure_fresh(runtime: Runtime, folder: Path, threads: int, batch: int, repeats: int) -> dict[str, float]:
+    """The median of each start-up figure over `repeats` new processes; a `UserError` if one fails."""
+    command = [sys.executable, "-m", "stages.edge.runtimes", runtime.name, str(folder), str(threads), str(batch)]
+    try:
+        return median_start(f"{folder} under {runtime.name}", command, repeats)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def main() -> None:
+    runtime, folder, threads, batch = RUNTIMES[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    image_size = read_json(folder / "model.json")["image_size"]
+    times = [time.perf_counter_ns()]
+    for module in runtime.modules:
+        importlib.import_module(module)
+    times.append(time.perf_counter_ns())
+    run = runtime.open(folder, threads, batch)
+    times.append(time.perf_counter_ns())
+    print(json.dumps(start_up(run, random_pixels(batch, image_size, 0), *(np.diff(times) / 1e6).tolist())))
+
+
+if __name__ == "__main__":
+    run_stage(main)

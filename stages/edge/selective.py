@@ -10,21 +10,16 @@ class Threshold:
     """The classifier answers the images whose confidence is at least `confidence`."""
 
     confidence: float
-    coverage: float
-    """Fraction of the images that it answers."""
-    accuracy: float
-    """Fraction of the answers that are right."""
+    coverage: float  # fraction of the images that it answers
+    accuracy: float  # fraction of the answers that are right
     answered: int
 
 
 def thresholds(confidence: np.ndarray, right: np.ndarray) -> list[Threshold]:
     """Every threshold that divides these images differently, the lowest first.
 
-    They form the risk-coverage curve of El-Yaniv and Wiener (JMLR 11, 2010, section 2).
-
-    Args:
-        confidence: float `[N]`.
-        right: bool `[N]`, True where the predicted class is the label.
+    They form the risk-coverage curve of El-Yaniv and Wiener (JMLR 11, 2010, section 2). `confidence` is float `[N]`;
+    `right` is bool `[N]`, True where the predicted class is the label.
     """
     values, counts = np.unique(confidence, return_counts=True)
     answered = np.cumsum(counts[::-1])[::-1]
@@ -41,11 +36,6 @@ def lowest_threshold(curve: list[Threshold], accuracy: float) -> Threshold | Non
     The same images choose the threshold and measure its accuracy, so new images have a slightly lower accuracy.
     """
     return next((threshold for threshold in curve if threshold.accuracy >= accuracy), None)
-
-
-def best_threshold(curve: list[Threshold]) -> Threshold:
-    """The threshold with the highest accuracy; ties go to the higher coverage."""
-    return max(curve, key=lambda threshold: (threshold.accuracy, threshold.coverage))
 
 
 def proportion(name: str, right: int, n: int, confidence: float) -> dict[str, float]:

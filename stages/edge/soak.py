@@ -13,22 +13,20 @@ import numpy as np
 @dataclass(frozen=True)
 class SoakPlan:
     seconds: float
-    images_per_second: float
-    """0 runs one inference directly after the other."""
+    images_per_second: float  # 0 runs one inference directly after the other
     window_seconds: float
 
 
+Row = dict[str, float | None]
+
+
 def soak(
-    run: Callable[[np.ndarray], np.ndarray],
-    images: Sequence[np.ndarray],
-    plan: SoakPlan,
-    state: Callable[[], dict[str, float | None]],
-) -> list[dict[str, float | None]]:
+    run: Callable[[np.ndarray], np.ndarray], images: Sequence[np.ndarray], plan: SoakPlan, state: Callable[[], Row]
+) -> list[Row]:
     """Classify `images` in turn until the time is up, and compare each answer with the first one on the same image.
 
     Args:
-        run: pixels `[1, H, W, 3]` to logits `[1, classes]`.
-        images: uint8, each `[1, H, W, 3]`.
+        run: uint8 pixels `[1, H, W, 3]`, as each of `images`, to logits `[1, classes]`.
         state: returns memory, temperature and frequency; called at the end of each window, outside the timing.
 
     Returns:
@@ -36,12 +34,12 @@ def soak(
         `late` (with a rate), the number of `wrong` answers (another class than the first time), and the state.
     """
     expected = [int(run(image).argmax()) for image in images]
-    clock: Callable[[], int] = time.perf_counter_ns
+    clock = time.perf_counter_ns
     interval = int(1e9 / plan.images_per_second) if plan.images_per_second else 0
     started = clock()
     due, end = started, started + int(plan.window_seconds * 1e9)
     last = started + int(plan.seconds * 1e9)
-    rows: list[dict[str, float | None]] = []
+    rows: list[Row] = []
     times: list[int] = []
     number = late = wrong = 0
     while True:
@@ -61,12 +59,11 @@ def soak(
         number += 1
         if after < end:
             continue
-        p50, p95, p99 = (np.percentile(times, [50, 95, 99]) / 1e6).tolist()
-        row: dict[str, float | None] = {"seconds": (after - started) / 1e9, "runs": len(times)}
-        row |= {"latency_ms_p50": p50, "latency_ms_p95": p95, "latency_ms_p99": p99}
-        rows.append(row | {"latency_ms_max": max(times) / 1e6, "late": late, "wrong": wrong} | state())
+        percentiles = zip(("p50", "p95", "p99", "max"), (np.percentile(times, [50, 95, 99, 100]) / 1e6), strict=True)
+        row: Row = {"seconds": (after - started) / 1e9, "runs": len(times)}
+        row |= {f"latency_ms_{name}": float(value) for name, value in percentiles}
+        rows.append(row | {"late": late, "wrong": wrong} | state())
         times, late, wrong = [], 0, 0
         if after >= last:
             return rows
-        end += int(plan.window_seconds * 1e9)
-        end = max(end, clock())
+        end = max(end + int(plan.window_seconds * 1e9), clock())

@@ -1,7 +1,6 @@
 """Stability of timings: does a soak drift, and does a run reproduce the speed-ups of the run before it?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,37 +15,17 @@ SAME_MACHINE = ("cpu", "architecture", "instruction_sets", "usable_cores", "affi
 """Two runs are comparable if these entries of `edge.json` and of its `machine` agree."""
 
 
-@dataclass(frozen=True)
-class Drift:
-    soak_seconds: float
-    soak_runs: int
-    latency_ms_p50: float
-    """Median over windows."""
-    latency_ms_p99: float
-    slope_percent_per_hour: float
-    """Theil-Sen slope of the window medians, in percent of their median."""
-    slope_percent_per_hour_low: float
-    slope_percent_per_hour_high: float
-    change_percent: float
-    """The slope times the duration of the soak."""
-    change_percent_low: float
-    change_percent_high: float
-    rss_growth_bytes: int
-    """Median of the last quarter minus that of the second quarter; the first quarter fills caches."""
-    late: int
-    """Images that a camera at the set rate would have dropped."""
-    wrong: int
-    """Answers that differ from the first one on the same image."""
-    verdict: str
-    """`stable`, `drifts`, or `cannot tell` (the soak was too short or too noisy)."""
-    reasons: list[str]
-
-
-def drift_of(windows: Sequence[dict], confidence: float) -> Drift:
+def drift_of(windows: Sequence[dict], confidence: float) -> dict[str, Any]:
     """Judge a soak by its windows (rows of `soak`).
 
     It drifts if the change of latency exceeds `DRIFTS` and its interval excludes 0, if memory grows by more than
     `LARGEST_GROWTH`, or if an answer changed. It is stable only if the interval excludes a larger change.
+
+    Returns:
+        Flat figures and the `reasons` for the `verdict`: `stable`, `drifts`, or `cannot tell` (the soak was too short
+        or too noisy). The slope is that of the window medians, in percent of their median; `change_percent` is the
+        slope times the duration. Memory is compared between the last and the second quarter, since the first fills
+        caches. `late` and `wrong` are sums over windows.
     """
     hours = np.array([window["seconds"] for window in windows]) / 3600
     latency = np.array([window["latency_ms_p50"] for window in windows])
@@ -64,23 +43,21 @@ def drift_of(windows: Sequence[dict], confidence: float) -> Drift:
     if wrong:
         reasons.append(f"{wrong} answers changed")
     inconclusive = max(-low, high) * length > 100 * DRIFTS
-    return Drift(
-        soak_seconds=windows[-1]["seconds"],
-        soak_runs=int(sum(window["runs"] for window in windows)),
-        latency_ms_p50=middle,
-        latency_ms_p99=float(np.median([window["latency_ms_p99"] for window in windows])),
-        slope_percent_per_hour=slope,
-        slope_percent_per_hour_low=low,
-        slope_percent_per_hour_high=high,
-        change_percent=slope * length,
-        change_percent_low=low * length,
-        change_percent_high=high * length,
-        rss_growth_bytes=int(late_rss - early_rss),
-        late=int(sum(window["late"] for window in windows)),
-        wrong=wrong,
-        verdict="drifts" if reasons else "cannot tell" if inconclusive else "stable",
-        reasons=reasons,
-    )
+    figures = {
+        "soak_seconds": windows[-1]["seconds"],
+        "soak_runs": int(sum(window["runs"] for window in windows)),
+        "latency_ms_p50": middle,
+        "latency_ms_p99": float(np.median([window["latency_ms_p99"] for window in windows])),
+    }
+    for name, factor in (("slope_percent_per_hour", 1.0), ("change_percent", length)):
+        figures |= {name: slope * factor, f"{name}_low": low * factor, f"{name}_high": high * factor}
+    return figures | {
+        "rss_growth_bytes": int(late_rss - early_rss),
+        "late": int(sum(window["late"] for window in windows)),
+        "wrong": wrong,
+        "verdict": "drifts" if reasons else "cannot tell" if inconclusive else "stable",
+        "reasons": reasons,
+    }
 
 
 def slope_interval(times: np.ndarray, values: np.ndarray, confidence: float) -> tuple[float, float, float]:
@@ -102,24 +79,14 @@ def slope_interval(times: np.ndarray, values: np.ndarray, confidence: float) -> 
     return float(slope - factor * (slope - low)), float(slope), float(slope + factor * (high - slope))
 
 
-@dataclass(frozen=True)
-class Repeat:
-    run_id: str
-    """Id of the previous run."""
-    compared: int
-    """Rows of the same model.onnx in the same runtime with the same baseline."""
-    largest: float
-    """Largest change of a speed-up, as a fraction."""
-    apart: list[str]
-    """Rows whose speed-up changed by more than `STEADY`."""
-
-
-def repeat_of(result: dict[str, Any], before: object) -> Repeat | None:
+def repeat_of(result: dict[str, Any], before: object) -> dict[str, Any] | None:
     """Compare the `latency_ratio` of each row with that of the previous run; both are contents of `edge.json`.
 
     A process may have another memory layout than the last one, and so may its baseline. No single run shows that.
 
     Returns:
+        The `run_id` of the previous run; the number of `compared` rows, which have the same model.onnx, runtime and
+        baseline; the `largest` change of a speed-up, as a fraction; the rows that are `apart` by more than `STEADY`.
         None if the previous run is missing, or has other files, another machine or another protocol.
     """
     if not isinstance(before, dict) or any(before.get(key) != result[key] for key in SAME):
@@ -136,7 +103,8 @@ def repeat_of(result: dict[str, Any], before: object) -> Repeat | None:
     if not changes:
         return None
     apart = [name for name, change in changes.items() if change > STEADY]
-    return Repeat(str(before["run_id"]), len(changes), max(changes.values()), apart)
+    largest = max(changes.values())
+    return {"run_id": str(before["run_id"]), "compared": len(changes), "largest": largest, "apart": apart}
 
 
 def _key(row: dict[str, Any]) -> tuple[object, ...]:

@@ -82,7 +82,7 @@ def test_a_busy_neighbor_is_detected():
     neighbor = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.2)
-        watch = CpuWatch.start()
+        watch = CpuWatch()
         time.sleep(0.6)
         assert watch.others_cores() > 0.3
     finally:
@@ -93,7 +93,7 @@ def test_a_busy_neighbor_is_detected():
 def test_own_work_does_not_count_as_that_of_others(monkeypatch):
     """On a machine on which only this process works."""
     monkeypatch.setattr(machine, "_used_seconds", machine._own_seconds)
-    watch = CpuWatch.start()
+    watch = CpuWatch()
     end = time.monotonic() + 0.2
     while time.monotonic() < end:
         pass
@@ -142,7 +142,7 @@ def test_a_run_is_throttled_if_a_counter_or_a_lower_frequency_says_so(monkeypatc
     monkeypatch.setattr(machine, "others_cores_now", lambda: 0.0)
     counter = "devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
     system(counter, "5")
-    watch = machine.RunWatch.start(1)
+    watch = machine.RunWatch(1)
     system(counter, str(5 + events))
     marks, found = watch.finish()
     assert marks["throttled"] is throttled

@@ -72,7 +72,7 @@ def test_impossible_options_other_files_and_a_missing_opencv_are_refused(project
         with pytest.raises(UserError, match=words):
             edgewise("printed", VARIANT, *options)
     assert (project / "mine" / "notes.txt").read_text() == "keep"
-    monkeypatch.setattr(printed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(printed, "CAMERA", "no-such-package")
     with pytest.raises(UserError, match="uv sync --extra camera"):
         edgewise("printed", VARIANT)
 

@@ -22,7 +22,7 @@ from stages import edge_benchmark
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.edge import remote
-from stages.edge.remote import check_device, device_at, probe
+from stages.edge.remote import Device, check_device, probe
 from stages.edge.soak import SoakPlan
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
@@ -197,7 +197,7 @@ def test_old_remains_and_unused_files_are_removed_and_nothing_else(server, proje
     for name, age in {"used.onnx": 8, "unused.onnx": 31, "cut.onnx.partial": 31}.items():
         (kept / "models" / name).touch()
         os.utime(kept / "models" / name, (time.time() - age * day,) * 2)
-    probe(device_at(server.target))
+    probe(Device(server.target))
     assert sorted(path.name for path in kept.iterdir()) == ["env-new", "env-used", "models", "run-new"]
     assert [path.name for path in (kept / "models").iterdir()] == ["used.onnx"]
 
@@ -317,11 +317,6 @@ def test_an_unsuitable_python_is_refused_with_the_remedy(wrong, words):
     check_device("ssh://pi", GOOD, 10**6)
     with pytest.raises(UserError, match=words):
         check_device("ssh://pi", GOOD | wrong, 10**6)
-
-
-def test_the_address_has_the_user_and_the_port_of_the_target():
-    assert device_at("ssh://pi@raspberry.local:2222").address == ("-p", "2222", "pi@raspberry.local")
-    assert device_at("ssh://raspberry/").address == ("raspberry",)
 
 
 def test_the_images_of_the_soak_accompany_the_plan(project):

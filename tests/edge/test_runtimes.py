@@ -9,7 +9,15 @@ from toy_project import compressed_project
 from stages.common import paths
 from stages.common.errors import UserError
 from stages.edge import runtimes
-from stages.edge.runtimes import ONNXRUNTIME, OPENVINO, RUNTIMES, TORCH_COMPILE, TORCH_EAGER, not_installed
+from stages.edge.runtimes import (
+    ONNXRUNTIME,
+    OPENVINO,
+    RUNTIMES,
+    TORCH_COMPILE,
+    TORCH_EAGER,
+    measure_fresh,
+    not_installed,
+)
 from stages.export.session import int8_overflows
 
 FP32, INT8 = "toy-none-fp32", "toy-none-int8"
@@ -79,3 +87,18 @@ def test_a_broken_file_is_an_error_in_one_line(runtime, tmp_path):
     with pytest.raises(UserError, match=r"^.*model\.onnx.*$") as caught:
         runtime.open(tmp_path, 1, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_the_new_process_for_onnx_runtime_imports_no_torch():
+    code = (
+        "import sys, importlib, stages.edge.runtimes as r, stages.export.session;"
+        "[importlib.import_module(m) for m in r.ONNXRUNTIME.modules];"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_model_that_does_not_run_in_a_new_process_is_named_with_the_reason(tmp_path):
+    (tmp_path / "model.json").write_text('{"image_size": 24}')
+    with pytest.raises(UserError, match=r"under onnxruntime .* new process: .*model\.onnx is missing"):
+        measure_fresh(ONNXRUNTIME, tmp_path, 1, 1, 1)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from stages.edge.selective import best_threshold, lowest_threshold, proportion, thresholds
+from stages.edge.selective import lowest_threshold, proportion, thresholds
 
 
 def by_search(confidence, right, accuracy):
@@ -25,14 +25,9 @@ def test_the_threshold_is_that_of_an_exhaustive_search(seed):
         )
 
 
-def test_without_a_threshold_the_best_one_has_the_highest_accuracy_then_coverage():
-    confidence = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
-    curve = thresholds(confidence, np.array([False, True, True, False, False]))
+def test_there_is_no_threshold_for_an_accuracy_out_of_reach():
+    curve = thresholds(np.array([0.9, 0.8, 0.7]), np.array([False, True, True]))
     assert lowest_threshold(curve, 0.7) is None
-    best = best_threshold(curve)
-    assert (best.confidence, best.accuracy, best.answered) == (0.7, 2 / 3, 3)
-    tie = best_threshold(thresholds(confidence, np.array([True, True, True, False, False])))
-    assert (tie.confidence, tie.accuracy) == (0.7, 1.0)
 
 
 def test_the_interval_is_wilsons():

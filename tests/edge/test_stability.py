@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 
-from stages.edge.stability import Repeat, drift_of, repeat_of, slope_interval
+from stages.edge.stability import drift_of, repeat_of, slope_interval
 
 MEGABYTE = 2**20
 
@@ -31,43 +31,43 @@ def noise(n, std=0.01):
 def test_a_steady_soak_is_stable_despite_single_slow_windows():
     latency = 5 * noise(60)
     drift = drift_of(windows_of(latency), 0.95)
-    assert (drift.verdict, drift.reasons) == ("stable", [])
-    assert drift.change_percent_low <= 0 <= drift.change_percent_high
-    assert (drift.soak_seconds, drift.soak_runs, drift.late, drift.wrong) == (600, 3000, 60, 0)
-    assert drift.latency_ms_p50 == pytest.approx(5, rel=0.01)
+    assert (drift["verdict"], drift["reasons"]) == ("stable", [])
+    assert drift["change_percent_low"] <= 0 <= drift["change_percent_high"]
+    assert (drift["soak_seconds"], drift["soak_runs"], drift["late"], drift["wrong"]) == (600, 3000, 60, 0)
+    assert drift["latency_ms_p50"] == pytest.approx(5, rel=0.01)
     latency[[50, 55]] *= 10
-    assert drift_of(windows_of(latency), 0.95).verdict == "stable"
+    assert drift_of(windows_of(latency), 0.95)["verdict"] == "stable"
 
 
 def test_a_slope_is_found_with_its_size():
     drift = drift_of(windows_of(5 * np.linspace(1, 1.2, 60) * noise(60)), 0.95)
-    assert drift.verdict == "drifts"
-    assert "latency changes by +1" in drift.reasons[0]
-    assert drift.change_percent == pytest.approx(100 * 0.2 / 1.1, abs=1.5)
-    assert drift.slope_percent_per_hour == pytest.approx(drift.change_percent * 6, rel=0.01)
-    assert drift.change_percent_low < drift.change_percent < drift.change_percent_high
+    assert drift["verdict"] == "drifts"
+    assert "latency changes by +1" in drift["reasons"][0]
+    assert drift["change_percent"] == pytest.approx(100 * 0.2 / 1.1, abs=1.5)
+    assert drift["slope_percent_per_hour"] == pytest.approx(drift["change_percent"] * 6, rel=0.01)
+    assert drift["change_percent_low"] < drift["change_percent"] < drift["change_percent_high"]
 
 
 def test_a_significant_but_small_slope_is_stable():
     drift = drift_of(windows_of(5 * np.linspace(1, 1.02, 60) * noise(60, 0.001)), 0.95)
-    assert drift.change_percent_low > 0
-    assert drift.verdict == "stable"
+    assert drift["change_percent_low"] > 0
+    assert drift["verdict"] == "stable"
 
 
 @pytest.mark.parametrize(("windows", "std"), [(5, 0.2), (60, 0.5)])
 def test_a_soak_that_is_too_short_or_too_noisy_cannot_tell(windows, std):
     drift = drift_of(windows_of(5 * noise(windows, std)), 0.95)
-    assert max(-drift.change_percent_low, drift.change_percent_high) > 5
-    assert (drift.verdict, drift.reasons) == ("cannot tell", [])
+    assert max(-drift["change_percent_low"], drift["change_percent_high"]) > 5
+    assert (drift["verdict"], drift["reasons"]) == ("cannot tell", [])
 
 
 def test_growing_memory_and_changed_answers_are_drift():
     leak = drift_of(windows_of(5 * noise(60), rss=lambda index: (100 + index) * MEGABYTE), 0.95)
-    assert (leak.verdict, leak.rss_growth_bytes) == ("drifts", 30 * MEGABYTE)
-    assert "31.5 MB" in leak.reasons[0]
+    assert (leak["verdict"], leak["rss_growth_bytes"]) == ("drifts", 30 * MEGABYTE)
+    assert "31.5 MB" in leak["reasons"][0]
     changed = drift_of(windows_of(5 * noise(60), wrong=2), 0.95)
-    assert (changed.verdict, changed.wrong) == ("drifts", 2)
-    assert "answers" in changed.reasons[0]
+    assert (changed["verdict"], changed["wrong"]) == ("drifts", 2)
+    assert "answers" in changed["reasons"][0]
 
 
 def test_the_interval_covers_the_slope_of_autocorrelated_values_nearly_at_its_level():
@@ -117,7 +117,8 @@ def result() -> dict:
 def test_speed_ups_of_the_same_files_are_compared_with_the_previous_run(index, change, compared, largest, apart):
     again = copy.deepcopy(result())
     again["rows"][index] |= change
-    assert repeat_of(again, result()) == Repeat("first", compared, pytest.approx(largest), apart)
+    found = {"run_id": "first", "compared": compared, "largest": pytest.approx(largest), "apart": apart}
+    assert repeat_of(again, result()) == found
 
 
 @pytest.mark.parametrize("key", ["target", "machine", "protocol"])

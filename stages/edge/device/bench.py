@@ -30,12 +30,11 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
     start = start_up(model.run, pixels, model.import_ms, model.load_ms)
     from edgewise_machine import EnergyMeter, RunWatch, describe_machine  # here, or psutil's memory would be counted
 
-    watch = RunWatch.start(protocol.quiet_seconds)
+    watch = RunWatch(protocol.quiet_seconds)
     contender = Contender(model.bundle.variant, "onnxruntime", model.run, pixels, 0)
     windows = measure([contender], protocol, EnergyMeter())
     marks, state = watch.finish()
-    figures = summarize(windows, 0, 0, protocol)
-    alone = {key: value for key, value in figures.items() if "ratio" not in key and key != "unsteady"}
+    figures = summarize(windows, 0, 0, protocol).items()
     medians = [window.p50_ms for window in windows]
     return {
         "variant": model.bundle.variant,
@@ -47,7 +46,7 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
         "warmup_runs": WARMUP_RUNS,
         "windows": WINDOWS,
         "window_seconds": protocol.window_seconds,
-        **alone,
+        **{key: value for key, value in figures if "ratio" not in key and key != "unsteady"},
         "latency_ms_p50_fastest_window": min(medians),
         "latency_ms_p50_slowest_window": max(medians),
         **start,
@@ -57,16 +56,14 @@ def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
 
 def summary(result: dict) -> str:
     machine = result["machine"]
-    known = [
-        f"{machine[f'{key}_before']:.{digits}f} to {machine[f'{key}_after']:.{digits}f} {unit}"
-        for key, digits, unit in [
-            ("frequency_mhz", 0, "MHz"),
-            ("temperature_c", 0, "°C"),
-            ("load_average_1min", 2, "load"),
-        ]
-        if machine[f"{key}_before"] is not None and machine[f"{key}_after"] is not None
-    ]
-    known += [f"governor {machine['governor']}"] if machine["governor"] else []
+    known = [f"{machine['usable_cores']} of {machine['cores']} cores"]
+    units = {"frequency_mhz": (0, "MHz"), "temperature_c": (0, "°C"), "load_average_1min": (2, "load")}
+    for key, (digits, unit) in units.items():
+        before, after = machine[f"{key}_before"], machine[f"{key}_after"]
+        if before is not None and after is not None:
+            known.append(f"{before:.{digits}f} to {after:.{digits}f} {unit}")
+    if machine["governor"]:
+        known.append(f"governor {machine['governor']}")
     lines = [
         f"{result['variant']}, batch 1, {result['threads']} thread{'s' * (result['threads'] > 1)},"
         f" ONNX Runtime {machine['onnxruntime']}",
@@ -76,7 +73,7 @@ def summary(result: dict) -> str:
         f"start-up    import {result['import_ms']:.0f} ms, load {result['load_ms']:.1f} ms,"
         f" first inference {result['first_inference_ms']:.2f} ms",
         f"memory      {result['peak_rss_bytes'] / 1e6:.0f} MB peak resident after the first inference",
-        f"machine     {machine['cpu']}, {machine['usable_cores']} of {machine['cores']} cores, {', '.join(known)}",
+        f"machine     {machine['cpu']}, {', '.join(known)}",
     ]
     if result["energy_mj_per_image"] is not None:
         lines.append(f"energy      {result['energy_mj_per_image']:.2f} mJ per image, for the whole processor")
@@ -103,24 +100,22 @@ def write_json(path: Path, value: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=threads_argument, default=1, help="threads of ONNX Runtime (default: 1)")
-    parser.add_argument(
-        "--seconds", type=float, default=10, help="duration of the timing, without warm-up (default: 10)"
-    )
+    seconds = "duration of the timing, without warm-up (default: 10)"
+    parser.add_argument("--seconds", type=float, default=10, help=seconds)
     parser.add_argument("--json", type=Path, metavar="out", help="write all figures and the machine to this file")
     arguments = parser.parse_args()
     if not 0 < arguments.seconds <= 86400:
         parser.error("--seconds: give more than 0 and at most 86400")
-    if arguments.json and not arguments.json.parent.is_dir():
-        stop(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
-    if arguments.json and arguments.json.is_dir():
-        stop(f"cannot write {arguments.json}: it is a folder")
+    out, threads = arguments.json, arguments.threads
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        stop(f"cannot write {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
     try:
-        result = bench(open_model(Path(__file__).parent, arguments.threads), arguments.threads, arguments.seconds)
+        result = bench(open_model(Path(__file__).parent, threads), threads, arguments.seconds)
     except KeyboardInterrupt:
         stop("interrupted: no result was written")
     print(summary(result))
-    if arguments.json:
-        write_json(arguments.json, result)
+    if out:
+        write_json(out, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ try:
     import numpy as np
     from edgewise_decode import decode, to_rgb
     from edgewise_frames import CROP, Frame, NewestFrames, NoFrames, center_square, frames_of, open_video
-    from edgewise_model import Answer, Model, open_model, run_script, stop, threads_argument
+    from edgewise_model import Answer, Model, open_model, reason_of, run_script, stop, threads_argument
     from PIL import Image, ImageOps
 except ImportError as missing:
     own = str(missing.name).startswith("edgewise_")
@@ -39,6 +39,7 @@ class Tally:
     times_ms: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     unsure: int = 0
     last: Answer | None = None
+    printed: tuple[float, int] | None = None  # time and number of frames of the last line
 
     @property
     def frames(self) -> int:
@@ -55,43 +56,25 @@ class Tally:
         p50 = {part: np.median(values[since:]) for part, values in self.times_ms.items() if values[since:]}
         return ", ".join(f"{part} {value:.2f} ms" for part, value in p50.items())
 
+    def print_line(self, dropped: int) -> None:
+        """One line each second, where there is no window."""
+        now, (before, frames) = time.monotonic(), self.printed or (self.started, 0)
+        if now - before >= 1:
+            rate = (self.frames - frames) / (now - before)
+            line = f"{now - self.started:.0f} s: {rate:.1f} frames/s, {self.last}, {self.times(frames)}"
+            print(f"{line}, {dropped} dropped", flush=True)
+            self.printed = now, self.frames
 
-class Lines:
-    """One line each second, where there is no window."""
-
-    def __init__(self, tally: Tally) -> None:
-        self.tally, self.printed, self.frames = tally, tally.started, 0
-
-    def frame(self, dropped: int) -> None:
-        now = time.monotonic()
-        if now - self.printed < 1:
-            return
-        rate = (self.tally.frames - self.frames) / (now - self.printed)
-        print(
-            f"{now - self.tally.started:.0f} s: {rate:.1f} frames/s, {self.tally.last},"
-            f" {self.tally.times(self.frames)}, {dropped} dropped",
-            flush=True,
+    def summary(self, dropped: int) -> str:
+        seconds = time.monotonic() - self.started
+        return (
+            f"{self.frames} frames in {seconds:.1f} s, {self.frames / seconds:.1f} frames/s, {dropped} dropped,"
+            f" {self.unsure} unsure\np50 of each part: {self.times() or 'no frames'}"
         )
-        self.printed, self.frames = now, self.tally.frames
-
-
-def summary(tally: Tally, dropped: int) -> str:
-    seconds = time.monotonic() - tally.started
-    return (
-        f"{tally.frames} frames in {seconds:.1f} s, {tally.frames / seconds:.1f} frames/s, {dropped} dropped,"
-        f" {tally.unsure} unsure\np50 of each part: {tally.times() or 'no frames'}"
-    )
 
 
 def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
-    """The images of a folder in the order of their names, upright; other files are named and left out.
-
-    Args:
-        left_out: receives the files that are not images.
-
-    Raises:
-        NoFrames: if the folder is missing, or none of its files is an image.
-    """
+    """The images of a folder in the order of their names, upright; other files are named and added to `left_out`."""
     if not folder.is_dir():
         raise NoFrames(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     found = False
@@ -102,8 +85,7 @@ def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
                 image.load()
                 rgb = np.asarray(to_rgb(ImageOps.exif_transpose(image)))
         except Exception as error:  # errors of Pillow have no common class
-            reason = " ".join(str(error).split()).replace(f" {str(path)!r}", "") or type(error).__name__
-            print(f"{path}: left out: {reason}", file=sys.stderr)
+            print(f"{path}: left out: {reason_of(error, path)}", file=sys.stderr)
             left_out.append(path)
             continue
         found = True
@@ -130,30 +112,25 @@ class Screen:
 
     def __init__(self, window: bool, save: Path | None, frames_per_second: float) -> None:
         self.window, self.save, self.rate = window, save, frames_per_second
+        self.wanted = window or save is not None
         self.writer: cv2.VideoWriter | None = None
         if window and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
             stop("there is no display for a window: add --headless")  # Qt would abort the process
-        if window:
-            try:
+        try:
+            if window:
                 cv2.namedWindow("edgewise")
-            except cv2.error:
-                stop("this OpenCV cannot open windows: add --headless, or install opencv-python instead")
-
-    @property
-    def wanted(self) -> bool:
-        return self.window or self.save is not None
+        except cv2.error:
+            stop("this OpenCV cannot open windows: add --headless, or install opencv-python instead")
 
     def show(self, drawn: np.ndarray) -> bool:
         """Returns False if the user wants to stop."""
         if self.save is not None:
-            height, width = drawn.shape[:2]
             if self.writer is None:
-                code = cv2.VideoWriter.fourcc(*"mp4v")
-                self.size = (width, height)
-                self.writer = cv2.VideoWriter(str(self.save), code, self.rate, self.size)
+                self.size = drawn.shape[1], drawn.shape[0]
+                self.writer = cv2.VideoWriter(str(self.save), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, self.size)
                 if not self.writer.isOpened():
                     stop(f"{self.save} cannot be written: does the folder exist, and does the name end in .mp4?")
-            self.writer.write(drawn if (width, height) == self.size else cv2.resize(drawn, self.size))
+            self.writer.write(cv2.resize(drawn, self.size))  # the images of a folder differ in size
         if not self.window:
             return True
         cv2.imshow("edgewise", drawn)
@@ -166,73 +143,48 @@ class Screen:
             cv2.destroyAllWindows()
 
 
-def watch(
-    model: Model,
-    frames: Iterable[Frame],
-    crop: float | None,
-    screen: Screen,
-    tally: Tally,
-    most: int | None,
-    after: Callable[[], None],
-) -> bool:
-    """Classify each frame and then call `after`. Returns True if the source ended."""
-    for frame in frames:
-        times = [time.perf_counter_ns()]
-        square = center_square(frame.pixels, crop) if crop else whole(frame.pixels)
-        rgb = np.ascontiguousarray(frame.pixels[square][..., ::-1])
-        pixels, _ = decode(rgb, model.bundle.image_size)
-        times.append(time.perf_counter_ns())
-        answer = model.answer(pixels)
-        times.append(time.perf_counter_ns())
-        keep_going = screen.show(draw(frame.pixels, square, answer)) if screen.wanted else True
-        times.append(time.perf_counter_ns())
-        resize_ms, inference_ms, drawing_ms = (np.diff(times) / 1e6).tolist()
-        tally.add(answer, decode=frame.decode_ms, resize=resize_ms, inference=inference_ms)
-        if screen.wanted:
-            tally.times_ms["drawing"].append(drawing_ms)
-        after()
-        if not keep_going or tally.frames == most:
-            return False
-    return True
-
-
-def whole(pixels: np.ndarray) -> tuple[slice, slice]:
-    height, width = pixels.shape[:2]
-    return slice(0, height), slice(0, width)
+def classify(model: Model, frame: Frame, crop: float | None, screen: Screen, tally: Tally) -> bool:
+    """Classify a frame, show and count it; returns False if the user wants to stop."""
+    times = [time.perf_counter_ns()]
+    square = center_square(frame.pixels, crop)
+    pixels, _ = decode(np.ascontiguousarray(frame.pixels[square][..., ::-1]), model.bundle.image_size)
+    times.append(time.perf_counter_ns())
+    answer = model.answer(pixels)
+    times.append(time.perf_counter_ns())
+    keep_going = screen.show(draw(frame.pixels, square, answer)) if screen.wanted else True
+    times.append(time.perf_counter_ns())
+    resize_ms, inference_ms, drawing_ms = (np.diff(times) / 1e6).tolist()
+    drawing = {"drawing": drawing_ms} if screen.wanted else {}
+    tally.add(answer, decode=frame.decode_ms, resize=resize_ms, inference=inference_ms, **drawing)
+    return keep_going
 
 
 def run(arguments: argparse.Namespace) -> str | None:
-    """Classify until the end, print the summary, and return a message if something went wrong.
-
-    Raises:
-        NoFrames: if the source cannot be opened.
-    """
+    """Classify until the end, print the summary, and return a message if something went wrong."""
     model = open_model(Path(__file__).parent, arguments.threads)
     source: int | Path = arguments.folder or arguments.video or arguments.camera
-    capture, live, rate, crop = None, None, DEFAULT_RATE, arguments.crop
-    if not arguments.folder:
-        capture = open_video(source)
+    live, rate, crop = None, DEFAULT_RATE, arguments.crop
+    left_out: list[Path] = []
+    capture = None if arguments.folder else open_video(source)
+    if capture is not None:
         rate, crop = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE, crop or CROP
     screen = Screen(not arguments.headless, arguments.save, rate)
-    left_out: list[Path] = []
     if capture is None:
         frames: Iterable[Frame] = folder_frames(arguments.folder, left_out)
     elif arguments.video and not arguments.realtime:
         frames = frames_of(capture)
     else:
         frames = live = NewestFrames(capture, rate if arguments.video else 0.0)
-    tally = Tally()
-    lines, ended = Lines(tally), False
-
-    def dropped() -> int:
-        return live.dropped if live else 0
-
-    def after() -> None:
-        if arguments.headless:
-            lines.frame(dropped())
-
+    tally, ended = Tally(), False
     try:
-        ended = watch(model, frames, crop, screen, tally, arguments.max_frames, after)
+        for frame in frames:
+            keep_going = classify(model, frame, crop, screen, tally)
+            if arguments.headless:
+                tally.print_line(live.dropped if live else 0)
+            if not keep_going or tally.frames == arguments.max_frames:
+                break
+        else:
+            ended = True
     except KeyboardInterrupt:
         pass  # the usual way to end a camera
     finally:
@@ -241,7 +193,7 @@ def run(arguments: argparse.Namespace) -> str | None:
             live.close()
     if ended and not tally.frames:
         return f"{source} has no frames" if arguments.video else f"camera {source} gives no frames"
-    print(summary(tally, dropped()))
+    print(tally.summary(live.dropped if live else 0))
     if ended and live and not arguments.video:
         return f"camera {source} stopped giving frames: was it unplugged?"
     return f"{len(left_out)} files of {source} were left out" if left_out else None
@@ -257,12 +209,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--headless", action="store_true", help="print one line each second instead of a window")
     parser.add_argument("--save", type=Path, metavar="out.mp4", help="write the labeled frames to a video")
     parser.add_argument("--max-frames", type=int, metavar="n", help="end after this number of frames")
-    parser.add_argument(
-        "--crop",
-        type=float,
-        metavar="fraction",
-        help=f"side of the classified square over the shorter side (default: {CROP}; with --folder: the whole image)",
-    )
+    text = f"side of the classified square over the shorter side (default: {CROP}; with --folder: the whole image)"
+    parser.add_argument("--crop", type=float, metavar="fraction", help=text)
     parser.add_argument("--threads", type=threads_argument, default=1, help="threads of ONNX Runtime (default: 1)")
     arguments = parser.parse_args()
     if arguments.realtime and not arguments.video:
@@ -280,13 +228,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     try:
-        wrong = run(parse())
+        if wrong := run(parse()):
+            stop(wrong)
     except NoFrames as error:
         stop(error)
     except KeyboardInterrupt:
         stop("interrupted before the first frame")
-    if wrong:
-        stop(wrong)
 
 
 if __name__ == "__main__":

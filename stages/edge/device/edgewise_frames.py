@@ -10,8 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CROP = 0.7
-"""Side of the classified square, as a fraction of the shorter side of the frame."""
+CROP = 0.7  # side of the classified square, as a fraction of the shorter side of the frame
 
 
 @dataclass(frozen=True)
@@ -24,21 +23,20 @@ class NoFrames(Exception):
     """There is nothing to classify; the message tells the user why."""
 
 
-def center_square(pixels: np.ndarray, fraction: float) -> tuple[slice, slice]:
-    """Rows and columns of the middle square of `[H, W, 3]` whose side is `fraction` of the shorter side."""
+def center_square(pixels: np.ndarray, fraction: float | None) -> tuple[slice, slice]:
+    """Rows and columns of the middle square of `[H, W, 3]` whose side is `fraction` of the shorter side; all if None."""
     height, width = pixels.shape[:2]
+    if fraction is None:
+        return slice(0, height), slice(0, width)
     side = max(1, round(fraction * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
     return slice(top, top + side), slice(left, left + side)
 
 
 def open_video(source: int | Path) -> cv2.VideoCapture:
-    """Open a camera by its number, or a video file.
-
-    Raises:
-        NoFrames: if the camera or file does not exist, or OpenCV cannot read it.
-    """
-    _keep_quiet()
+    """Open a camera by its number, or a video file; raises `NoFrames` if that is not possible."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET: the scripts report an error in one line
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     if isinstance(source, Path) and not source.is_file():
         raise NoFrames(f"{source}: {'a folder, not a video' if source.is_dir() else 'no such file'}")
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
@@ -52,21 +50,17 @@ def open_video(source: int | Path) -> cv2.VideoCapture:
 
 def frames_of(capture: cv2.VideoCapture) -> Iterator[Frame]:
     """Yield every frame in order, as fast as the caller takes them."""
-    while True:
+    started = time.perf_counter_ns()
+    while (read := capture.read())[0]:
+        yield Frame(read[1], (time.perf_counter_ns() - started) / 1e6)
         started = time.perf_counter_ns()
-        read, pixels = capture.read()
-        if not read:
-            return
-        yield Frame(pixels, (time.perf_counter_ns() - started) / 1e6)
 
 
 class NewestFrames:
     """Yields the newest frame each time; `dropped` counts the frames that a newer one replaced.
 
-    A thread reads the frames, so a slow classifier never works through a queue of old ones.
-
-    Args:
-        frames_per_second: rate at which a video file plays; 0 for a camera, which has its own rate.
+    A thread reads the frames, so a slow classifier never works through a queue of old ones. A video file plays at
+    `frames_per_second`; that is 0 for a camera, which has its own rate.
     """
 
     def __init__(self, capture: cv2.VideoCapture, frames_per_second: float = 0.0) -> None:
@@ -113,9 +107,3 @@ class NewestFrames:
                 self._changed.notify()
             if pixels is None:
                 return
-
-
-def _keep_quiet() -> None:
-    """Silence OpenCV and FFmpeg, because the scripts report an error in one line."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -21,23 +21,22 @@ BUNDLE, MODEL = "bundle.json", "model.onnx"
 class Bundle:
     """The entries of `bundle.json` that the scripts need."""
 
-    folder: Path
     variant: str
     classes: list[str]
-    image_size: int
-    """Side in pixels of the model's input images."""
+    image_size: int  # side in pixels of the model's input images
     onnx_sha256: str
     confidence_threshold: float
-    onnxruntime: str
-    """The version with which the bundle was made."""
+    onnxruntime: str  # the version with which the bundle was made
+
+
+TYPES = {"variant": str, "classes": list, "image_size": int, "onnx_sha256": str}
+TYPES |= {"confidence_threshold": int | float, "onnxruntime": str}
 
 
 @dataclass(frozen=True)
 class Answer:
-    label: str
-    """The class with the highest softmax probability."""
-    confidence: float
-    """Its softmax probability, which is not calibrated: use it only with the threshold."""
+    label: str  # the class with the highest softmax probability
+    confidence: float  # its softmax probability, which is not calibrated: use it only with the threshold
     threshold: float
     inference_ms: float
 
@@ -55,22 +54,18 @@ class Answer:
 class Loaded:
     """A `model.onnx` in ONNX Runtime."""
 
-    run: Callable[[np.ndarray], np.ndarray]
-    """uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`."""
+    run: Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`
     image_size: int
     classes: int
-    import_ms: float
-    """Time to import ONNX Runtime."""
-    load_ms: float
-    """Time from the file to a session that can run."""
+    import_ms: float  # time to import ONNX Runtime
+    load_ms: float  # time from the file to a session that can run
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Loaded):
+    """The model of a bundle."""
+
     bundle: Bundle
-    run: Callable[[np.ndarray], np.ndarray]
-    import_ms: float
-    load_ms: float
 
     def answer(self, pixels: np.ndarray) -> Answer:
         """Classify one image, uint8 RGB `[image_size, image_size, 3]`."""
@@ -100,6 +95,12 @@ def run_script(main: Callable[[], object]) -> None:
         sys.exit(141)  # exit code of a process that SIGPIPE ended
 
 
+def reason_of(error: Exception, path: Path) -> str:
+    """The reason in one line, without the path, which the line begins with."""
+    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
+    return " ".join(text.split()).replace(f" {str(path)!r}", "")
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,67 +122,40 @@ def comparison(confidence: float, threshold: float) -> str:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Ends the program if `bundle.json` is missing or damaged, or does not describe this `model.onnx`."""
+    """End the program if `bundle.json` is missing or damaged, or does not describe this `model.onnx`."""
     try:
         raw = json.loads((folder / BUNDLE).read_text(encoding="utf-8"))
-        bundle = Bundle(
-            folder=folder,
-            variant=raw["variant"],
-            classes=raw["classes"],
-            image_size=raw["image_size"],
-            onnx_sha256=raw["onnx_sha256"],
-            confidence_threshold=raw["confidence_threshold"],
-            onnxruntime=raw["versions"]["onnxruntime"],
-        )
-        _check_types(bundle)
+        values = {**raw, "onnxruntime": raw["versions"]["onnxruntime"]}
+        bundle = Bundle(**{name: values[name] for name in TYPES})
+        wrong = [name for name, kind in TYPES.items() if not isinstance(values[name], kind)]
+        if wrong or not all(isinstance(label, str) for label in bundle.classes):
+            raise ValueError(f"{(*wrong, 'classes')[0]} has a wrong type")
         found = sha256_of(folder / MODEL)
     except OSError as error:
         stop(f"{error.filename}: {error.strerror}: copy the whole bundle again")
     except (ValueError, KeyError, TypeError) as error:
         stop(f"{folder / BUNDLE} is damaged ({type(error).__name__}: {error}): copy the whole bundle again")
     if found != bundle.onnx_sha256:
-        stop(
-            f"{folder / MODEL} has sha256 {found[:12]}…, but {BUNDLE} has {bundle.onnx_sha256[:12]}…: the threshold"
-            " and the model card belong to another model: copy the whole bundle again"
-        )
+        hashes = f"{folder / MODEL} has sha256 {found[:12]}…, but {BUNDLE} has {bundle.onnx_sha256[:12]}…"
+        stop(f"{hashes}: the threshold and the model card belong to another model: copy the whole bundle again")
     return bundle
-
-
-def _check_types(bundle: Bundle) -> None:
-    """Raises a `ValueError` that names the first value of a wrong type."""
-    named = isinstance(bundle.classes, list) and all(isinstance(name, str) for name in bundle.classes)
-    sound = {
-        "variant": isinstance(bundle.variant, str),
-        "classes": named and bool(bundle.classes),
-        "image_size": type(bundle.image_size) is int and bundle.image_size > 0,
-        "confidence_threshold": type(bundle.confidence_threshold) in (int, float),
-        "versions.onnxruntime": isinstance(bundle.onnxruntime, str),
-    }
-    if wrong := [name for name, valid in sound.items() if not valid]:
-        raise ValueError(f"{wrong[0]} has a wrong type")
 
 
 def open_model(folder: Path, threads: int) -> Model:
     """Open the model of the bundle in ONNX Runtime; ends the program if that fails."""
     bundle = read_bundle(folder)
     loaded = load_onnx(folder / MODEL, threads)
-    for name, in_model, in_bundle in [
-        ("image size", loaded.image_size, bundle.image_size),
-        ("number of classes", loaded.classes, len(bundle.classes)),
-    ]:
-        if in_model != in_bundle:
-            stop(
-                f"{folder / MODEL}: its {name} is {in_model}, but {BUNDLE} has {in_bundle}: copy the whole bundle again"
-            )
+    expected = {"image size": bundle.image_size, "number of classes": len(bundle.classes)}
+    for (name, wanted), found in zip(expected.items(), (loaded.image_size, loaded.classes), strict=True):
+        if found != wanted:
+            stop(f"{folder / MODEL}: its {name} is {found}, but {BUNDLE} has {wanted}: copy the whole bundle again")
     import onnxruntime
 
     if _numbers(onnxruntime.__version__) < _numbers(bundle.onnxruntime):
-        print(
-            f"warning: ONNX Runtime {onnxruntime.__version__} is older than {bundle.onnxruntime}, with which this"
-            " bundle was made: pip install -r requirements.txt",
-            file=sys.stderr,
-        )
-    return Model(bundle, loaded.run, loaded.import_ms, loaded.load_ms)
+        older = f"ONNX Runtime {onnxruntime.__version__} is older than {bundle.onnxruntime}"
+        remedy = "pip install -r requirements.txt"
+        print(f"warning: {older}, with which this bundle was made: {remedy}", file=sys.stderr)
+    return Model(**vars(loaded), bundle=bundle)
 
 
 def load_onnx(path: Path, threads: int) -> Loaded:
@@ -215,7 +189,7 @@ def load_onnx(path: Path, threads: int) -> Loaded:
 
 
 def threads_argument(text: str) -> int:
-    """Parse a number of threads: at most one for each usable core."""
+    """A number of threads: at most one for each usable core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not text.isdigit() or not 1 <= int(text) <= cores:
         raise argparse.ArgumentTypeError(f"{text}: give 1 to {cores}, the number of usable cores")

@@ -16,7 +16,7 @@ from pathlib import Path
 try:
     import numpy as np
     from edgewise_decode import decode
-    from edgewise_model import Model, open_model, run_script, threads_argument
+    from edgewise_model import Model, open_model, reason_of, run_script, threads_argument
     from PIL import Image
 except ImportError as missing:
     own = str(missing.name).startswith("edgewise_")
@@ -30,12 +30,6 @@ def answer_line(model: Model, path: Path) -> str:
     preprocess_ms = (time.perf_counter_ns() - started) / 1e6
     answer = model.answer(pixels)
     return f"{path}: {answer}, {preprocess_ms:.2f} ms preprocess, {answer.inference_ms:.2f} ms inference"
-
-
-def reason_of(error: Exception, path: Path) -> str:
-    """The reason in one line, without the path, which the line begins with."""
-    text = (error.strerror if isinstance(error, OSError) and error.strerror else str(error)) or type(error).__name__
-    return " ".join(text.split()).replace(f" {str(path)!r}", "")
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ model, threads, batch and image size, it loads the model, classifies once, and p
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -36,19 +35,6 @@ def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str
     return start_up(loaded.run, random_pixels(batch, image_size, 0), loaded.import_ms, loaded.load_ms)
 
 
-def fresh(model: dict, protocol: Protocol) -> dict[str, float]:
-    """The median of each figure of `first_run` over new processes."""
-    settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
-    results = []
-    for _ in range(protocol.start_up_runs):
-        command = [sys.executable, __file__, "--fresh", *map(str, settings)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            stop(f"{model['variant']} does not run in a new process: {done.stderr.strip()[-300:]}")
-        results.append(json.loads(done.stdout))
-    return median_start(results)
-
-
 def time_models(plan: dict, log: Callable[[str], None]) -> dict:
     """The fields of `Timing` in the edge benchmark: `result`, `windows` and `soak`."""
     # here, because the processes that measure their own memory do without psutil
@@ -56,27 +42,28 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     models, protocol = plan["models"], Protocol(**plan["protocol"])
-    if plan["affinity"] is not None:
-        try:
-            keep_to_cores(plan["affinity"])
-        except ValueError as error:
-            stop(f"edge_benchmark.{error}")
     check_models(models)
     log(f"start-up of {len(models)} models")
-    starts = [fresh(model, protocol) | {"onnx_sha256": model["onnx_sha256"]} for model in models]
+    starts = []
+    try:
+        if plan["affinity"] is not None:
+            keep_to_cores(plan["affinity"])
+        for model in models:
+            settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
+            command = [sys.executable, __file__, "--fresh", *map(str, settings)]
+            start = median_start(model["variant"], command, protocol.start_up_runs)
+            starts.append(start | {"onnx_sha256": model["onnx_sha256"]})
+    except ValueError as error:
+        stop(error)
     runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads).run for model in models}
-    places = {model["variant"]: place for place, model in enumerate(models)}
-    contenders = [
-        Contender(
-            model["variant"],
-            "onnxruntime",
-            runs[model["variant"]],
-            random_pixels(protocol.batch, model["image_size"], protocol.seed),
-            places[model["baseline"]],
-        )
-        for model in models
-    ]
-    timed, state, windows = timed_run(contenders, starts, protocol, RunWatch.start, EnergyMeter(), log)
+    contenders = []
+    for model in models:
+        pixels = random_pixels(protocol.batch, model["image_size"], protocol.seed)
+        baseline = list(runs).index(model["baseline"])
+        contenders.append(Contender(model["variant"], "onnxruntime", runs[model["variant"]], pixels, baseline))
+    timed, state, windows = timed_run(
+        contenders, starts, protocol, RunWatch(protocol.quiet_seconds), EnergyMeter(), log
+    )
     result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
     soaked = []
     if plan["soak"] is not None:
