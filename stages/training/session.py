@@ -20,7 +20,7 @@ from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
 from stages.training.host import prepare_host
 from stages.training.recipe import recipe_for, schedule, steps_in, steps_per_epoch
-from stages.training.trainer import Trained, train
+from stages.training.trainer import Trained, Trainer, TrainingData
 
 
 @dataclass
@@ -55,15 +55,15 @@ class Session:
     def classifier(self) -> Classifier:
         return Classifier(self.parent.preprocess(), self.network).eval()
 
-    @cached_property
-    def recipe(self) -> Finetune:
-        """The recipe of `finetune` with the epochs and the learning rate factor of `settings`."""
-        return recipe_for(self.finetune, self._budget)
-
     @property
     def _budget(self) -> Budget:
         assert isinstance(self.settings, Budget), f"{self.param} does not train"
         return self.settings
+
+    @cached_property
+    def recipe(self) -> Finetune:
+        """The recipe of `finetune` with the epochs and the learning rate factor of `settings`."""
+        return recipe_for(self.finetune, self._budget)
 
     @property
     def steps(self) -> int:
@@ -111,22 +111,18 @@ class Session:
         checkpoints = self.checkpoints and self.checkpoints / phase
         if checkpoints is not None:
             checkpoints.mkdir(exist_ok=True)
-        return train(
+        trainer = Trainer(
             network,
-            self.train_part,
-            self.validation_part,
-            self.parent.preprocess(),
+            TrainingData(self.train_part, self.validation_part, self.parent.preprocess()),
             recipe or self.recipe,
-            base=self.base,
+            prepare_host(self.base),
             seed=self.seed,
-            title=f"{self.stage} {self.key}",
             constraint=constraint,
             distillation=distillation,
-            epochs=epochs,
-            keep=keep,
-            checkpoints=checkpoints,
+            title=f"{self.stage} {self.key}",
             rate_key="finetune.learning_rate" if recipe else f"{self.param}.learning_rate_factor",
         )
+        return trainer.fit(epochs, keep, checkpoints)
 
     def validation_top1(self, network: nn.Module) -> float:
         """Top-1 on the validation images in float32. The network, on the CPU, stays as it is."""

@@ -340,12 +340,11 @@ def test_a_target_of_zero_removes_nothing_and_is_the_control(made, workspace, pr
 def test_the_teacher_is_the_dense_parent_and_changes_what_is_learned(made, workspace, monkeypatch, dense):
     teachers = []
 
-    def watched(network, *args, distillation, **more):
+    def watched(*args, distillation, **more):
         teachers.append((distillation.teacher, {k: v.clone() for k, v in distillation.teacher.state_dict().items()}))
-        return train(network, *args, distillation=distillation, **more)
+        return Trainer(*args, distillation=distillation, **more)
 
-    train = session.train
-    monkeypatch.setattr(session, "train", watched)
+    monkeypatch.setattr(session, "Trainer", watched)
     taught = run("taught")
     assert not torch.equal(made("continued").network.head.fc.weight, taught.network.head.fc.weight)
     [(teacher, before)] = teachers
