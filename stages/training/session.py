@@ -16,10 +16,11 @@ from stages.params.base import Base
 from stages.params.budget import Budget
 from stages.params.finetune import Finetune
 from stages.params.section import Section
+from stages.training.batches import steps_per_epoch
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
 from stages.training.host import prepare_host
-from stages.training.recipe import recipe_for, schedule, steps_in, steps_per_epoch
+from stages.training.optimizers import schedule
 from stages.training.trainer import Trained, Trainer, TrainingData
 
 
@@ -63,12 +64,16 @@ class Session:
     @cached_property
     def recipe(self) -> Finetune:
         """The recipe of `finetune` with the epochs and the learning rate factor of `settings`."""
-        return recipe_for(self.finetune, self._budget)
+        budget = self._budget
+        changes: dict[str, Any] = {"epochs": budget.epochs, "progressive_resize": None}  # trained for the full size
+        for name in ("learning_rate", "muon_learning_rate"):
+            changes[name] = getattr(self.finetune, name) * budget.learning_rate_factor
+        return self.finetune.model_copy(update=changes)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole recipe."""
-        return steps_in(self.recipe, len(self.train_part))
+        return self.recipe.epochs * steps_per_epoch(self.recipe, len(self.train_part))
 
     def learning_rate(self, step: int) -> float:
         return self.recipe.learning_rate * schedule(step, self.steps, self.recipe)

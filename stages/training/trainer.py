@@ -30,15 +30,14 @@ from stages.networks.preprocess import Classifier, Preprocess
 from stages.params.finetune import Finetune
 from stages.training import distributed
 from stages.training.augment import Augmentation, positions_of
-from stages.training.batches import Images
+from stages.training.batches import Images, steps_per_epoch
 from stages.training.checkpoint import Spacing, load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
 from stages.training.convolutions import mended_convolutions
 from stages.training.distillation import Distillation, soft_loss
 from stages.training.ema import Ema
 from stages.training.host import clear_training_errors, use_bfloat16
-from stages.training.optimizers import Optimizers
-from stages.training.recipe import schedule, steps_in, steps_per_epoch
+from stages.training.optimizers import Optimizers, schedule
 
 CURVE_COLUMNS = (
     *("epoch", "learning_rate", "training_loss", "validation_loss", "validation_top1"),
@@ -98,10 +97,11 @@ class Trainer:
         rate_key: str = "finetune.learning_rate",
     ) -> None:
         self.network, self.data, self.recipe, self.device, self.seed = network, data, recipe, device, seed
-        self.constraint, self.distillation, self.title, self.rate_key = constraint, distillation, title, rate_key
+        self.constraint, self.distillation = constraint or Constraint(), distillation
+        self.title, self.rate_key = title, rate_key
         self.bfloat16 = use_bfloat16(recipe.precision, device)
-        images = len(data.train)
-        self.steps_per_epoch, self.steps = steps_per_epoch(recipe, images), steps_in(recipe, images)
+        self.steps_per_epoch = steps_per_epoch(recipe, len(data.train))
+        self.steps = recipe.epochs * self.steps_per_epoch
         with clear_training_errors(title, recipe.batch_size):
             self._prepare()
 
@@ -172,7 +172,7 @@ class Trainer:
                 finished, end = epoch + 1 == last, (epoch + 1) * self.steps_per_epoch - 1
                 score = [row["validation_top1"], -row["validation_loss"]]
                 wanted = finished if keep == "last" else not chosen or score > chosen["score"]
-                if wanted and (self.constraint is None or self.constraint.met_after(end)):
+                if wanted and self.constraint.met_after(end):
                     kept = self.network if keep == "last" else candidate
                     weights = {name: tensor.detach().cpu().clone() for name, tensor in kept.state_dict().items()}
                     chosen = {"epoch": epoch + 1, "score": score, "weights": weights}
@@ -243,11 +243,9 @@ class Trainer:
         self.network.zero_grad(set_to_none=True)
         loss = self.loss(x, targets, self.input_size(step))
         loss.backward()
-        if self.constraint is not None:
-            self.constraint.before_step(step)
+        self.constraint.before_step(step)
         self.optimizers.step()
-        if self.constraint is not None:
-            self.constraint.after_step(step)
+        self.constraint.after_step(step)
         if self.ema is not None:
             self.ema.update_parameters(self.network)
         return loss.detach()
@@ -277,8 +275,6 @@ class Trainer:
         """The network as an epoch would be kept now: the weights, or their EMA put on the constraint."""
         if self.ema is None:
             return self.network
-        if self.constraint is None:
-            return self.ema.module
         average = copy.deepcopy(self.ema.module)
         self.constraint.project(average)
         return average
