@@ -106,7 +106,7 @@ class Trainer:
             self._prepare()
 
     def _prepare(self) -> None:
-        """Move everything to the device."""
+        """Create on the device all that the steps use."""
         network, recipe, device, small = self.network, self.recipe, self.device, self.recipe.progressive_resize
         _to_channels_last(network.train().to(device))
         if self.distillation is not None:
@@ -189,7 +189,8 @@ class Trainer:
             )
         load_tensors(self.network, chosen["weights"])
         self.network.to(memory_format=torch.contiguous_format).eval()
-        logits = self.predict(self.network, self.data.validation)
+        with clear_training_errors(self.title, self.recipe.batch_size):
+            logits = self.predict(self.network, self.data.validation)
         return Trained(self.network.cpu(), curve, top1(logits, self.data.validation.labels), chosen["epoch"])
 
     def _run_epoch(self, epoch: int, progress: EpochProgress) -> tuple[dict[str, float], nn.Module]:
