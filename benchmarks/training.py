@@ -51,8 +51,8 @@ from stages.params.whole import Params
 from stages.pruning.costs import costs_of
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
+from stages.training.batches import steps_per_epoch
 from stages.training.host import prepare_host, use_bfloat16
-from stages.training.recipe import steps_in, steps_per_epoch
 from stages.training.trainer import Trainer, TrainingData
 
 PLAIN = ("plain",)
@@ -168,7 +168,7 @@ def ours(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.de
     fold_layer_scale(pruned)
     groups = channel_groups(pruned, size)
     pruner = Oto(method="oto", epochs=full.epochs, learning_rate_factor=1.0, group_sparsity=0.5)
-    total = steps_in(full, len(part))
+    total = full.epochs * steps_per_epoch(full, len(part))
     hesso = Hesso(pruned, groups, costs_of(pruned, groups, size), pruner, total, "pruners.benchmark")
     quiet, pruning = trainer(silent), Trainer(pruned, data, silent, device, constraint=hesso)
     pruning.step(hesso.schedule.start, *next(pruning.batches_of(0)))  # the first period's channels are chosen here

@@ -25,7 +25,7 @@ from stages.params.section import Name, Section
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
-from stages.training.trainer import CURVE_COLUMNS, train
+from stages.training.trainer import CURVE_COLUMNS, Trainer, TrainingData
 
 
 class Params(Section):
@@ -66,7 +66,7 @@ def refuse_large_batch(batch_size: int, images: int) -> None:
         )
 
 
-def finetune(params: Params, key: str) -> None:
+def finetune(params: Params, key: str, device: torch.device) -> None:
     info = read_info(paths.IMAGES)
     refuse_large_batch(params.finetune.batch_size, info.counts["train"])
     spec = spec_of(params.models[key], len(info.classes))
@@ -85,17 +85,13 @@ def finetune(params: Params, key: str) -> None:
         "base": params.base.model_dump(),
     }
     with checkpoint_folder(paths.SCRATCH / "finetune" / key, identity) as checkpoints:
-        trained = train(
-            network,
-            open_part(paths.IMAGES, "train"),
-            open_part(paths.IMAGES, "validation"),
-            description.preprocess(),
-            params.finetune if weights == "none" else params.finetune.model_copy(update={"progressive_resize": None}),
-            base=params.base,
-            seed=description.seed,
-            title=f"finetune {key}",
-            checkpoints=checkpoints,
+        parts = open_part(paths.IMAGES, "train"), open_part(paths.IMAGES, "validation")
+        data = TrainingData(*parts, description.preprocess())
+        recipe = (
+            params.finetune if weights == "none" else params.finetune.model_copy(update={"progressive_resize": None})
         )
+        trainer = Trainer(network, data, recipe, device, seed=description.seed, title=f"finetune {key}")
+        trained = trainer.fit(checkpoints=checkpoints)
         description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
         if is_main_process():
             save_artifact(paths.dense(key), trained.network, description)
@@ -110,8 +106,9 @@ def main() -> None:
     params = load_params(Params)
     key = key_argument("models", params.models)
     launch(params.base)
-    with process_group(prepare_host(params.base)):
-        finetune(params, key)
+    device = prepare_host(params.base)
+    with process_group(device):
+        finetune(params, key, device)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,6 @@ class _IntegerWeight(nn.Module):
         zero_point = getattr(self, f"{name}_zero_point").float()
         return (torch.clamp(torch.round(x / scale) + zero_point, 0, ACTIVATION_LEVELS) - zero_point) * scale
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """`weight` int8, `weight_scale` float32 `[out]`, and `bias` and the grids if the layer has them."""
-        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
-
 
 class IntegerLinear(_IntegerWeight, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +130,7 @@ def packed_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 def tensors_of(layer: nn.Module) -> dict[str, torch.Tensor]:
     """A packed layer's `weight` int8, `weight_scale` float32 `[out]` or `[1]`, and `bias` and grids if it has them."""
-    return layer.tensors() if isinstance(layer, _IntegerWeight) else unpack_layer(layer)
+    return dict(layer.state_dict()) if isinstance(layer, _IntegerWeight) else unpack_layer(layer)
 
 
 def dequantized(network: nn.Module) -> nn.Module:

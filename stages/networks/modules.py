@@ -49,11 +49,13 @@ def along_outputs(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def output_positions(network: nn.Module, input_size: int) -> dict[str, int]:
     """Count how often each convolution and linear layer applies its weight to one image `[3, input_size, input_size]`.
 
-    A weight's MACs are its numel times this count. The network runs once in evaluation mode and is not changed.
+    A weight's MACs are its numel times this count. A copy of the network runs once in evaluation mode.
 
     Returns:
-        Counts by the weight's name in `named_parameters`; layers that the pass does not reach are missing.
+        Counts by the weight's name in `named_parameters`, in the order in which the layers first run; layers that the
+        pass does not reach are missing.
     """
+    network = copy.deepcopy(network).eval()
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     positions: dict[str, int] = {}
 
@@ -61,14 +63,9 @@ def output_positions(network: nn.Module, input_size: int) -> dict[str, int]:
         name = names[id(module.weight)]
         positions[name] = positions.get(name, 0) + output.numel() // module.weight.shape[0]
 
-    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, MULTIPLYING)]
-    training = {module: module.training for module in network.modules()}
+    for module in network.modules():
+        if isinstance(module, MULTIPLYING):
+            module.register_forward_hook(count)
     first = next(network.parameters())
-    try:
-        network.eval()(torch.zeros(1, 3, input_size, input_size, device=first.device, dtype=first.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in training.items():
-            module.training = mode
+    network(torch.zeros(1, 3, input_size, input_size, device=first.device, dtype=first.dtype))
     return positions

@@ -44,9 +44,6 @@ class FixedDivisorLayerNorm(nn.Module):
         x = F.layer_norm(F.pad(x, missing), (self.original_width,), weight, bias, self.eps)[..., : self.width]
         return x.permute(0, 3, 1, 2) if self.channels_first else x
 
-    def extra_repr(self) -> str:
-        return f"{self.width} of {self.original_width}, eps={self.eps}, channels_first={self.channels_first}"
-
 
 class FixedDivisorGlobalResponseNorm(GlobalResponseNorm):
     """Global response normalization (ConvNeXt V2, arXiv 2301.00808) whose mean divides by the original width.
@@ -60,16 +57,13 @@ class FixedDivisorGlobalResponseNorm(GlobalResponseNorm):
 
     def __init__(self, width: int, original_width: int, eps: float, channels_last: bool) -> None:
         super().__init__(width, eps, channels_last)
-        self.width, self.original_width = width, original_width
+        self.original_width = original_width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
         mean = norm.sum(self.channel_dim, keepdim=True) / self.original_width
         weight, bias = self.weight.view(self.wb_shape), self.bias.view(self.wb_shape)
         return x + torch.addcmul(bias, weight, x * (norm / (mean + self.eps)))
-
-    def extra_repr(self) -> str:
-        return f"{self.width} of {self.original_width}, eps={self.eps}"
 
 
 CHANNEL_NORMS = (nn.LayerNorm, FixedDivisorLayerNorm, GlobalResponseNorm)

@@ -122,24 +122,19 @@ def _as_many_outputs(layer: nn.Conv2d, size: int, factor: int) -> bool:
 @torch.no_grad()
 def _takes_images(classifier: Classifier, image_size: int) -> str | None:
     """The name of the first convolution whose input is the very tensor that the network is called with."""
+    classifier = copy.deepcopy(classifier)  # the hooks stay on it
+    names = {layer: name for name, layer in classifier.network.named_modules() if isinstance(layer, nn.Conv2d)}
     found: list[str] = []
     images: list[torch.Tensor] = []
 
-    def note(name: str):
-        return lambda layer, inputs: found.append(name) if inputs and inputs[0] is images[0] else None
+    def note(layer: nn.Module, inputs: tuple) -> None:
+        if inputs and inputs[0] is images[0]:
+            found.append(names[layer])
 
-    network = classifier.network
-    hooks = [network.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))]
-    hooks += [
-        layer.register_forward_pre_hook(note(name))
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Conv2d)
-    ]
-    try:
-        classifier(_some_pixels(image_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    classifier.network.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))
+    for layer in names:
+        layer.register_forward_pre_hook(note)
+    classifier(_some_pixels(image_size))
     return found[0] if found else None
 
 

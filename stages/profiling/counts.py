@@ -67,16 +67,6 @@ class LayerCount:
         return self.macs * self.weight_bits * self.activation_bits
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Sums over all layers."""
-
-    params: int
-    params_nonzero: int
-    macs: int
-    bops: int
-
-
 def count_layers(network: nn.Module, input_size: int, layers: dict[str, LayerStorage]) -> list[LayerCount]:
     """Count every module of `network` that owns parameters, for one image `[3, input_size, input_size]`.
 
@@ -120,9 +110,9 @@ def count_layers(network: nn.Module, input_size: int, layers: dict[str, LayerSto
     return rows
 
 
-def totals(rows: list[LayerCount]) -> Totals:
-    """Sum the counts of all layers."""
-    return Totals(*(sum(getattr(row, key) for row in rows) for key in ("params", "params_nonzero", "macs", "bops")))
+def totals(rows: list[LayerCount]) -> dict[str, int]:
+    """`params`, `params_nonzero`, `macs` and `bops` of all layers."""
+    return {key: sum(getattr(row, key) for row in rows) for key in ("params", "params_nonzero", "macs", "bops")}
 
 
 def _refuse_unknown(twin: nn.Module, network: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Measure one compressed artifact on test images: accuracy, every prediction, counts, sizes, robustness."""
 
 import gzip
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def measure(folder: Path, images: Path, section: Profile, threads: int) -> Measu
         "top1_torch": top1(torch_logits, part.labels),
         "agreement": float(np.mean(predictions.predicted == predictions.predicted_torch)),
         **{key: description.metrics[key] for key in validation},
-        **asdict(totals(layers)),
+        **totals(layers),
         "params_visible": params_visible(classifier.network),
         "macs_visible": macs_visible(classifier.network, description.input_size),
         "artifact_bytes": description.tensors["bytes"],

@@ -17,6 +17,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import build_network
+from stages.networks.modules import output_positions
 from stages.networks.reshape import widths_of
 from stages.networks.spec import NetworkSpec
 from stages.params.pruners import Depgraph
@@ -221,7 +222,7 @@ def _library_pruner(
 ) -> Any:
     import torch_pruning  # here, since it is slow to import and few pruners need it
 
-    device = next(network.parameters()).device
+    device, weights = next(network.parameters()).device, list(output_positions(network, input_size))  # in their order
     kind = torch_pruning.pruner.BasePruner
     options: dict[str, Any] = {}
     if pruner.importance == "group_lasso":
@@ -234,26 +235,9 @@ def _library_pruner(
             importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=ratio,
             pruning_ratio_dict={network.get_submodule(layer.name): layer.ratio(ratio) for layer in layers},
-            ignored_layers=_run_order(network, input_size)[-1:],
+            ignored_layers=[network.get_submodule(weights[-1].removesuffix(".weight"))],  # makes the logits
             in_channel_groups={},  # all its pruners share the defaults, which would keep every network alive
             out_channel_groups={},
             num_heads={},
             **options,
         )
-
-
-def _run_order(network: nn.Module, input_size: int) -> list[nn.Module]:
-    """Convolutions and Linear layers in the order in which they run: the last makes the logits."""
-    ran: list[nn.Module] = []
-    hooks = [
-        module.register_forward_hook(lambda module, _, __: ran.append(module))
-        for module in network.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    mode = network.training
-    with torch.no_grad():
-        network.eval()(torch.zeros(1, 3, input_size, input_size, device=next(network.parameters()).device))
-    network.train(mode)
-    for hook in hooks:
-        hook.remove()
-    return ran

@@ -8,7 +8,6 @@ zero for every input (a zero-invariant group, arXiv 2107.07467), and cutting it 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import nn
@@ -52,9 +51,6 @@ class ChannelGroup:
     """Weights that are cut with the channel that they read; their values do not matter once it is zero."""
     buffers: tuple[Slice, ...]
     """Running statistics, which are cut but never zeroed."""
-
-    def slices(self) -> tuple[Slice, ...]:
-        return self.makes + self.reads + self.buffers
 
 
 def entries(channels: torch.Tensor, repeat: int) -> torch.Tensor:
@@ -105,7 +101,7 @@ def cut_channels(
         if not gone.any():
             continue
         kept = (~gone).nonzero().flatten()
-        for part in group.slices():
+        for part in group.makes + group.reads + group.buffers:
             state[part.name] = state[part.name].index_select(part.axis, entries(kept, part.repeat))
     shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
     narrow = copy.deepcopy(network, shared)  # copies modules, not tensors: the cut ones replace them
@@ -118,16 +114,6 @@ def cut_channels(
     subnet = build_network(spec).to(next(network.parameters()).dtype)
     load_tensors(subnet, state)
     return subnet.eval(), spec
-
-
-def with_layer_norm(
-    network: nn.Module, spec: NetworkSpec, form: Literal["exact", "plain"]
-) -> tuple[nn.Module, NetworkSpec]:
-    """A cut network with its LayerNorms in another form (`networks.norms.narrowed`), and the spec that builds it."""
-    spec = replace(spec, layer_norm=form)
-    other = build_network(spec).to(next(network.parameters()))
-    other.load_state_dict(network.state_dict())
-    return other.train(network.training), spec
 
 
 @torch.no_grad()

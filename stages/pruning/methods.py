@@ -29,7 +29,6 @@ from stages.pruning.groups import (
     by_group,
     cut_channels,
     relative_difference,
-    with_layer_norm,
     zero_channels,
 )
 from stages.pruning.hesso import Hesso
@@ -237,7 +236,7 @@ def _cut(
     Raises:
         UserError: If the cut changes the output.
     """
-    subnet, spec = cut_channels(zeroed, spec, groups, pruned)
+    subnet, narrower = cut_channels(zeroed, spec, groups, pruned)
     difference = _difference(session, zeroed, subnet)
     if not difference <= CUT_TOLERANCE:
         raise UserError(
@@ -245,9 +244,9 @@ def _cut(
             f" network's (allowed: {CUT_TOLERANCE:g}): not saved; please report this network"
         )
     if pruner.layer_norm != spec.layer_norm:
-        subnet, spec = with_layer_norm(subnet, spec, pruner.layer_norm)
+        subnet, narrower = cut_channels(zeroed, replace(spec, layer_norm=pruner.layer_norm), groups, pruned)
         difference = _difference(session, zeroed, subnet)
-    return subnet, spec, difference
+    return subnet, narrower, difference
 
 
 def _around_the_cut(session: Session, uncut: nn.Module, subnet: nn.Module, difference: float) -> dict[str, float]:

@@ -143,40 +143,32 @@ def _library(model: nn.Module) -> Iterator[types.ModuleType]:
     import torch.onnx._internal.torchscript_exporter._globals as onnx_globals
     import torch.onnx._internal.torchscript_exporter.utils as onnx_utils
 
-    opset, limit, path = onnx_globals.GLOBALS.export_onnx_opset_version, sys.getrecursionlimit(), sys.path[:]
-    optimize = getattr(torch.onnx, "_optimize_graph", None)
-    hidden = {name: sys.modules.pop(name) for name in _borrowed_names()}
-    sys.modules["torch.onnx._globals"] = onnx_globals  # its name before torch 2.9
-    torch.onnx._optimize_graph = onnx_utils._optimize_graph
-    sys.modules["imp"] = types.ModuleType("imp")  # imported but never used; Python 3.12 has no such module
-    try:
+    exporter = onnx_globals.GLOBALS
+    with contextlib.ExitStack() as undo:
+        undo.callback(sys.modules.update, {name: sys.modules.pop(name) for name in _borrowed_names()})
+        undo.callback(lambda: [sys.modules.pop(name) for name in _borrowed_names()])
+        sys.modules["torch.onnx._globals"] = onnx_globals  # its name before torch 2.9
+        sys.modules["imp"] = types.ModuleType("imp")  # imported but never used; Python 3.12 has no such module
+        if not hasattr(torch.onnx, "_optimize_graph"):  # torch before 2.9 has it
+            torch.onnx._optimize_graph = onnx_utils._optimize_graph
+            undo.callback(delattr, torch.onnx, "_optimize_graph")
         package = importlib.util.find_spec("only_train_once")
+        undo.callback(sys.path.__setitem__, slice(None), sys.path[:])
         sys.path[:0] = (package and package.submodule_search_locations) or []
-        sys.setrecursionlimit(max(limit, RECURSION_LIMIT))
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import only_train_once
-            from only_train_once.operation import BASIC_MODULES, operator
+        undo.callback(sys.setrecursionlimit, sys.getrecursionlimit())
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION_LIMIT))
+        undo.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        import only_train_once
+        from only_train_once.operation import BASIC_MODULES, operator
 
-            onnx_globals.GLOBALS.export_onnx_opset_version = OPSET
-            known = dict(BASIC_MODULES)
-            try:
-                BASIC_MODULES.update(_unknown_types(model, known, operator))
-                yield only_train_once
-            finally:
-                BASIC_MODULES.clear()
-                BASIC_MODULES.update(known)
-    finally:
-        onnx_globals.GLOBALS.export_onnx_opset_version = opset
-        sys.setrecursionlimit(limit)
-        sys.path[:] = path
-        if optimize is None:
-            del torch.onnx._optimize_graph
-        else:
-            torch.onnx._optimize_graph = optimize
-        for name in _borrowed_names():
-            del sys.modules[name]
-        sys.modules.update(hidden)
+        undo.callback(setattr, exporter, "export_onnx_opset_version", exporter.export_onnx_opset_version)
+        exporter.export_onnx_opset_version = OPSET
+        undo.callback(BASIC_MODULES.update, dict(BASIC_MODULES))
+        undo.callback(BASIC_MODULES.clear)
+        BASIC_MODULES.update(_unknown_types(model, BASIC_MODULES, operator))
+        yield only_train_once
 
 
 def _borrowed_names() -> list[str]:

@@ -6,7 +6,6 @@ in place. `ScheduledConstraint` is the base of the three methods, `Steering` tha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from stages.params.pruners import Depgraph, Importance, Oto, Unstructured
 from stages.pruning.costs import Costs
 from stages.pruning.groups import ChannelGroup, by_group, zero_channels
 from stages.pruning.targets import check_target, choose_channels
+from stages.training.constraint import Constraint
 
 
 @dataclass(frozen=True)
@@ -58,30 +58,15 @@ def pruning_schedule(
     )
 
 
-class ScheduledConstraint:
-    """A constraint (`training.constraint.Constraint`) that acts on the steps of a schedule and is met at its end."""
+class ScheduledConstraint(Constraint):
+    """A constraint that acts on the steps of a schedule and is met at its end."""
 
     def __init__(self, schedule: PruningSchedule) -> None:
         self.schedule = schedule
 
-    def before_step(self, step: int) -> None:
-        pass
-
-    def after_step(self, step: int) -> None:
-        pass
-
-    def project(self, network: nn.Module) -> None:
-        pass
-
     def met_after(self, step: int) -> bool:
         """True from the schedule's last step on."""
         return step >= self.schedule.end - 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class Steering(ScheduledConstraint):

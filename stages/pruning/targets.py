@@ -1,7 +1,8 @@
 """The choice of channels to remove: the least important ones, until the pruner's one target is exactly met."""
 
+import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -98,16 +99,13 @@ def check_target(groups: Sequence[ChannelGroup], costs: Costs, pruner: Structure
     widths = torch.tensor([group.channels for group in groups])
     lows = least_widths(widths, pruner)
     total = int(widths.sum())
-    match name:
-        case "group_sparsity":
-            free = int((widths - lows).sum())
-            most, what, met = free / total, f"{total} channels", round(target * total) <= free
-        case "params_reduction":
-            most, what = 1 - float(costs.params(lows)) / costs.params_dense, f"{costs.params_dense:,} parameters"
-            met = target <= most + ROUNDING
-        case "macs_reduction":
-            most, what = 1 - float(costs.macs(lows)) / costs.macs_dense, f"{costs.macs_dense:,} MACs"
-            met = target <= most + ROUNDING
+    if name == "group_sparsity":
+        free = int((widths - lows).sum())
+        most, what, met = free / total, f"{total} channels", round(target * total) <= free
+    else:
+        count, dense, unit = _cost_of(name, costs)
+        most, what = 1 - float(count(lows)) / dense, f"{dense:,} {unit}"
+        met = target <= most + ROUNDING
     if not met:
         raise UserError(
             f"{key}.{name} = {target}: at most {rounded_down(most)} of this network's {what} can go, since every layer"
@@ -148,16 +146,17 @@ def _units_needed(
     if name == "group_sparsity":
         goal = round(fraction * target * int(widths.sum()))
         return int((removed - goal).abs().argmin())  # of two that are equally near, the fewer channels
-    count, dense = {
-        "params_reduction": (costs.params, costs.params_dense),
-        "macs_reduction": (costs.macs, costs.macs_dense),
-    }[name]
-    low, high = 0, len(units)  # each further unit costs something: bisection
-    while low < high:
-        middle = (low + high) // 2
-        gone = torch.zeros_like(widths).index_add_(0, owner[units[:middle]], sizes[units[:middle]])
-        if dense - float(count(widths - gone)) >= (fraction * target - ROUNDING) * dense:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    count, dense, _ = _cost_of(name, costs)
+
+    def suffices(some: int) -> bool:
+        gone = torch.zeros_like(widths).index_add_(0, owner[units[:some]], sizes[units[:some]])
+        return dense - float(count(widths - gone)) >= (fraction * target - ROUNDING) * dense
+
+    return bisect.bisect_left(range(len(units)), True, key=suffices)  # each further unit costs something
+
+
+def _cost_of(target: str, costs: Costs) -> tuple[Callable[[torch.Tensor], torch.Tensor], int, str]:
+    """The cost that a target reduces: its function of the channels left, its dense value, and its unit."""
+    if target == "params_reduction":
+        return costs.params, costs.params_dense, "parameters"
+    return costs.macs, costs.macs_dense, "MACs"

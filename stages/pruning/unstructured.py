@@ -8,6 +8,7 @@ from torch import nn
 from stages.common.errors import UserError
 from stages.params.pruners import Unstructured
 from stages.pruning.steering import pruning_schedule
+from stages.training.constraint import Constraint
 
 
 def prunable_weights(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -135,8 +136,8 @@ def sparsities(pruner: Unstructured, steps: int, key: str) -> dict[int, float]:
     return {timing.start + i * timing.length: pruner.sparsity * (1 - (1 - i / count) ** 3) for i in range(1, count + 1)}
 
 
-class KeepZeros:
-    """A constraint (`training.constraint.Constraint`) that chooses weights by a schedule and keeps them at zero.
+class KeepZeros(Constraint):
+    """Chooses weights by a schedule and keeps them at zero.
 
     Each choice depends on the present weights, but weights that are zero stay zero.
 
@@ -163,9 +164,6 @@ class KeepZeros:
             self.project(network)
         elif pruner.scope == "layer" or pruner.method == "random_unstructured":
             zeros_of(network, pruner, seed, key=key)
-
-    def before_step(self, step: int) -> None:
-        pass
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -41,7 +41,6 @@ class Augmentation:
         pixels: torch.Tensor,
         labels: torch.Tensor,
         preprocess: Preprocess,
-        *,
         index: np.ndarray,
         positions: torch.Tensor,
         epoch: int,

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from stages.datasets.store import Part
+from stages.params.finetune import Finetune
 
 AHEAD = 2
 """Number of batches that the thread reads in advance."""
@@ -16,6 +17,11 @@ CHUNK = 4096
 """Number of images that are copied to a GPU at once."""
 FRACTION = 0.5
 """Largest fraction of the free memory that the images may take."""
+
+
+def steps_per_epoch(recipe: Finetune, images: int) -> int:
+    """Full batches in one epoch. The images of an incomplete batch are left out; the next epoch has another order."""
+    return max(1, images // recipe.batch_size)
 
 
 class Images:

@@ -12,22 +12,11 @@ class Distillation:
     """A teacher and its part in the loss: (1 - w) * cross entropy + w * T^2 * KL(teacher || student)."""
 
     teacher: nn.Module
-    """Maps the student's inputs to logits of the same classes. It shares no parameter with the student."""
+    """Maps the student's inputs to logits of the same classes."""
     weight: float
-    """w, in [0, 1]; at 0 the teacher is not called."""
+    """w, in [0, 1]."""
     temperature: float
     """T, above 0. A higher temperature gives the teacher's small probabilities more weight."""
-
-
-def freeze(teacher: nn.Module, student: nn.Module) -> None:
-    """Put the teacher into evaluation mode, without gradients.
-
-    Raises:
-        ValueError: if it shares parameters with the student, which would be frozen too.
-    """
-    if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
-        raise ValueError("the teacher shares parameters with the network that is trained: pass a copy")
-    teacher.eval().requires_grad_(False)
 
 
 def soft_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -100,22 +100,14 @@ def _measure_faster() -> bool:
 
 
 @contextlib.contextmanager
-def clear_memory_errors(what: str) -> Iterator[None]:
-    """Turn every error by which torch or Python runs out of memory into a `UserError` that names `what`."""
+def clear_training_errors(title: str, batch_size: int) -> Iterator[None]:
+    """Turn the errors of a full memory and of `torch.compile` (also a missing compiler) into a `UserError`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"{what} does not fit into memory: lower it; the last checkpoint is kept") from None
-        raise
-
-
-@contextlib.contextmanager
-def clear_compile_errors(title: str) -> Iterator[None]:
-    """Turn a failure of `torch.compile`, or a missing C++ compiler, into a `UserError` with torch's reason."""
-    try:
-        yield
-    except RuntimeError as error:
+            full = f"{title}: batch_size {batch_size} does not fit into memory: lower it; the last checkpoint is kept"
+            raise UserError(full) from None
         from torch._dynamo.exc import TorchDynamoException
 
         if not isinstance(error, TorchDynamoException):

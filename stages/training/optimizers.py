@@ -1,5 +1,6 @@
-"""The optimizers of a recipe behind one interface."""
+"""The optimizers of a recipe behind one interface, and its learning rates."""
 
+import math
 from typing import Any
 
 import torch
@@ -58,6 +59,15 @@ class Optimizers:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+def schedule(step: int, steps: int, recipe: Finetune) -> float:
+    """Factor of the peak learning rate: linear warm-up, then cosine or linear decay to 0 at the end."""
+    warmup = max(1, round(recipe.warmup_fraction * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup + 1) / max(1, steps - warmup + 1)
+    return 1 - progress if recipe.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:

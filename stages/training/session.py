@@ -16,11 +16,12 @@ from stages.params.base import Base
 from stages.params.budget import Budget
 from stages.params.finetune import Finetune
 from stages.params.section import Section
+from stages.training.batches import steps_per_epoch
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
 from stages.training.host import prepare_host
-from stages.training.recipe import recipe_for, schedule, steps_in, steps_per_epoch
-from stages.training.trainer import Trained, train
+from stages.training.optimizers import schedule
+from stages.training.trainer import Trained, Trainer, TrainingData
 
 
 @dataclass
@@ -55,20 +56,24 @@ class Session:
     def classifier(self) -> Classifier:
         return Classifier(self.parent.preprocess(), self.network).eval()
 
-    @cached_property
-    def recipe(self) -> Finetune:
-        """The recipe of `finetune` with the epochs and the learning rate factor of `settings`."""
-        return recipe_for(self.finetune, self._budget)
-
     @property
     def _budget(self) -> Budget:
         assert isinstance(self.settings, Budget), f"{self.param} does not train"
         return self.settings
 
+    @cached_property
+    def recipe(self) -> Finetune:
+        """The recipe of `finetune` with the epochs and the learning rate factor of `settings`."""
+        budget = self._budget
+        changes: dict[str, Any] = {"epochs": budget.epochs, "progressive_resize": None}  # trained for the full size
+        for name in ("learning_rate", "muon_learning_rate"):
+            changes[name] = getattr(self.finetune, name) * budget.learning_rate_factor
+        return self.finetune.model_copy(update=changes)
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole recipe."""
-        return steps_in(self.recipe, len(self.train_part))
+        return self.recipe.epochs * steps_per_epoch(self.recipe, len(self.train_part))
 
     def learning_rate(self, step: int) -> float:
         return self.recipe.learning_rate * schedule(step, self.steps, self.recipe)
@@ -111,22 +116,18 @@ class Session:
         checkpoints = self.checkpoints and self.checkpoints / phase
         if checkpoints is not None:
             checkpoints.mkdir(exist_ok=True)
-        return train(
+        trainer = Trainer(
             network,
-            self.train_part,
-            self.validation_part,
-            self.parent.preprocess(),
+            TrainingData(self.train_part, self.validation_part, self.parent.preprocess()),
             recipe or self.recipe,
-            base=self.base,
+            prepare_host(self.base),
             seed=self.seed,
-            title=f"{self.stage} {self.key}",
             constraint=constraint,
             distillation=distillation,
-            epochs=epochs,
-            keep=keep,
-            checkpoints=checkpoints,
+            title=f"{self.stage} {self.key}",
             rate_key="finetune.learning_rate" if recipe else f"{self.param}.learning_rate_factor",
         )
+        return trainer.fit(epochs, keep, checkpoints)
 
     def validation_top1(self, network: nn.Module) -> float:
         """Top-1 on the validation images in float32. The network, on the CPU, stays as it is."""

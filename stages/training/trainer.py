@@ -27,22 +27,22 @@ from stages.networks.architectures import more_than_logits
 from stages.networks.modules import load_tensors
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
-from stages.params.base import Base
 from stages.params.finetune import Finetune
 from stages.training import distributed
 from stages.training.augment import Augmentation, positions_of
-from stages.training.batches import Images
+from stages.training.batches import Images, steps_per_epoch
 from stages.training.checkpoint import Spacing, load_checkpoint, save_checkpoint
 from stages.training.constraint import Constraint
 from stages.training.convolutions import mended_convolutions
-from stages.training.distillation import Distillation, freeze, soft_loss
+from stages.training.distillation import Distillation, soft_loss
 from stages.training.ema import Ema
-from stages.training.host import clear_compile_errors, clear_memory_errors, prepare_host, use_bfloat16
-from stages.training.optimizers import Optimizers
-from stages.training.recipe import schedule, steps_in, steps_per_epoch
+from stages.training.host import clear_training_errors, use_bfloat16
+from stages.training.optimizers import Optimizers, schedule
 
-LOSSES = ("training_loss", "validation_loss")
-CURVE_COLUMNS = ("epoch", "learning_rate", *LOSSES, "validation_top1", "images_per_second", "seconds")
+CURVE_COLUMNS = (
+    *("epoch", "learning_rate", "training_loss", "validation_loss", "validation_top1"),
+    *("images_per_second", "seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,56 +68,19 @@ class Trained:
     """The chosen epoch, counted from 1."""
 
 
-def train(
-    network: nn.Module,
-    train_part: Part,
-    validation_part: Part,
-    preprocess: Preprocess,
-    recipe: Finetune,
-    *,
-    base: Base,
-    seed: int,
-    title: str,
-    constraint: Constraint | None = None,
-    distillation: Distillation | None = None,
-    epochs: tuple[int, int] | None = None,
-    keep: Literal["best", "last"] = "best",
-    checkpoints: Path | None = None,
-    rate_key: str = "finetune.learning_rate",
-) -> Trained:
-    """Construct a `Trainer` on the device of `base` and `fit` it.
-
-    Raises:
-        UserError: as `Trainer` and `fit` do, and if memory runs out or `torch.compile` fails.
-    """
-    data = TrainingData(train_part, validation_part, preprocess)
-    with clear_memory_errors(f"{title}: batch_size {recipe.batch_size}"), clear_compile_errors(title):
-        trainer = Trainer(
-            network,
-            data,
-            recipe,
-            prepare_host(base),
-            seed=seed,
-            constraint=constraint,
-            distillation=distillation,
-            title=title,
-            rate_key=rate_key,
-        )
-        return trainer.fit(epochs, keep, checkpoints)
-
-
 class Trainer:
     """Trains a network in place: the network, the optimizers that move it, and the batches that it sees.
 
     Args:
         network: maps `[N, 3, S, S]` to logits `[N, classes]`; it is moved to `device`.
         constraint: a pruner's; only an epoch at whose end it is met may be chosen.
-        distillation: its teacher is moved to `device`, frozen, and sees the same batches as the network.
+        distillation: its teacher shares no parameter with the network. It is moved to `device`, frozen, and sees the
+            same batches as the network.
         title: names the training in messages.
         rate_key: names the learning rate in messages.
 
     Raises:
-        UserError: if the network does not take images of this size, or does not return logits.
+        UserError: if the network does not take images of this size, does not return logits or does not fit into memory.
     """
 
     def __init__(
@@ -134,25 +97,28 @@ class Trainer:
         rate_key: str = "finetune.learning_rate",
     ) -> None:
         self.network, self.data, self.recipe, self.device, self.seed = network, data, recipe, device, seed
-        self.constraint, self.title, self.rate_key = constraint, title, rate_key
-        self.distillation = distillation if distillation is not None and distillation.weight else None
+        self.constraint, self.distillation = constraint or Constraint(), distillation
+        self.title, self.rate_key = title, rate_key
         self.bfloat16 = use_bfloat16(recipe.precision, device)
+        self.steps_per_epoch = steps_per_epoch(recipe, len(data.train))
+        self.steps = recipe.epochs * self.steps_per_epoch
+        with clear_training_errors(title, recipe.batch_size):
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Create on the device all that the steps use."""
+        network, recipe, device, small = self.network, self.recipe, self.device, self.recipe.progressive_resize
         _to_channels_last(network.train().to(device))
         if self.distillation is not None:
-            freeze(self.distillation.teacher, network)
-            _to_channels_last(self.distillation.teacher.to(device))
-        self.preprocess = copy.deepcopy(data.preprocess).to(device)
-        images = len(data.train)
-        self.steps_per_epoch, self.steps = steps_per_epoch(recipe, images), steps_in(recipe, images)
+            _to_channels_last(self.distillation.teacher.eval().requires_grad_(False).to(device))
+        self.preprocess = copy.deepcopy(self.data.preprocess).to(device)
         self.optimizers = Optimizers(network, recipe)
         self.ema = Ema(network, recipe.ema_decay) if recipe.ema_decay else None
-        self.images = Images(data.train, device)
-        if recipe.progressive_resize:
-            _count_classes(
-                network, recipe.progressive_resize.input_size, title, "finetune.progressive_resize.input_size"
-            )
-        self.classes = _count_classes(network, self.preprocess.input_size, title, "input_size")
-        self.augment = Augmentation(recipe, images, self.classes, seed)
+        self.images = Images(self.data.train, device)
+        if small:
+            _count_classes(network, small.input_size, self.title, "finetune.progressive_resize.input_size")
+        self.classes = _count_classes(network, self.preprocess.input_size, self.title, "input_size")
+        self.augment = Augmentation(recipe, len(self.data.train), self.classes, self.seed)
         self.call = distributed.data_parallel(network, device)
         if recipe.compile:
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # it gives constants
@@ -177,8 +143,8 @@ class Trainer:
             checkpoints: a folder of this training from `checkpoint_folder`; training resumes from its checkpoint.
 
         Raises:
-            UserError: if the loss becomes NaN or infinite, if no epoch meets the constraint, or if a checkpoint cannot
-                be written.
+            UserError: if the loss becomes NaN or infinite, if no epoch meets the constraint, if memory runs out, if
+                `torch.compile` fails, or if a checkpoint cannot be written.
         """
         first, last = epochs or (0, self.recipe.epochs)
         if not 0 <= first < last <= self.recipe.epochs:
@@ -192,17 +158,21 @@ class Trainer:
             self.load_state_dict(saved["trainer"])
 
         done, spacing = first + len(curve), Spacing()
-        progress_of = epoch_progress(
-            self.title, self.recipe.epochs, self.steps_per_epoch, done, self._cost_of_small_images()
-        )
-        with progress_of as progress, _interruption_names_progress(progress):
+        small, images = self.recipe.progressive_resize, (0.0, 1.0)
+        if small:
+            images = small.fraction * self.recipe.epochs, (small.input_size / self.preprocess.input_size) ** 2
+        with (
+            epoch_progress(self.title, self.recipe.epochs, self.steps_per_epoch, done, images) as progress,
+            _interruption_names_progress(progress),
+            clear_training_errors(self.title, self.recipe.batch_size),
+        ):
             for epoch in range(done, last):
                 row, candidate = self._run_epoch(epoch, progress)
                 curve.append(row)
                 finished, end = epoch + 1 == last, (epoch + 1) * self.steps_per_epoch - 1
                 score = [row["validation_top1"], -row["validation_loss"]]
                 wanted = finished if keep == "last" else not chosen or score > chosen["score"]
-                if wanted and (self.constraint is None or self.constraint.met_after(end)):
+                if wanted and self.constraint.met_after(end):
                     kept = self.network if keep == "last" else candidate
                     weights = {name: tensor.detach().cpu().clone() for name, tensor in kept.state_dict().items()}
                     chosen = {"epoch": epoch + 1, "score": score, "weights": weights}
@@ -219,7 +189,8 @@ class Trainer:
             )
         load_tensors(self.network, chosen["weights"])
         self.network.to(memory_format=torch.contiguous_format).eval()
-        logits = self.predict(self.network, self.data.validation)
+        with clear_training_errors(self.title, self.recipe.batch_size):
+            logits = self.predict(self.network, self.data.validation)
         return Trained(self.network.cpu(), curve, top1(logits, self.data.validation.labels), chosen["epoch"])
 
     def _run_epoch(self, epoch: int, progress: EpochProgress) -> tuple[dict[str, float], nn.Module]:
@@ -242,11 +213,10 @@ class Trainer:
         logits = self.predict(candidate, self.data.validation, self.bfloat16)
         validation_loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
         images = self.steps_per_epoch * min(self.recipe.batch_size, len(self.data.train))
+        factor = schedule(first + self.steps_per_epoch - 1, self.steps, self.recipe)
         row = {
             "epoch": epoch + 1,
-            "learning_rate": round(
-                self.recipe.learning_rate * self.learning_rate_factor(first + self.steps_per_epoch - 1), 8
-            ),
+            "learning_rate": round(self.recipe.learning_rate * factor, 8),
             "training_loss": round(loss, 6),
             "validation_loss": round(validation_loss, 6),
             "validation_top1": round(top1(logits, labels), 6),
@@ -266,63 +236,46 @@ class Trainer:
         positions = positions_of(len(indices[0]), distributed.rank(), distributed.world_size())
         batches = self.images.batches(index[positions.numpy()] for index in indices)
         for index, (pixels, labels) in zip(indices, batches, strict=True):
-            more = {"index": index, "positions": positions, "epoch": epoch, "generator": generator}
-            yield self.augment(pixels, labels, self.preprocess, **more)
+            yield self.augment(pixels, labels, self.preprocess, index, positions, epoch, generator)
 
     def step(self, step: int, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Take one optimizer step on a batch of `batches_of`; return the loss, still on the device."""
-        self.optimizers.set_factor(self.learning_rate_factor(step))
+        self.optimizers.set_factor(schedule(step, self.steps, self.recipe))
         self.network.zero_grad(set_to_none=True)
         loss = self.loss(x, targets, self.input_size(step))
         loss.backward()
-        if self.constraint is not None:
-            self.constraint.before_step(step)
+        self.constraint.before_step(step)
         self.optimizers.step()
-        if self.constraint is not None:
-            self.constraint.after_step(step)
+        self.constraint.after_step(step)
         if self.ema is not None:
             self.ema.update_parameters(self.network)
         return loss.detach()
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor, input_size: int) -> torch.Tensor:
         """Cross entropy with the targets, and with a teacher also the distillation loss."""
-        teacher_logits = None
+        distillation = self.distillation
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
         with autocast, mended_convolutions(self.device):
             x = self.preprocess.resize(x, input_size)
-            if self.distillation is not None:
-                with torch.no_grad():
-                    teacher_logits = self.distillation.teacher(x)
+            with torch.no_grad():
+                teacher_logits = None if distillation is None else distillation.teacher(x)
             logits = self.call(x)
         smoothing = self.recipe.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are smoothed already
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        if teacher_logits is None or self.distillation is None:
+        if distillation is None:
             return loss
-        weight, temperature = self.distillation.weight, self.distillation.temperature
-        return (1 - weight) * loss + weight * soft_loss(logits, teacher_logits, temperature)
+        soft = soft_loss(logits, teacher_logits, distillation.temperature)
+        return (1 - distillation.weight) * loss + distillation.weight * soft
 
     def input_size(self, step: int) -> int:
         """Side in pixels to which the images of this step are scaled."""
         small = self.recipe.progressive_resize
         return small.input_size if small and step < small.fraction * self.steps else self.preprocess.input_size
 
-    def _cost_of_small_images(self) -> tuple[float, float]:
-        """The number of epochs with smaller images, and their pixels as a fraction of the full size's."""
-        small = self.recipe.progressive_resize
-        if not small:
-            return 0, 1
-        return small.fraction * self.recipe.epochs, (small.input_size / self.preprocess.input_size) ** 2
-
-    def learning_rate_factor(self, step: int) -> float:
-        """Factor of the peak learning rates in this step."""
-        return schedule(step, self.steps, self.recipe)
-
     def _candidate(self) -> nn.Module:
         """The network as an epoch would be kept now: the weights, or their EMA put on the constraint."""
         if self.ema is None:
             return self.network
-        if self.constraint is None:
-            return self.ema.module
         average = copy.deepcopy(self.ema.module)
         self.constraint.project(average)
         return average

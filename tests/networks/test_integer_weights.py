@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.networks.integer_weights import Grid, floating, integer_layers, with_integers, without_integers
+from stages.networks.integer_weights import Grid, floating, integer_layers, tensors_of, with_integers, without_integers
 
 LAYERS = {
     "linear": (nn.Linear(6, 4), (3, 6)),
@@ -75,7 +75,7 @@ def test_state_survives_a_round_trip():
     grids = {"input": Grid.over(-1, 2)}
     integer = with_integers(layer, *integers_of(layer), 4, grids)
     again = with_integers(layer, *integers_of(layer), 4, {"input": Grid.over(-9, 9)})
-    again.load_state_dict(integer.tensors())
+    again.load_state_dict(tensors_of(integer))
     assert Grid.of(again, "input") == Grid.of(integer, "input")
     x = torch.randn(shape)
     assert torch.equal(again(x), integer(x))

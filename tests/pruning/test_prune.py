@@ -319,7 +319,7 @@ def test_small_dense_is_narrower_everywhere(made, dense):
 
 @pytest.mark.parametrize("pruner", ["dhspg", "cut_at_random", "magnitude", "lasso", "narrow"])
 def test_a_target_that_cannot_be_met_is_refused_before_training(workspace, monkeypatch, pruner):
-    monkeypatch.setattr(session, "train", lambda *_, **__: pytest.fail("it trained first"))
+    monkeypatch.setattr(session, "Trainer", lambda *_, **__: pytest.fail("it trained first"))
     with pytest.raises(UserError, match=rf"pruners\.{pruner}\.macs_reduction = 0.9999: at most 0\.[6-9]"):
         run(pruner, {"macs_reduction": 0.9999})
 
@@ -338,16 +338,15 @@ def test_a_target_of_zero_removes_nothing_and_is_the_control(made, workspace, pr
 
 
 def test_the_teacher_is_the_dense_parent_and_changes_what_is_learned(made, workspace, monkeypatch, dense):
-    teachers = []
+    teachers, plain = [], made("continued")
 
-    def watched(network, *args, distillation, **more):
+    def watched(*args, distillation, **more):
         teachers.append((distillation.teacher, {k: v.clone() for k, v in distillation.teacher.state_dict().items()}))
-        return train(network, *args, distillation=distillation, **more)
+        return Trainer(*args, distillation=distillation, **more)
 
-    train = session.train
-    monkeypatch.setattr(session, "train", watched)
+    monkeypatch.setattr(session, "Trainer", watched)
     taught = run("taught")
-    assert not torch.equal(made("continued").network.head.fc.weight, taught.network.head.fc.weight)
+    assert not torch.equal(plain.network.head.fc.weight, taught.network.head.fc.weight)
     [(teacher, before)] = teachers
     assert before.keys() == teacher.state_dict().keys() == dense[0].state_dict().keys()
     for name, tensor in dense[0].state_dict().items():

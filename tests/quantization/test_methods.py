@@ -105,10 +105,10 @@ def test_quantization_changes_neither_parameters_nor_macs(project, variant):
     network, description = load_artifact(paths.compressed(variant))
     parent, _ = load_artifact(paths.pruned(ENTRIES[variant]["pruned"]))
     counts, before = totals(count_layers(network, 32, description.layers)), totals(count_layers(parent, 32, {}))
-    assert (counts.params, counts.macs) == (before.params, before.macs)
-    assert counts.params_nonzero <= before.params_nonzero
+    assert (counts["params"], counts["macs"]) == (before["params"], before["macs"])
+    assert counts["params_nonzero"] <= before["params_nonzero"]
     if not description.spans_batch():  # PyTorch's own dynamic layers hide theirs
-        assert params_visible(network) == counts.params
+        assert params_visible(network) == counts["params"]
 
 
 def expected_bytes(network: nn.Module, layers: dict[str, LayerStorage]) -> int:

@@ -10,11 +10,10 @@ from toys import RECIPE, session_of
 
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
-from stages.params.base import Base
 from stages.params.quantizers import UniformBits
 from stages.quantization.recovery import RoundingConv2d, RoundingLinear, recover
 from stages.quantization.rounding import Rounded, round_nearest
-from stages.training.trainer import train
+from stages.training.trainer import Trainer, TrainingData
 
 
 def rounding_of(layer: nn.Module, bits: int) -> nn.Module:
@@ -89,7 +88,7 @@ def dense() -> tuple[nn.Module, tuple[Part, Part], float]:
     """A trained network, its images and its top-1."""
     torch.manual_seed(0)
     network, parts = Small(), (part_of(512, 0), part_of(128, 1))
-    trained = train(network, *parts, PREPROCESS, RECIPE, base=Base(threads=1), seed=0, title="dense")
+    trained = Trainer(network, TrainingData(*parts, PREPROCESS), RECIPE, torch.device("cpu")).fit()
     return network, parts, trained.validation_top1
 
 

@@ -7,7 +7,8 @@ from toy_training import BASE, tiny_network
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
 from stages.params.finetune import Finetune
-from stages.training.trainer import Trained, train
+from stages.training.host import prepare_host
+from stages.training.trainer import Trained, Trainer, TrainingData
 
 
 @pytest.fixture
@@ -42,10 +43,21 @@ def network() -> nn.Module:
 
 @pytest.fixture
 def fit(parts, preprocess, recipe):
-    """`train` on the CPU with the other fixtures, but for what a test passes."""
+    """A training on the CPU with the other fixtures, but for what a test passes."""
 
-    def fit(network: nn.Module, recipe: Finetune = recipe, part: Part | None = None, **more) -> Trained:
-        settings = {"preprocess": preprocess, "base": BASE, "seed": 3, "title": "test"} | more
-        return train(network, part or parts[0], parts[1], recipe=recipe, **settings)
+    def fit(
+        network: nn.Module,
+        recipe: Finetune = recipe,
+        part: Part | None = None,
+        *,
+        preprocess: Preprocess = preprocess,
+        epochs=None,
+        keep="best",
+        checkpoints=None,
+        **more,
+    ) -> Trained:
+        data = TrainingData(part or parts[0], parts[1], preprocess)
+        trainer = Trainer(network, data, recipe, prepare_host(BASE), **{"seed": 3, "title": "test"} | more)
+        return trainer.fit(epochs, keep, checkpoints)
 
     return fit

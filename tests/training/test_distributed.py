@@ -24,7 +24,6 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 from toy_project import PARAMS, pruned_project
-from toy_training import BASE
 
 import stages
 from stages import prune, quantize
@@ -38,8 +37,8 @@ from stages.pruning.dhspg import Dhspg
 from stages.pruning.hesso import Hesso
 from stages.pruning.only_train_once_adapter import channel_groups
 from stages.training import distributed
-from stages.training.recipe import steps_in
-from stages.training.trainer import train
+from stages.training.batches import steps_per_epoch
+from stages.training.trainer import Trainer, TrainingData
 
 LAUNCHER = "torchrun --nproc-per-node 2"
 CASES = {"sgd": 1e-3, "adamw": 1e-2, "muon": 1e-2, "hesso": 1e-3, "dhspg": 1e-3}
@@ -61,10 +60,10 @@ def trained(case: str, network: nn.Module, parts, preprocess, recipe) -> dict[st
         budget = {"epochs": 3, "learning_rate_factor": 1.0, "group_sparsity": 0.5, "end_fraction": 0.7}
         pruner = Oto(method="oto", optimizer=case, **budget, **more)
         constraint_of = {"hesso": Hesso, "dhspg": lambda *given: Dhspg(*given, lambda step: rate)}[case]
-        steps = steps_in(recipe, len(parts[0]))
+        steps = recipe.epochs * steps_per_epoch(recipe, len(parts[0]))
         constraint = constraint_of(network, groups, costs_of(network, groups, 32), pruner, steps, "pruners.oto")
-    settings = {"base": BASE, "seed": 3, "title": case, "constraint": constraint, "keep": "last"}
-    found = train(network, *parts, preprocess, recipe, **settings)
+    data, settings = TrainingData(*parts, preprocess), {"seed": 3, "title": case, "constraint": constraint}
+    found = Trainer(network, data, recipe, torch.device("cpu"), **settings).fit(keep="last")
     figures = [[row["training_loss"], row["validation_loss"], row["validation_top1"]] for row in found.curve]
     return found.network.state_dict() | {"figures": torch.tensor(figures)}
 

@@ -10,8 +10,7 @@ from stages.networks.spec import NetworkSpec
 from stages.params.finetune import Finetune
 from stages.training import muon
 from stages.training.muon import Muon, orthogonalize
-from stages.training.optimizers import Optimizers, hidden_matrices
-from stages.training.recipe import schedule
+from stages.training.optimizers import Optimizers, hidden_matrices, schedule
 
 
 def recipe_with(**changes) -> Finetune:

@@ -7,7 +7,7 @@ from torch import nn
 from stages.artifacts.description import Description
 from stages.datasets.store import Part
 from stages.params.base import Base
-from stages.params.finetune import Finetune
+from stages.params.finetune import Finetune, ProgressiveResize
 from stages.params.pruners import Continued, NonePruner
 from stages.training.session import Session
 
@@ -26,7 +26,9 @@ def session() -> Session:
 
 
 def test_the_recipe_is_that_of_finetune_with_the_budget_of_the_settings(session):
-    assert (session.recipe.epochs, session.recipe.learning_rate) == (3, pytest.approx(0.05))
+    session.finetune = FINETUNE.model_copy(update={"progressive_resize": ProgressiveResize(input_size=8)})
+    changes = {"epochs": 3, "learning_rate": 0.05, "muon_learning_rate": 0.01}
+    assert session.recipe == FINETUNE.model_copy(update=changes)
     assert session.steps == 3 * 2
     assert session.learning_rate(0) == pytest.approx(0.05)
     assert [session.epochs_until(step) for step in (0, 1, 2, 3, 6)] == [0, 1, 1, 2, 3]

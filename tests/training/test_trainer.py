@@ -11,11 +11,9 @@ from stages.common.errors import UserError
 from stages.datasets.store import Part
 from stages.networks.preprocess import Preprocess
 from stages.params.finetune import ProgressiveResize
-from stages.params.pruners import Continued
 from stages.training import distributed, host, trainer
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distillation import Distillation
-from stages.training.recipe import recipe_for, steps_in
 from stages.training.trainer import Trainer, TrainingData
 
 CPU = torch.device("cpu")
@@ -69,7 +67,7 @@ def test_an_interrupted_training_says_what_is_kept_and_resumes_bit_for_bit(
     with pytest.raises(KeyboardInterrupt, match=rf"^test: {done} of 3 epochs are finished and kept$"):
         phase(interrupt_at(5), checkpoints=tmp_path)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["trainer"].keys() == {"network", "optimizers", "ema"}  # and no teacher
+    assert saved["trainer"].keys() == {"constraint", "network", "optimizers", "ema"}  # and no teacher
     capsys.readouterr()
     resumed = phase(checkpoints=tmp_path)
     assert capsys.readouterr().out.startswith(f"test: epoch {done + 1}/3 ")
@@ -218,14 +216,6 @@ def test_an_input_size_that_the_network_does_not_take_is_a_clear_error(network, 
     else:
         with pytest.raises(UserError, match="does not take input_size 8"):
             fit(network, preprocess=Preprocess([0.5] * 3, [0.25] * 3, 8))
-
-
-def test_a_recipe_after_finetuning_has_the_budget_of_its_pruner(recipe):
-    recipe = recipe.model_copy(update={"progressive_resize": ProgressiveResize(input_size=16)})
-    own = recipe_for(recipe, Continued(method="continued", epochs=7, learning_rate_factor=0.5))
-    changes = {"epochs": 7, "learning_rate": 0.0025, "muon_learning_rate": 0.01, "progressive_resize": None}
-    assert own == recipe.model_copy(update=changes)
-    assert steps_in(own, 100) == 21
 
 
 def test_a_network_with_a_three_dimensional_convolution_trains(fit, recipe):

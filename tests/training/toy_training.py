@@ -9,6 +9,7 @@ from stages.datasets.store import Part
 from stages.networks.build import build_network
 from stages.networks.spec import NetworkSpec
 from stages.params.base import Base
+from stages.training.constraint import Constraint
 
 BASE = Base(device="cpu", threads=1)
 
@@ -58,7 +59,7 @@ def interrupt_at(read: int) -> Callable[[int], None]:
     return on_read
 
 
-class Recorder:
+class Recorder(Constraint):
     """A constraint that records its calls and the weights after each step, and is met from a step on."""
 
     def __init__(self, network: nn.Module, met_from: int = 0) -> None:
@@ -72,12 +73,5 @@ class Recorder:
         self.calls.append(f"after {step}")
         self.taken[step] = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
 
-    def project(self, network: nn.Module) -> None: ...
-
     def met_after(self, step: int) -> bool:
         return step >= self.met_from
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None: ...
