@@ -26,8 +26,15 @@ from stages.networks.integer_weights import KINDS, Grid, packed_layers, tensors_
 from stages.networks.modules import load_tensors, replace_module
 from stages.networks.preprocess import Classifier
 
-GRIDS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-LAYER_TENSORS = ("weight", "weight_scale", "bias", *GRIDS)  # that a packed layer may hold
+LAYER_TENSORS = (
+    "weight",
+    "weight_scale",
+    "bias",
+    "input_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+)
 
 
 def save_artifact(
