@@ -26,15 +26,8 @@ from stages.networks.integer_weights import KINDS, Grid, packed_layers, tensors_
 from stages.networks.modules import load_tensors, replace_module
 from stages.networks.preprocess import Classifier
 
-LAYER_TENSORS = (
-    "weight",
-    "weight_scale",
-    "bias",
-    "input_scale",
-    "input_zero_point",
-    "output_scale",
-    "output_zero_point",
-)
+GRIDS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+LAYER_TENSORS = ("weight", "weight_scale", "bias", *GRIDS)  # that a packed layer may hold
 
 
 def save_artifact(

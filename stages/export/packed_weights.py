@@ -79,14 +79,12 @@ def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) ->
         return {}
     stored: Counter[str] = Counter()
     around: dict[str, Around] = {}
-    operators = 0
     gemms = {name for name, layer in layers.items() if layer.input_scale is not None}
     found = _isolate(model, {name: layer.float_weight() for name, layer in layers.items()}, gemms)
     as_gemms(model, gemms)
     for one in found:
         layer = layers[one.name]
         static = layer.input_scale is not None
-        operators += static
         kind = onnx.TensorProto.INT4 if layer.bits <= INT4_BITS and not static else onnx.TensorProto.INT8
         stored[onnx.TensorProto.DataType.Name(kind).lower()] += 1
         around[one.name] = _static(model, one, layer) if static else _weight_only(model, one, layer, kind)
@@ -96,7 +94,7 @@ def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) ->
         nodes += [*before, node, *after]
     set_nodes(model, nodes)
     pass_pixels_on(model)
-    return {"quantized_operators": operators, "integer_weights": dict(sorted(stored.items()))}
+    return {"quantized_operators": len(gemms), "integer_weights": dict(sorted(stored.items()))}
 
 
 def _weight_only(model: onnx.ModelProto, one: Found, layer: nn.Module, kind: int) -> Around:
