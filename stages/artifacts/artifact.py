@@ -6,7 +6,7 @@ than 8 bits are laid out by `artifacts.packing`. `model.json` holds a `Descripti
 """
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from stages.networks.integer_weights import KINDS, Grid, packed_layers, tensors_
 from stages.networks.modules import load_tensors, replace_module
 from stages.networks.preprocess import Classifier
 
-GRID_TENSORS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-LAYER_TENSORS = ("weight", "weight_scale", "bias", *GRID_TENSORS)
-"""Tensors that a packed layer may hold."""
+GRIDS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+LAYER_TENSORS = ("weight", "weight_scale", "bias", *GRIDS)  # that a packed layer may hold
 
 
 def save_artifact(
@@ -47,11 +46,14 @@ def save_artifact(
         UserError: if a weight is NaN or infinite, or the written files do not load to the same network.
     """
     state = _stored_tensors(network, description.layers)
-    _refuse_not_finite(
-        folder, state, "not saved; lower finetune.learning_rate, or the pruner's or quantizer's learning_rate_factor"
-    )
+    remedy = "not saved; lower finetune.learning_rate, or the pruner's or quantizer's learning_rate_factor"
+    _refuse_not_finite(folder, state, remedy)
     with atomic_folder(folder) as unfinished:
-        _save_tensors(state, unfinished / TENSORS, folder)
+        try:
+            save_file(state, unfinished / TENSORS)
+        except SafetensorError as error:  # also if the disk is full or write-protected
+            remedy = "free disk space or allow writing, then run again"
+            raise UserError(f"cannot write {folder}: {error}: {remedy}") from None
         description.tensors = _hash_and_size(unfinished / TENSORS)
         description.versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
         if extra is not None:
@@ -63,19 +65,16 @@ def save_artifact(
 def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
     """The network, in evaluation mode on the CPU, and its description.
 
-    Raises:
-        UserError: if a file is missing, of another version, changed since it was written, does not fit the network, or
-            holds NaN or infinite values.
+    Raises a `UserError` if a file is missing, of another version, changed since it was written, does not fit the
+    network, or holds NaN or infinite values.
     """
     description = read_description(folder)
     path = folder / TENSORS
     if not path.is_file():
         raise UserError(f"{path} is missing: run `dvc repro` or `dvc pull`")
     if (found := sha256_of(path)) != description.tensors["sha256"]:
-        raise UserError(
-            f"{path} has sha256 {found[:12]}…, but model.json says {description.tensors['sha256'][:12]}…: it is not the"
-            " file that model.json describes; run `dvc repro`"
-        )
+        hashes = f"has sha256 {found[:12]}…, but model.json says {description.tensors['sha256'][:12]}…"
+        raise UserError(f"{path} {hashes}: it is not the file that model.json describes; run `dvc repro`")
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -89,22 +88,19 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
         name: {part: state.pop(f"{name}.{part}") for part in LAYER_TENSORS if f"{name}.{part}" in state}
         for name in description.layers
     }
-    prefixes = tuple(f"{name}." for name in packed)
-    expected = {n: t.shape for n, t in network.state_dict().items() if not (prefixes and n.startswith(prefixes))}
-    for name in sorted(expected.keys() | state.keys()):
-        if (given := state[name].shape if name in state else None) != expected.get(name):
-            raise UserError(
-                f"{path}: {name} has shape {_shape(given)}, the described network needs {_shape(expected.get(name))}"
-            )
+    expected = {name: tuple(tensor.shape) for name, tensor in _float_tensors(network, packed).items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | given.keys()):
+        if (shape := given.get(name, "none")) != (needed := expected.get(name, "none")):
+            raise UserError(f"{path}: {name} has shape {shape}, the described network needs {needed}")
     load_tensors(network, state, strict=False)
     modules = dict(network.named_modules())
     for name, tensors in packed.items():
         try:
             layer = _packed_layer(modules.get(name), description.layers[name], tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: packed layer {name} is not in the described network, or its tensors do not fit: {error}"
-            ) from None
+            problem = "is not in the described network, or its tensors do not fit"
+            raise UserError(f"{path}: packed layer {name} {problem}: {error}") from None
         replace_module(network, name, layer)
     return network.eval(), description
 
@@ -122,26 +118,22 @@ def _refuse_not_finite(folder: Path, tensors: dict[str, torch.Tensor], remedy: s
 
 def _stored_tensors(network: nn.Module, layers: dict[str, LayerStorage]) -> dict[str, torch.Tensor]:
     packed = packed_layers(network)
-    prefixes = tuple(f"{name}." for name in packed)
-    state = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in network.state_dict().items()
-        if not (prefixes and name.startswith(prefixes))
-    }
+    state = _float_tensors(network, packed)
     for name, layer in packed.items():
         tensors = tensors_of(layer)
         if (bits := layers[name].weight_bits) < LARGEST:
             tensors["weight"] = torch.from_numpy(pack(tensors["weight"].cpu().numpy(), bits))
-        state |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in tensors.items()}
-    return dict(sorted(state.items()))
+        state |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+
+
+def _float_tensors(network: nn.Module, packed: Iterable[str]) -> dict[str, torch.Tensor]:
+    prefixes = tuple(f"{name}." for name in packed)
+    return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(prefixes)}
 
 
 def _packed_layer(own: nn.Module | None, storage: LayerStorage, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """The packed layer that replaces the float layer `own` of the built network.
-
-    Raises:
-        KeyError, TypeError, ValueError, RuntimeError: if the tensors do not fit such a layer.
-    """
+    """The packed layer that replaces the float layer `own`; raises various errors if the tensors do not fit."""
     if own is None or type(own) not in KINDS:
         raise TypeError(f"{type(own).__name__} has no packed form")
     shape, bits = tuple(own.weight.shape), storage.weight_bits
@@ -164,13 +156,6 @@ def _packed_layer(own: nn.Module | None, storage: LayerStorage, tensors: dict[st
     return layer
 
 
-def _save_tensors(state: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
-    try:
-        save_file(state, path)
-    except SafetensorError as error:  # also if the disk is full or write-protected
-        raise UserError(f"cannot write {folder}: {error}: free disk space or allow writing, then run again") from None
-
-
 def _compare(network: nn.Module, folder: Path, description: Description) -> None:
     loaded, _ = load_artifact(folder)
     size = description.input_size
@@ -186,7 +171,3 @@ def _compare(network: nn.Module, folder: Path, description: Description) -> None
 
 def _hash_and_size(path: Path) -> dict[str, Any]:
     return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(tuple(shape))

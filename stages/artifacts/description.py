@@ -1,6 +1,5 @@
 """`model.json`, the description of a model artifact; reading it does not import torch."""
 
-import functools
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
-FLOAT_BITS = 32
-"""Bits of weights and activations that are not quantized."""
+FLOAT_BITS = 32  # of weights and activations that are not quantized
 AGAIN = "make it again with `dvc repro`"
 SECTIONS: dict[str, dict[str, type]] = {
     "data": {"name": str, "sha256": str},
@@ -37,8 +35,7 @@ class LayerStorage:
 
     weight_bits: int
     activation_bits: int
-    scheme: str
-    """`symmetric_per_channel` or `symmetric_per_tensor`."""
+    scheme: str  # `symmetric_per_channel` or `symmetric_per_tensor`
     activations: Literal["float", "dynamic", "static"] = "dynamic"
     """Left in float, quantized with scales that every call finds, or with scales found once on calibration images."""
 
@@ -51,39 +48,30 @@ class Description:
 
     name: str
     stage: str
-    model: str
-    """Entry of `models` that the artifact descends from."""
+    model: str  # entry of `models` that the artifact descends from
     network: NetworkSpec
     classes: list[str]
-    image_size: int
-    """Side of the stored images, which `model.onnx` takes, in pixels."""
-    input_size: int
-    """Side of the network's input, after scaling, in pixels."""
+    image_size: int  # side of the stored images, which `model.onnx` takes, in pixels
+    input_size: int  # side of the network's input, after scaling, in pixels
     mean: list[float]
     std: list[float]
-    data: dict[str, str]
-    """`name` and `sha256` of the images that the artifact was made from."""
-    parameters: dict[str, Any]
-    """Parameters of the stage."""
+    data: dict[str, str]  # `name` and `sha256` of the images that the artifact was made from
+    parameters: dict[str, Any]  # parameters of the stage
     seed: int
     parent: dict[str, Any] | None = None
     """`name`, `sha256` and `metrics` of the artifact that this one was made from; None for a dense network."""
     layers: dict[str, LayerStorage] = field(default_factory=dict)
-    float_layers: list[str] = field(default_factory=list)
-    """Layers with weights that the quantizer left in float."""
+    float_layers: list[str] = field(default_factory=list)  # layers with weights that the quantizer left in float
     search: dict[str, Any] = field(default_factory=dict)
     """A bit search's record: the objective of each allocation that it tried, the budget, each layer's sensitivity."""
-    metrics: dict[str, int | float] = field(default_factory=dict)
-    """Figures on validation images, never on test images."""
+    metrics: dict[str, int | float] = field(default_factory=dict)  # figures on validation images, never on test images
     onnx: dict[str, Any] = field(default_factory=dict)
     """`sha256` and `bytes` of `model.onnx`, and what `export_onnx` returns; empty without the file."""
     versions: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, Any] = field(default_factory=dict)
-    """`sha256` and `bytes` of `model.safetensors`."""
+    tensors: dict[str, Any] = field(default_factory=dict)  # `sha256` and `bytes` of `model.safetensors`
     version: int = VERSION
 
     def preprocess(self) -> "Preprocess":
-        """The module that turns stored images into the network's input."""
         from stages.networks.preprocess import Preprocess  # imports torch
 
         return Preprocess(self.mean, self.std, self.input_size)
@@ -105,26 +93,17 @@ class Description:
             )
 
 
-@functools.cache
-def _typed() -> TypeAdapter[Description]:
-    return TypeAdapter(Description)
-
-
 def read_description(folder: Path) -> Description:
-    """Read the artifact's `model.json`.
-
-    Raises:
-        UserError: if it is missing, of another version, or holds a key or a value that does not belong.
-    """
+    """Read `model.json`; a `UserError` if it is missing, of another version, or holds a wrong key or value."""
     path = folder / DESCRIPTION
     raw = read_json(path)
-    if not isinstance(raw, dict) or raw.get("version") != VERSION:
-        version = raw.get("version") if isinstance(raw, dict) else None
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if version != VERSION:
         raise UserError(f"{path}: artifact version {version!r}, this program reads {VERSION}: {AGAIN}")
     if missing := sorted({f.name for f in fields(Description)} - raw.keys()):
         raise UserError(f"{path}: keys missing: {', '.join(missing)}: {AGAIN}")
     try:
-        description = _typed().validate_json(path.read_bytes(), strict=True)
+        description = TypeAdapter(Description).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(str(part) for part in detail["loc"])

@@ -6,10 +6,8 @@ value in the highest bit. Thus every width packs without gaps, by a few vectoriz
 
 import numpy as np
 
-SMALLEST, LARGEST = 2, 8
-"""Range of bits of a value."""
-CHUNK = 16384
-"""Bytes of each plane that are unpacked at a time, so that they fit into a core's cache."""
+SMALLEST, LARGEST = 2, 8  # range of bits of a value
+CHUNK = 16384  # bytes of each plane that are unpacked at a time, so that they fit into a core's cache
 
 
 def limits(bits: int) -> tuple[int, int]:
@@ -23,39 +21,22 @@ def packed_bytes(values: int, bits: int) -> int:
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """Pack signed integers of any shape, in [-2^(bits-1), 2^(bits-1) - 1], into uint8 `[packed_bytes(n, bits)]`.
-
-    Raises:
-        ValueError: if a value does not fit into `bits` bits.
-    """
+    """Pack signed integers of any shape into uint8 `[packed_bytes(n, bits)]`; a `ValueError` if one does not fit."""
     if not SMALLEST <= bits <= LARGEST:
         raise ValueError(f"{bits} bits: a value takes {SMALLEST} to {LARGEST} bits")
     low, high = limits(bits)
     if values.size and not (low <= values.min() and values.max() <= high):
         raise ValueError(f"values from {values.min()} to {values.max()} do not fit into {bits} bits")
-    flat = np.ascontiguousarray(values, np.int8).reshape(-1)
-    if bits == LARGEST:
-        whole = np.zeros(packed_bytes(flat.size, bits), np.uint8)
-        whole[: flat.size] = flat.view(np.uint8)
-        return whole
-    unsigned = flat.view(np.uint8)
+    unsigned = np.ascontiguousarray(values, np.int8).reshape(-1).view(np.uint8)
     return np.concatenate([np.packbits(unsigned & np.uint8(1 << plane)) for plane in range(bits)])
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `pack`: int8 of `shape`.
-
-    Raises:
-        ValueError: if the length of `packed` does not match the shape and the bits.
-    """
+    """The inverse of `pack`: int8 of `shape`; a `ValueError` if the length of `packed` does not match."""
     count = int(np.prod(shape))
     if packed.dtype != np.uint8 or packed.shape != (packed_bytes(count, bits),):
-        raise ValueError(
-            f"{packed.dtype} {list(packed.shape)}: {count} values of {bits} bits take uint8"
-            f" [{packed_bytes(count, bits)}]"
-        )
-    if bits == LARGEST:
-        return packed[:count].view(np.int8).reshape(shape).copy()
+        wanted = f"{count} values of {bits} bits take uint8 [{packed_bytes(count, bits)}]"
+        raise ValueError(f"{packed.dtype} {list(packed.shape)}: {wanted}")
     planes = packed.reshape(bits, -1)
     values = np.empty(planes.shape[1] * 8, np.uint8)
     for start in range(0, planes.shape[1], CHUNK):

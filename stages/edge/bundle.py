@@ -38,7 +38,6 @@ SOURCES = {
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "psutil")
 CAMERA = "opencv-python-headless"
 PRINTED = "printed"  # folder of the printed-sample test within a bundle
-CARD = "README.md"
 
 
 class Params(Joins):
@@ -66,8 +65,7 @@ def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Thres
     best = max(curve, key=lambda threshold: (threshold.accuracy, threshold.coverage))
     raise UserError(
         f"--accuracy {accuracy:g} is out of reach on {len(part):,} validation images: the highest accuracy is"
-        f" {best.accuracy:.4f}, with answers on {100 * best.coverage:.1f} % of them (confidence"
-        f" {best.confidence:.4f} or more): lower --accuracy, or choose another variant"
+        f" {best.accuracy:.4f}, with {100 * best.coverage:.1f} % of them answered: lower it, or choose another variant"
     )
 
 
@@ -118,7 +116,7 @@ def write_bundle(folder: Path, source: Path, description: Description, content: 
         check_onnx(unfinished, description)
         write_json(unfinished / BUNDLE, content)
         if card is not None:
-            write_text(unfinished / CARD, card)
+            write_text(unfinished / "README.md", card)
         for name, path in SOURCES.items():
             shutil.copyfile(path, unfinished / name)
         pins = [f"{name}=={pinned(name)}\n" for name in REQUIREMENTS]
@@ -128,7 +126,7 @@ def write_bundle(folder: Path, source: Path, description: Description, content: 
         return
     with clear_disk_errors(folder):
         if card is None:
-            folder.joinpath(CARD).unlink(missing_ok=True)
+            folder.joinpath("README.md").unlink(missing_ok=True)
         for path in sorted(staged.iterdir(), key=lambda path: path.name == BUNDLE):
             os.replace(path, folder / path.name)
         staged.rmdir()

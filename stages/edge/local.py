@@ -10,7 +10,7 @@ import numpy as np
 from stages.common.errors import UserError
 from stages.edge.machine import EnergyMeter, RunWatch, describe_machine, process_state
 from stages.edge.protocol import Contender, Log, Protocol, random_pixels, timed_run
-from stages.edge.runtimes import ONNXRUNTIME, RUNTIMES, TORCH_EAGER, Runtime, measure_fresh, not_installed
+from stages.edge.runtimes import ONNXRUNTIME, RUNTIMES, TORCH_EAGER, measure_fresh, not_installed
 from stages.edge.soak import SoakPlan, soak
 
 
@@ -47,8 +47,13 @@ def time_here(
     Raises a `UserError` if a model does not run in a required runtime.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    requested, left_out = _requested(candidates, runtimes)
-    opened, starts = [], []
+    requested, opened, starts, left_out = [], [], [], []
+    dense = [candidate for candidate in candidates if candidate.variant == candidate.baseline]
+    for runtime in (RUNTIMES[name] for name in dict.fromkeys((*runtimes, TORCH_EAGER.name))):
+        if reason := not_installed(runtime):
+            left_out.append({"variant": None, "runtime": runtime.name, "reason": reason})
+        else:
+            requested += [(candidate, runtime) for candidate in (dense if runtime.dense_only else candidates)]
     for candidate, runtime in requested:
         try:
             run = runtime.open(candidate.folder, protocol.threads, protocol.batch)
@@ -67,9 +72,8 @@ def time_here(
     for c, runtime, run in opened:
         pixels = random_pixels(protocol.batch, c.image_size, protocol.seed)
         contenders.append(Contender(c.variant, runtime.name, run, pixels, eager[c.baseline]))
-    timed, state, windows = timed_run(
-        contenders, starts, protocol, RunWatch(protocol.quiet_seconds), EnergyMeter(), log
-    )
+    watch = RunWatch(protocol.quiet_seconds)
+    timed, state, windows = timed_run(contenders, starts, protocol, watch, EnergyMeter(), log)
     machine = describe_machine(sorted({runtime.package for _, runtime, _ in opened} | {"numpy"})) | state
     result = {"started": started, **timed, "machine": machine, "left_out": left_out}
     soak_windows = []
@@ -86,15 +90,3 @@ def refuse_many_threads(threads: int, cores: int) -> None:
     if threads > cores:
         plural = "s" * (cores != 1)
         raise UserError(f"edge_benchmark.threads = {threads}: this process may use {cores} core{plural}: lower it")
-
-
-def _requested(candidates: Sequence[Candidate], names: Sequence[str]) -> tuple[list[tuple[Candidate, Runtime]], list]:
-    """What to open, and the runtimes that are not installed."""
-    requested, left_out = [], []
-    dense = [candidate for candidate in candidates if candidate.variant == candidate.baseline]
-    for runtime in (RUNTIMES[name] for name in dict.fromkeys((*names, TORCH_EAGER.name))):
-        if reason := not_installed(runtime):
-            left_out.append({"variant": None, "runtime": runtime.name, "reason": reason})
-            continue
-        requested += [(candidate, runtime) for candidate in (dense if runtime.dense_only else candidates)]
-    return requested, left_out

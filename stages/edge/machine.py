@@ -113,13 +113,9 @@ def quiet_second(patience: int) -> float:
     A compiler or an installer may still be at work.
     """
     for _ in range(patience):
-        if not is_busy(used := others_cores_now()):
+        if (used := others_cores_now()) <= BUSY_CORES:
             break
     return used
-
-
-def is_busy(*others_cores: float) -> bool:
-    return max(others_cores) > BUSY_CORES
 
 
 class RunWatch:
@@ -143,7 +139,8 @@ class RunWatch:
             "busy_above_cores": BUSY_CORES,
             "throttle_events": events,
         }
-        return {"busy": is_busy(self._others_before, others_during), "throttled": events > 0 or slower}, state
+        busy = max(self._others_before, others_during) > BUSY_CORES
+        return {"busy": busy, "throttled": events > 0 or slower}, state
 
 
 def keep_to_cores(cores: Sequence[int]) -> None:

@@ -29,10 +29,7 @@ IMAGES = 1000  # default number of images, if the test part has as many
 
 
 def sample(n_test: int, images: int | None, seed: int) -> np.ndarray:
-    """Indices of the test images to print: a seeded sample without repetition, in the stored order.
-
-    Raises a `ValueError` with a message for the user if the test part has fewer images.
-    """
+    """Sorted indices of a seeded sample of the test images; a `ValueError` for the user if there are not so many."""
     images = min(IMAGES, n_test) if images is None else images
     if not 1 <= images <= n_test:
         raise ValueError(f"images = {images}: give 1 to {n_test:,}, the size of the test part")

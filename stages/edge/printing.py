@@ -108,10 +108,7 @@ def film(path: Path, pictures: Iterable[np.ndarray], side: int) -> int:
 
 
 def play(path: Path, written: int) -> Iterator[np.ndarray]:
-    """Yield the frames of a video of `film`, uint8 BGR, read as camera.py reads them.
-
-    Raises a `UserError` if they are not exactly the frames written, in their order.
-    """
+    """Yield the frames of `film`, uint8 BGR; a `UserError` if they are not exactly those written, in their order."""
     number = 0
     try:
         for frame in frames_of(open_video(path)):

@@ -70,10 +70,7 @@ def random_pixels(batch: int, image_size: int, seed: int) -> np.ndarray:
 
 
 def time_window(run: Classify, pixels: np.ndarray, seconds: float, minimum_runs: int, meter: Meter) -> tuple:
-    """Call `run` on `pixels` for at least `seconds` and at least `minimum_runs` times.
-
-    Returns the duration of each call in ns, int64 `[calls]`, and the joules used, or None.
-    """
+    """Call `run` for at least `seconds` and `minimum_runs` times; returns the times in ns, int64, and the joules."""
     clock, times, joules = time.perf_counter_ns, [], meter()
     after, end = 0, clock() + int(seconds * 1e9)
     while after < end or len(times) < minimum_runs:
@@ -187,10 +184,7 @@ def start_up(run: Classify, pixels: np.ndarray, import_ms: float, load_ms: float
 
 
 def median_start(name: str, command: Sequence[str], runs: int) -> dict[str, float]:
-    """The median of each figure of `start_up`, which `command` prints as JSON, over `runs` new processes.
-
-    Raises a `ValueError` with the last line of the error output if a process fails.
-    """
+    """The median over `runs` new processes of the figures that `command` prints; a `ValueError` if one fails."""
     import subprocess  # here, because the new processes measure their own memory
 
     results = []

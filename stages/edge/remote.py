@@ -123,14 +123,9 @@ def time_there(
         python = shlex.quote(f"{environment}/bin/python")
         device.follow(f"cd {shlex.quote(folder)}; exec {python} -u timing.py plan.json result.json", log_device)
         timed = json.loads(device.run(f"cat {shlex.quote(folder)}/result.json"))
-    except ValueError as error:
-        raise UserError(f"{target}: cannot read its result ({error}): run again") from None
     finally:
         with contextlib.suppress(UserError):  # without a connection the folder stays, which does no harm
             device.run(f"rm -rf {shlex.quote(folder)}")
-    rows = {row["variant"]: row["onnx_sha256"] for row in timed["result"]["rows"]}
-    if rows != {c.variant: c.onnx_sha256 for c in candidates}:
-        raise UserError(f"{target}: its result belongs to other models: run again")
     others = [name for name in section.runtimes if name != "onnxruntime"]
     reason = "on devices, only ONNX Runtime is timed"
     left_out = [{"variant": None, "runtime": name, "reason": f"{name}: {reason}"} for name in others]
@@ -182,7 +177,7 @@ def make_environment(device: Device, home: str, python: str, held: set[str], log
 
 def copy_models(device: Device, home: str, candidates: Sequence[Candidate], held: set[str], log: Log) -> None:
     """Copy the models that the device lacks; each gets its final name when it is complete."""
-    files = {model_path(home, c): c.folder / "model.onnx" for c in candidates}
+    files = {f"{home}/models/{c.onnx_sha256}.onnx": c.folder / "model.onnx" for c in candidates}
     missing = {place: file for place, file in files.items() if place not in held}
     for number, (place, file) in enumerate(missing.items(), 1):
         content, quoted = file.read_bytes(), shlex.quote(place)
@@ -190,10 +185,6 @@ def copy_models(device: Device, home: str, candidates: Sequence[Candidate], held
         # after a lost connection cat ends as after a complete file
         complete = f'[ "$(wc -c < {quoted}.partial)" -eq {len(content)} ]'
         device.run(f"cat > {quoted}.partial; {complete}; mv {quoted}.partial {quoted}", content)
-
-
-def model_path(home: str, candidate: Candidate) -> str:
-    return f"{home}/models/{candidate.onnx_sha256}.onnx"
 
 
 def plan_of(
@@ -209,7 +200,7 @@ def plan_of(
         content["soak.npy"] = stored.getvalue()
         soak = {"variant": candidate.variant, "file": "soak.npy", "plan": asdict(plan)}
     models = [
-        {"variant": c.variant, "baseline": c.baseline, "file": model_path(home, c)}
+        {"variant": c.variant, "baseline": c.baseline, "file": f"{home}/models/{c.onnx_sha256}.onnx"}
         | {"image_size": c.image_size, "onnx_sha256": c.onnx_sha256}
         for c in candidates
     ]

@@ -1,10 +1,7 @@
 """The runtimes that can run an artifact, behind one small interface. Each is imported only when it is used.
 
-    python -m stages.edge.runtimes <runtime> <folder> <threads> <batch>
-
-measures the start-up: it loads an artifact, classifies once, and prints one line of JSON: `import_ms` (the runtime),
-`load_ms` (from the file to a session that can run), `first_inference_ms` and `peak_rss_bytes` (the whole process,
-Python and NumPy included). With ONNX Runtime, this process imports neither torch nor any training code.
+`python -m stages.edge.runtimes <runtime> <folder> <threads> <batch>` prints the start-up cost of an artifact as JSON.
+With ONNX Runtime, this process imports neither torch nor any training code.
 """
 
 import importlib

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Row = dict[str, float | None]
+
 
 @dataclass(frozen=True)
 class SoakPlan:
     seconds: float
     images_per_second: float  # 0 runs one inference directly after the other
     window_seconds: float
-
-
-Row = dict[str, float | None]
 
 
 def soak(

@@ -38,7 +38,6 @@ def export_onnx(classifier: Classifier, image_size: int, path: Path, export: Exp
 
     Args:
         image_size: side of the images that the file takes, in pixels.
-        export: the opset, and whether the batch axis is dynamic.
 
     Returns:
         `opset` and `batch`; `quantized_operators`, the number of operators that compute on integers;
@@ -47,11 +46,9 @@ def export_onnx(classifier: Classifier, image_size: int, path: Path, export: Exp
     Raises:
         UserError: if the network does not fit into one ONNX file, or a packed layer is not exported as one operator.
     """
-    size = sum(p.numel() * p.element_size() for p in classifier.parameters())
-    if size > LARGEST_FILE:
-        raise UserError(
-            f"{path}: {size / 2**30:.1f} GiB of weights do not fit into one ONNX file: choose a smaller model"
-        )
+    if (size := sum(p.numel() * p.element_size() for p in classifier.parameters())) > LARGEST_FILE:
+        problem = f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file"
+        raise UserError(f"{path}: {problem}: choose a smaller model")
     with _quiet():
         model = _float_model(classifier, image_size, export)
         model, stored = with_dynamic_layers(model, dynamic_layers(classifier))

@@ -6,7 +6,7 @@ The values of a weight identify its layer in the graph: the exporter renames ten
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,134 +21,115 @@ from stages.export.rewrites import as_gemms, pass_pixels_on, set_nodes
 from stages.networks.dynamic_int8 import unpack_layer
 from stages.networks.integer_weights import Grid
 
+Around = tuple[list[onnx.NodeProto], list[onnx.NodeProto]]  # nodes to insert before and after an operator
+Stored = dict[str, object]  # `quantized_operators` and `integer_weights` as `export_onnx` returns them
 OPERATORS = ("MatMul", "Gemm", "Conv")
 USE_FLOAT = "use the quantizer fp32 for this network"
-INT4_BITS = 4
-"""Integers of at most this many bits are stored as ONNX's int4, others as int8: ONNX Runtime has no other widths."""
+INT4_BITS = 4  # integers of at most this many bits are stored as ONNX's int4, others as int8
 
 
 @dataclass(frozen=True)
 class Found:
-    """A layer's isolated operator: its weight is the initializer `<node>.matrix`, which no other operator reads."""
+    """A layer's isolated operator, with its name; no other node reads its weight, the initializer `<name>.matrix`."""
 
-    layer: str
-    node: str
-    transposed: bool
-    """True if the weight is `[in, out]` (MatMul), False if it is `[out, in, ...]` (Conv)."""
+    name: str
+    transposed: bool  # true if the weight is `[in, out]` (MatMul), False if it is `[out, in, ...]` (Conv)
 
     @property
     def weight(self) -> str:
-        return f"{self.node}.matrix"
-
-    @property
-    def axis(self) -> int:
-        """Axis of the output channels."""
-        return 1 if self.transposed else 0
+        return f"{self.name}.matrix"
 
     def of(self, values: torch.Tensor) -> np.ndarray:
         """A weight in the layer's layout, converted to the graph's layout."""
         return np.ascontiguousarray(values.cpu().numpy().T if self.transposed else values.cpu().numpy())
 
 
-def with_dynamic_layers(
-    model: onnx.ModelProto, layers: dict[str, nn.Module]
-) -> tuple[onnx.ModelProto, dict[str, object]]:
+def with_dynamic_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) -> tuple[onnx.ModelProto, Stored]:
     """Let ONNX Runtime's quantizer turn exactly these layers into MatMulInteger, then set the layers' integers.
 
     The quantizer rounds the weights again. Its integers are the same unless a channel's scale is the observer's
     smallest, so the file always gets integers and scales from the network.
-
-    Returns:
-        The graph, and `quantized_operators` and `integer_weights` as `export_onnx` returns them.
     """
     if not layers:
         return model, {"quantized_operators": 0, "integer_weights": {}}
     tensors = {name: unpack_layer(layer) for name, layer in layers.items()}
     found = _isolate(model, {name: t["weight"].float() * t["weight_scale"][:, None] for name, t in tensors.items()})
     per_channel = any(len(t["weight_scale"]) > 1 for t in tensors.values())
-    model = _quantize(model, [one.node for one in found], per_channel)
+    model = _quantize(model, [one.name for one in found], per_channel)
 
     operators = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
     if operators != len(layers):
         raise UserError(f"the export has {operators} int8 operators for {len(layers)} packed layers: {USE_FLOAT}")
     written = {tensor.name: tensor for tensor in model.graph.initializer}
     for one in found:
-        _overwrite(written[f"{one.weight}_quantized"], one.of(tensors[one.layer]["weight"]))
-        _overwrite(written[f"{one.weight}_scale"], tensors[one.layer]["weight_scale"].numpy())
+        _overwrite(written[f"{one.weight}_quantized"], one.of(tensors[one.name]["weight"]))
+        _overwrite(written[f"{one.weight}_scale"], tensors[one.name]["weight_scale"].numpy())
         _overwrite(written[f"{one.weight}_zero_point"], np.zeros(1, np.int8))
     return model, {"quantized_operators": operators, "integer_weights": {"int8": operators}}
 
 
-def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) -> dict[str, object]:
-    """Store these layers' integers in the graph, in place.
+def with_integer_layers(model: onnx.ModelProto, layers: dict[str, nn.Module]) -> Stored:
+    """Store these layers' integers in the graph, in place; the result is empty without layers.
 
     Without grids the operator computes in float on `Cast(integers) * scale`. ONNX Runtime folds that when it opens the
     file, so the file is small and as fast as float; a DequantizeLinear would run in every call. With grids,
     QuantizeLinear and DequantizeLinear stand around the operator, which ONNX Runtime then runs on integers.
-
-    Returns:
-        `quantized_operators` and `integer_weights` as `export_onnx` returns them; empty without layers.
     """
     if not layers:
         return {}
     stored: Counter[str] = Counter()
-    nodes: dict[str, Around] = {}
-    operators = 0
+    around: dict[str, Around] = {}
     gemms = {name for name, layer in layers.items() if layer.input_scale is not None}
     found = _isolate(model, {name: layer.float_weight() for name, layer in layers.items()}, gemms)
     as_gemms(model, gemms)
     for one in found:
-        layer = layers[one.layer]
+        layer = layers[one.name]
         static = layer.input_scale is not None
-        operators += static
         kind = onnx.TensorProto.INT4 if layer.bits <= INT4_BITS and not static else onnx.TensorProto.INT8
         stored[onnx.TensorProto.DataType.Name(kind).lower()] += 1
-        nodes[one.node] = _static(model, one, layer) if static else _weight_only(model, one, layer, kind)
-    _insert(model, nodes)
+        around[one.name] = _static(model, one, layer) if static else _weight_only(model, one, layer, kind)
+    nodes = []
+    for node in model.graph.node:
+        before, after = around.get(node.name, ([], []))
+        nodes += [*before, node, *after]
+    set_nodes(model, nodes)
     pass_pixels_on(model)
-    return {"quantized_operators": operators, "integer_weights": dict(sorted(stored.items()))}
+    return {"quantized_operators": len(gemms), "integer_weights": dict(sorted(stored.items()))}
 
 
-def _weight_only(model: onnx.ModelProto, one: Found, layer: nn.Module, kind: int) -> "Around":
+def _weight_only(model: onnx.ModelProto, one: Found, layer: nn.Module, kind: int) -> Around:
     scale = layer.weight_scale.cpu().numpy()
     scale = scale if one.transposed else scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
-    integers, cast = f"{one.node}.integers", f"{one.node}.cast"
-    _replace(model, one.weight, _integers(integers, one.of(layer.weight), kind), _floats(f"{one.node}.scale", scale))
-    return Around(
-        before=[
-            helper.make_node("Cast", [integers], [cast], f"{one.node}.cast", to=onnx.TensorProto.FLOAT),
-            helper.make_node("Mul", [cast, f"{one.node}.scale"], [one.weight], f"{one.node}.dequantize"),
-        ]
-    )
+    integers, cast = f"{one.name}.integers", f"{one.name}.cast"
+    values = one.of(layer.weight).astype(helper.tensor_dtype_to_np_dtype(kind))
+    _replace(model, one.weight, numpy_helper.from_array(values, integers), _floats(f"{one.name}.scale", scale))
+    before = [
+        helper.make_node("Cast", [integers], [cast], f"{one.name}.cast", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [cast, f"{one.name}.scale"], [one.weight], f"{one.name}.dequantize"),
+    ]
+    return before, []
 
 
-def _static(model: onnx.ModelProto, one: Found, layer: nn.Module) -> "Around":
-    node = next(node for node in model.graph.node if node.name == one.node)
+def _static(model: onnx.ModelProto, one: Found, layer: nn.Module) -> Around:
+    node = next(node for node in model.graph.node if node.name == one.name)
     scale = layer.weight_scale.cpu().numpy()
     _replace(model, one.weight)
     weight = numpy_helper.from_array(one.of(layer.weight))
-    before = [_dequantized(model, one.node, "weight", weight, scale, one.weight, one.axis)]
-    source, node.input[0] = node.input[0], f"{one.node}.input"
-    before += _on_grid(model, one.node, "input", source, node.input[0], Grid.of(layer, "input"))
+    outputs = 1 if one.transposed else 0
+    before = [_dequantized(model, one.name, "weight", weight, scale, one.weight, outputs)]
+    source, node.input[0] = node.input[0], f"{one.name}.input"
+    before += _on_grid(model, one.name, "input", source, node.input[0], Grid.of(layer, "input"))
     after = []
     if layer.output_scale is not None:
-        product, node.output[0] = node.output[0], f"{one.node}.product"
-        after = _on_grid(model, one.node, "output", node.output[0], product, Grid.of(layer, "output"))
+        product, node.output[0] = node.output[0], f"{one.name}.product"
+        after = _on_grid(model, one.name, "output", node.output[0], product, Grid.of(layer, "output"))
     if len(node.input) > 2:  # on the accumulator's grid: ONNX Runtime fuses no other
         bias_scale = scale * layer.input_scale.item()
         bias = np.round(layer.bias.detach().cpu().double().numpy() / bias_scale)
-        node.input[2] = f"{one.node}.bias_float"
+        node.input[2] = f"{one.name}.bias_float"
         integers = numpy_helper.from_array(bias.astype(np.int32))
-        before.append(_dequantized(model, one.node, "bias", integers, bias_scale, node.input[2], axis=0))
-    return Around(before, after)
-
-
-@dataclass(frozen=True)
-class Around:
-    """Nodes to insert around an operator."""
-
-    before: list[onnx.NodeProto]
-    after: Sequence[onnx.NodeProto] = ()
+        before.append(_dequantized(model, one.name, "bias", integers, bias_scale, node.input[2], axis=0))
+    return before, after
 
 
 def _dequantized(
@@ -178,11 +159,7 @@ def _on_grid(
 def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Container[str] = ()) -> list[Found]:
     """Turn each layer's operator into MatMul (and Add) or Conv with a weight of its own, in place.
 
-    Args:
-        gemms: layers that may stay a Gemm, as static layers do.
-
-    Raises:
-        UserError: if a layer is not in the graph, or is used more than once.
+    The layers `gemms` may stay a Gemm. Raises a `UserError` if a layer is not in the graph, or is used more than once.
     """
     layers_of: dict[bytes, list[str]] = {}
     for name, weight in weights.items():
@@ -201,39 +178,29 @@ def _isolate(model: onnx.ModelProto, weights: dict[str, torch.Tensor], gemms: Co
         if not names:
             continue
         if attributes.get("transA") or attributes.get("alpha", 1) != 1 or attributes.get("beta", 1) != 1:
-            raise UserError(
-                f"{names[0]}: the export is a scaled or transposed Gemm, which has no integer form: {USE_FLOAT}"
-            )
+            problem = "the export is a scaled or transposed Gemm, which has no integer form"
+            raise UserError(f"{names[0]}: {problem}: {USE_FLOAT}")
         name = names.pop(0) if len(names) > 1 else names[0]
-        if any(one.layer == name for one in found):
+        if any(one.name == name for one in found):
             raise UserError(f"{name}: the graph uses this layer twice, which has no integer form: {USE_FLOAT}")
-        one = Found(name, name, node.op_type != "Conv")
+        one = Found(name, node.op_type != "Conv")
         found.append(one)
-        matrix = weight if not one.transposed else as_layer.T
-        model.graph.initializer.append(_floats(one.weight, matrix))
+        model.graph.initializer.append(_floats(one.weight, as_layer.T if one.transposed else weight))
         if node.op_type == "Conv":
-            node.name, node.input[1] = one.node, one.weight
+            node.name, node.input[1] = one.name, one.weight
             continue
         if node.op_type == "Gemm" and name in gemms:
-            nodes[-1] = helper.make_node("Gemm", [node.input[0], one.weight, *node.input[2:]], node.output, one.node)
+            nodes[-1] = helper.make_node("Gemm", [node.input[0], one.weight, *node.input[2:]], node.output, one.name)
             continue
         bias, output = list(node.input[2:]), node.output[0]
         product = f"{output}_product" if bias else output
-        nodes[-1] = helper.make_node("MatMul", [node.input[0], one.weight], [product], one.node)
+        nodes[-1] = helper.make_node("MatMul", [node.input[0], one.weight], [product], one.name)
         if bias:
-            nodes.append(helper.make_node("Add", [product, bias[0]], [output], f"{one.node}.bias"))
-    if lost := sorted(set(weights) - {one.layer for one in found}):
+            nodes.append(helper.make_node("Add", [product, bias[0]], [output], f"{one.name}.bias"))
+    if lost := sorted(set(weights) - {one.name for one in found}):
         raise UserError(f"{lost[0]}: the graph does not hold this layer, so its integers cannot be stored: {USE_FLOAT}")
     set_nodes(model, nodes)
     return found
-
-
-def _insert(model: onnx.ModelProto, around: dict[str, Around]) -> None:
-    nodes = []
-    for node in model.graph.node:
-        found = around.get(node.name, Around([]))
-        nodes += [*found.before, node, *found.after]
-    set_nodes(model, nodes)
 
 
 def _quantize(model: onnx.ModelProto, nodes: list[str], per_channel: bool) -> onnx.ModelProto:
@@ -241,15 +208,8 @@ def _quantize(model: onnx.ModelProto, nodes: list[str], per_channel: bool) -> on
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
-        quantize_dynamic(
-            model,
-            path,
-            ["MatMul"],
-            per_channel,
-            weight_type=QuantType.QInt8,
-            nodes_to_quantize=nodes,
-            extra_options={"WeightSymmetric": True},
-        )
+        options = {"nodes_to_quantize": nodes, "extra_options": {"WeightSymmetric": True}}
+        quantize_dynamic(model, path, ["MatMul"], per_channel, weight_type=QuantType.QInt8, **options)
         return onnx.load(path)
 
 
@@ -259,15 +219,6 @@ def _key(weight: np.ndarray) -> bytes:
 
 def _floats(name: str, values: np.ndarray) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(values, np.float32, order="C"), name)
-
-
-def _integers(name: str, values: np.ndarray, kind: int) -> onnx.TensorProto:
-    """An int8 or int4 initializer; int4 has two values in a byte, the first in the lower half."""
-    if kind == onnx.TensorProto.INT8:
-        return numpy_helper.from_array(values, name)
-    flat = values.reshape(-1).view(np.uint8) & 0x0F
-    halves = np.concatenate([flat, np.zeros(flat.size % 2, np.uint8)])
-    return helper.make_tensor(name, kind, values.shape, (halves[::2] | halves[1::2] << 4).tobytes(), raw=True)
 
 
 def _replace(model: onnx.ModelProto, name: str, *tensors: onnx.TensorProto) -> None:

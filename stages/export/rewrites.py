@@ -53,7 +53,8 @@ def pass_pixels_on(model: onnx.ModelProto) -> None:
     made, uses = {node.output[0]: node for node in model.graph.node}, _uses(model)
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
-        if not _is_pixel_grid(quantize, values):
+        scale, zero_point = (numpy_helper.to_array(values[name]) for name in quantize.input[1:])
+        if zero_point.dtype != np.uint8 or scale != 1 or zero_point != 0:
             continue
         source = made.get(quantize.input[0])
         pad = source if source is not None and source.op_type == "Pad" and len(source.input) == 2 else None
@@ -123,11 +124,6 @@ def _uses(model: onnx.ModelProto) -> Counter[str]:
     """The number of readers of each tensor, including the graph's outputs."""
     uses = Counter(name for node in model.graph.node for name in node.input)
     return uses + Counter(output.name for output in model.graph.output)
-
-
-def _is_pixel_grid(quantize: onnx.NodeProto, values: dict[str, onnx.TensorProto]) -> bool:
-    scale, zero_point = (numpy_helper.to_array(values[name]) for name in quantize.input[1:])
-    return zero_point.dtype == np.uint8 and float(scale) == 1 and int(zero_point) == 0
 
 
 def _is_pixels(model: onnx.ModelProto, made: dict[str, onnx.NodeProto], name: str) -> bool:

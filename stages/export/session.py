@@ -20,15 +20,10 @@ def int8_overflows() -> bool:
 
 
 def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A CPU session on `model.onnx`.
+    """A CPU session on `model.onnx`, with a number of threads for each operator; 0 takes all usable cores.
 
-    Waiting threads sleep: a session that spins would take the cores from other processes.
-
-    Args:
-        threads: number of threads for each operator; operators run one after the other. 0 takes all usable cores.
-
-    Raises:
-        UserError: if the file is missing or ONNX Runtime cannot read it.
+    Operators run one after the other. Waiting threads sleep: a session that spins would take the cores from other
+    processes. Raises a `UserError` if the file is missing or ONNX Runtime cannot read it.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run `dvc repro` or `dvc pull`")
@@ -51,20 +46,14 @@ def session_logits(session: onnxruntime.InferenceSession, images: np.ndarray, ba
 
     A dynamically quantized network finds its scales over the whole batch, so its logits depend slightly on
     `batch_size`; a device sees one image at a time. A file with a fixed batch axis gets one image at a time.
-
-    Returns:
-        float32 `[N, classes]`.
-
-    Raises:
-        UserError: if the file takes images of another type or size.
+    The result is float32 `[N, classes]`; a `UserError` says that the file takes images of another type or size.
     """
     pixels = session.get_inputs()[0]
     if images.dtype != np.uint8 or images.ndim != 4 or list(images.shape[1:]) != pixels.shape[1:]:
         raise UserError(f"model.onnx takes uint8 images {pixels.shape}, these are {images.dtype} {list(images.shape)}")
-    name = [session.get_outputs()[0].name]
-    batch_size = 1 if pixels.shape[0] == 1 else batch_size
-    batches = [
-        session.run(name, {pixels.name: np.ascontiguousarray(images[start : start + batch_size])})[0]
-        for start in range(0, len(images), batch_size)
-    ]
-    return np.concatenate(batches) if batches else np.empty((0, session.get_outputs()[0].shape[1]), np.float32)
+    logits, step = session.get_outputs()[0], 1 if pixels.shape[0] == 1 else batch_size
+    found = np.empty((len(images), logits.shape[1]), np.float32)
+    for start in range(0, len(images), step):
+        batch = np.ascontiguousarray(images[start : start + step])
+        found[start : start + step] = session.run([logits.name], {pixels.name: batch})[0]
+    return found

@@ -77,7 +77,6 @@ def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
     """The images of a folder in the order of their names, upright; other files are named and added to `left_out`."""
     if not folder.is_dir():
         raise NoFrames(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
-    found = False
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         started = time.perf_counter_ns()
         try:
@@ -88,10 +87,7 @@ def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
             print(f"{path}: left out: {reason_of(error, path)}", file=sys.stderr)
             left_out.append(path)
             continue
-        found = True
         yield Frame(np.ascontiguousarray(rgb[..., ::-1]), (time.perf_counter_ns() - started) / 1e6)
-    if not found:
-        raise NoFrames(f"{folder} contains no image")
 
 
 def draw(pixels: np.ndarray, square: tuple[slice, slice], answer: Answer) -> np.ndarray:
@@ -192,7 +188,9 @@ def run(arguments: argparse.Namespace) -> str | None:
         if live:
             live.close()
     if ended and not tally.frames:
-        return f"{source} has no frames" if arguments.video else f"camera {source} gives no frames"
+        if isinstance(source, int):
+            return f"camera {source} gives no frames"
+        return f"{source} contains no {'image' if arguments.folder else 'frames'}"
     print(tally.summary(live.dropped if live else 0))
     if ended and live and not arguments.video:
         return f"camera {source} stopped giving frames: was it unplugged?"

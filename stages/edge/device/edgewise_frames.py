@@ -24,7 +24,7 @@ class NoFrames(Exception):
 
 
 def center_square(pixels: np.ndarray, fraction: float | None) -> tuple[slice, slice]:
-    """Rows and columns of the middle square of `[H, W, 3]` whose side is `fraction` of the shorter side; all if None."""
+    """Rows and columns of the middle square whose side is `fraction` of the shorter side; of all pixels if None."""
     height, width = pixels.shape[:2]
     if fraction is None:
         return slice(0, height), slice(0, width)
@@ -41,7 +41,6 @@ def open_video(source: int | Path) -> cv2.VideoCapture:
         raise NoFrames(f"{source}: {'a folder, not a video' if source.is_dir() else 'no such file'}")
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
-        capture.release()
         if isinstance(source, int):
             raise NoFrames(f"camera {source} cannot be opened: is it plugged in, and does no other program use it?")
         raise NoFrames(f"{source} cannot be opened as a video")
@@ -89,7 +88,7 @@ class NewestFrames:
 
     def _grab(self) -> None:
         due = time.monotonic()
-        while not self._stopped:
+        while not (self._stopped or self._ended):
             started = time.perf_counter_ns()
             grabbed = self._capture.grab()
             if not self._interval:  # grab waits for the next frame of the camera
@@ -105,5 +104,3 @@ class NewestFrames:
                     self.dropped += self._newest is not None
                     self._newest = Frame(pixels, decode_ms)
                 self._changed.notify()
-            if pixels is None:
-                return

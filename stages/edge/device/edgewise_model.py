@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,8 +29,10 @@ class Bundle:
     onnxruntime: str  # the version with which the bundle was made
 
 
-TYPES = {"variant": str, "classes": list, "image_size": int, "onnx_sha256": str}
-TYPES |= {"confidence_threshold": int | float, "onnxruntime": str}
+TYPES: dict[str, Any] = {
+    **{"variant": str, "classes": list, "image_size": int, "onnx_sha256": str},
+    **{"confidence_threshold": (int, float), "onnxruntime": str},
+}
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ def open_model(folder: Path, threads: int) -> Model:
     """Open the model of the bundle in ONNX Runtime; ends the program if that fails."""
     bundle = read_bundle(folder)
     loaded = load_onnx(folder / MODEL, threads)
-    expected = {"image size": bundle.image_size, "number of classes": len(bundle.classes)}
-    for (name, wanted), found in zip(expected.items(), (loaded.image_size, loaded.classes), strict=True):
+    sizes = {"image size": (loaded.image_size, bundle.image_size)}
+    sizes["number of classes"] = loaded.classes, len(bundle.classes)
+    for name, (found, wanted) in sizes.items():
         if found != wanted:
             stop(f"{folder / MODEL}: its {name} is {found}, but {BUNDLE} has {wanted}: copy the whole bundle again")
     import onnxruntime

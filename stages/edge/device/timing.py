@@ -29,12 +29,6 @@ def check_models(models: list[dict]) -> None:
             stop(f"{path} was not the model.onnx of {model['variant']}, so it was removed: run again")
 
 
-def first_run(path: Path, threads: int, batch: int, image_size: int) -> dict[str, float]:
-    """The start-up cost, in a process that has loaded nothing before."""
-    loaded = load_onnx(path, threads)
-    return start_up(loaded.run, random_pixels(batch, image_size, 0), loaded.import_ms, loaded.load_ms)
-
-
 def time_models(plan: dict, log: Callable[[str], None]) -> dict:
     """The fields of `Timing` in the edge benchmark: `result`, `windows` and `soak`."""
     # here, because the processes that measure their own memory do without psutil
@@ -61,9 +55,8 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
         pixels = random_pixels(protocol.batch, model["image_size"], protocol.seed)
         baseline = list(runs).index(model["baseline"])
         contenders.append(Contender(model["variant"], "onnxruntime", runs[model["variant"]], pixels, baseline))
-    timed, state, windows = timed_run(
-        contenders, starts, protocol, RunWatch(protocol.quiet_seconds), EnergyMeter(), log
-    )
+    watch = RunWatch(protocol.quiet_seconds)
+    timed, state, windows = timed_run(contenders, starts, protocol, watch, EnergyMeter(), log)
     result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
     soaked = []
     if plan["soak"] is not None:
@@ -86,8 +79,9 @@ def end_with_the_connection() -> None:
 
 def main() -> None:
     if sys.argv[1] == "--fresh":
-        path, *numbers = sys.argv[2:]
-        print(json.dumps(first_run(Path(path), *map(int, numbers))))
+        path, (threads, batch, image_size) = Path(sys.argv[2]), map(int, sys.argv[3:])
+        loaded = load_onnx(path, threads)
+        print(json.dumps(start_up(loaded.run, random_pixels(batch, image_size, 0), loaded.import_ms, loaded.load_ms)))
         return
     plan, out = map(Path, sys.argv[1:])
     end_with_the_connection()

@@ -81,7 +81,7 @@ def test_an_interruption_prints_the_summary(tmp_path):
         ("--camera", "63", r"camera 63 cannot be opened"),
         ("--video", "missing.mp4", r"missing\.mp4: no such file"),
         ("--video", "text.mp4", r"text\.mp4 cannot be opened as a video"),
-        ("--video", "nothing.mp4", r"nothing\.mp4 (cannot be opened as a video|has no frames)"),
+        ("--video", "nothing.mp4", r"nothing\.mp4 (cannot be opened as a video|contains no frames)"),
         ("--video", "empty", r"empty: a folder, not a video"),
         ("--folder", "empty", r"empty contains no image"),
         ("--folder", "missing", r"missing: no such folder"),
