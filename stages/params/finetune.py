@@ -27,13 +27,13 @@ class Finetune(Section):
     """Peak learning rate of AdamW or SGD. With `optimizer: muon` it applies to the parameters that Muon does not
     update."""
     muon_learning_rate: Positive = 0.02
-    """Peak learning rate of the matrices that Muon updates. Applies with `optimizer: muon`."""
+    """Peak learning rate of the matrices that Muon updates. Only with `optimizer: muon`."""
     weight_decay: Decay = 0.05
     """Weight decay of AdamW or SGD. Biases, norms and layer scales have none."""
     muon_weight_decay: Decay = 0.02
-    """Weight decay of the matrices that Muon updates. Applies with `optimizer: muon`."""
+    """Weight decay of the matrices that Muon updates. Only with `optimizer: muon`."""
     muon_iterations: Annotated[int, Field(ge=1, le=10)] = 5
-    """Newton-Schulz iterations in each Muon step. Fewer are faster and orthogonalize less precisely. Applies with
+    """Newton-Schulz iterations in each Muon step. Fewer are faster and orthogonalize less precisely. Only with
     `optimizer: muon`."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of the steps in which the learning rate rises from 0 to its peak."""

@@ -77,5 +77,5 @@ def key_argument(section: str, known: dict[str, Any]) -> str:
     """
     if len(sys.argv) == 2 and sys.argv[1] in known:
         return sys.argv[1]
-    given = " ".join(sys.argv[1:])
-    raise UserError(f"{given!r}: give one entry of {section}: {', '.join(known)}")
+    given = f"{' '.join(sys.argv[1:])!r}: " if len(sys.argv) > 1 else ""
+    raise UserError(f"{given}give one entry of {section}: {', '.join(known)}")

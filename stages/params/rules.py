@@ -95,6 +95,9 @@ def _data(section: Data) -> Iterator[str]:
 def _finetune(section: Finetune) -> Iterator[str]:
     if (section.mixup or section.cutmix) and section.batch_size % 2:
         yield f"batch_size = {section.batch_size}: mixup and cutmix pair images, so it must be even"
+    if section.optimizer != "muon":
+        muon = ("muon_learning_rate", "muon_weight_decay", "muon_iterations")
+        yield from _idle(section, f"optimizer: {section.optimizer}", *muon)
 
 
 def _budget(section: Budget) -> Iterator[str]:

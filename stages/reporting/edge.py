@@ -33,6 +33,7 @@ def describe_run(run: CompletedRun) -> dict[str, Any]:
         "confidence": report.confidence,
         "headline_max_drop": report.headline_max_drop,
         "marks": marks_of(run, run.variants),
+        "inconclusive": bool(too_few_images(run, run.variants)),
     }
 
 
@@ -102,7 +103,7 @@ def too_few_images(run: CompletedRun, variants: Collection[str]) -> list[str]:
     n = min((run.variants[variant].profile.n_validation for variant in variants), default=0)
     if n and 1 / n > params.report.headline_max_drop:
         found.append(
-            f"One of the {n} validation images is {percent_text(1 / n)}, more than report.headline_max_drop"
+            f"One of the {n} validation images is {percent_text(1 / n)}, more than the allowed drop"
             f" ({percent_text(params.report.headline_max_drop)}): chance decides which variants are within it."
         )
     return found

@@ -42,11 +42,12 @@ def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) ->
     lines.insert(1, ["---"] + ["---:"] * (len(shown) - 1))
     controls = COLUMNS.index("Δ control (points)") in shown
     seeds = max(group.seeds for group in groups.values())
+    verdict = "Nothing to ship yet (see the warnings); the candidate is" if run.get("inconclusive") else "Ship"
     return "\n".join(
         [
             f"# {run['data_name']}: results",
             "",
-            f"**Ship `{headline.variant}`: {size}, {latency}, {top1} top-1.** It is {headline.rule}."
+            f"**{verdict} `{headline.variant}`: {size}, {latency}, {top1} top-1.** It is {headline.rule}."
             f" {headline.comparison} {headline.change}",
             "",
             *(f"| {' | '.join(line)} |" for line in lines),

@@ -181,6 +181,7 @@ def test_a_value_that_cannot_be_is_refused(raw, tmp_path, key, value, expected):
     ("changes", "expected"),
     [
         ({"finetune.batch_size": 33, "finetune.mixup": 0.2}, "batch_size = 33: mixup and cutmix pair images"),
+        ({"finetune.muon_iterations": 3}, "finetune.muon_iterations = 3: does nothing with optimizer: adamw"),
         ({"edge_benchmark.threads": 2, "edge_benchmark.affinity": [0]}, "affinity names 1 cores for 2 threads"),
         ({"export.batch": 1, "edge_benchmark.batch": 4}, "edge_benchmark.batch = 4: export.batch = 1"),
     ],

@@ -122,4 +122,4 @@ def test_a_dense_network_at_chance_and_very_few_validation_images_are_told(run):
     assert "Ship this one: " not in page_of(too_poor)
     assert "Nothing to ship yet" in page_of(too_poor)
     assert chance.startswith(f"{dense} is not measurably better than always predicting")
-    assert "24 validation images is 4.2 %, more than report.headline_max_drop (1.0 %)" in few
+    assert "24 validation images is 4.2 %, more than the allowed drop (1.0 %)" in few

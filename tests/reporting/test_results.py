@@ -52,6 +52,11 @@ def test_warnings_soak_and_prints_are_findings(made: report.Report):
     assert findings_of(made.rows, run, made.metrics)[-1] == "Warning: Other programs used this machine."
 
 
+def test_data_that_support_no_conclusion_recommend_nothing(made: report.Report):
+    assert "**Ship `" in made.summary
+    assert "**Ship `" not in summary_of(made.rows, made.run | {"inconclusive": True}, made.metrics)
+
+
 def test_committed_files_give_the_same_text_without_a_rerun(folder: Path, capsys, monkeypatch):
     report.main()
     text = (folder / "reports/summary.md").read_text()
