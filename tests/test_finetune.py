@@ -47,7 +47,7 @@ def test_ctrl_c_ends_a_training_with_one_line_that_says_what_is_kept(folder: Pat
     assert process.stdout.readline().startswith("finetune toy: epoch 1/1000")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors.startswith("interrupted: finetune toy: ")
     assert " of 1000 epochs are finished and kept" in errors
     assert errors.count("\n") == 1

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 DISK_REMEDIES = {
@@ -40,30 +42,51 @@ def disk_error(error: OSError, path: Path | None = None) -> UserError | None:
     return UserError(f"{where}: {error.strerror}: {DISK_REMEDIES[error.errno]}, then run again")
 
 
+class Interruption:
+    """Remembers a SIGINT: where it meets a library's callback, the library may raise an error of its own instead."""
+
+    noted = False
+
+    @classmethod
+    def handle(cls, signal_number: int, frame: FrameType | None) -> NoReturn:
+        cls.noted = True
+        raise KeyboardInterrupt
+
+
 def run_stage(main: Callable[[], object]) -> None:
     """Run a stage's `main`. A `UserError` ends the process with its message on stderr and exit code 2.
 
     An interruption ends it with exit code 130 and a line about the work that is kept. A closed pipe (`| head`) ends it
     with exit code 141 and no message.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores the signal
+        signal.signal(signal.SIGINT, Interruption.handle)
     try:
         main()
         sys.stdout.flush()  # otherwise a closed pipe causes a traceback when the interpreter ends
-    except UserError as error:
-        _fail(error)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes the rest of the buffer
-        sys.exit(BROKEN_PIPE)
-    except OSError as error:
-        if (readable := disk_error(error)) is None:
+    except KeyboardInterrupt as interruption:
+        _end_interrupted(str(interruption))
+    except Exception as error:
+        if Interruption.noted:
+            _end_interrupted("")
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes the rest of the buffer
+            sys.exit(BROKEN_PIPE)
+        readable = disk_error(error) if isinstance(error, OSError) else error
+        if not isinstance(readable, UserError):
             raise
         _fail(readable)
-    except KeyboardInterrupt as interruption:
-        kept = f"{interruption}; the same command continues from there"
-        if os.environ.get("RANK", "0") == "0":
-            restart = "no partial work is kept: run the same command again"
-            print(f"interrupted: {kept if str(interruption) else restart}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    finally:
+        Interruption.noted = False
+
+
+def _end_interrupted(kept: str) -> NoReturn:
+    """End with exit code 130 and a line about the work that is kept; under torchrun, only the first process prints."""
+    if os.environ.get("RANK", "0") == "0":
+        restart = "no partial work is kept: run the same command again"
+        outcome = f"{kept}; the same command continues from there" if kept else restart
+        print(f"interrupted: {outcome}", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def _fail(error: UserError) -> NoReturn:

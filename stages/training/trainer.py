@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.common.errors import UserError
+from stages.common.errors import Interruption, UserError
 from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.architectures import more_than_logits
@@ -305,10 +305,12 @@ class Trainer:
 
 @contextmanager
 def _interruption_names_progress(progress: EpochProgress) -> Iterator[None]:
-    """Give a `KeyboardInterrupt` the message with which the stage ends."""
+    """Give an interruption, also one that a library turned into another error, the message that ends the stage."""
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not (isinstance(error, KeyboardInterrupt) or Interruption.noted):
+            raise
         kept = f"{progress.title}: {progress.kept} of {progress.epochs} epochs are finished and kept"
         raise KeyboardInterrupt(kept) from None
 

@@ -1,4 +1,5 @@
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_an_interruption_is_one_line_and_exit_code_130(capsys):
     code, line = ended(KeyboardInterrupt(), capsys)
     assert code == 130
     assert line == "interrupted: no partial work is kept: run the same command again\n"
+
+
+def test_an_interruption_that_a_library_turns_into_its_own_error_is_one_too(capsys):
+    def main() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("a callback failed") from None
+
+    with pytest.raises(SystemExit) as exit:
+        run_stage(main)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])  # fewer and more than the buffer holds
