@@ -21,7 +21,7 @@ from stages.training import distributed
 from stages.training.host import precision_stored_in
 
 CODE = (
-    *("common", "datasets", "networks", "pruning", "quantization", "training"),
+    *("common", "datasets", "networks", "params", "pruning", "quantization", "training"),
     *("finetune.py", "prune.py", "quantize.py"),
 )
 """Sources whose change makes a checkpoint stale."""

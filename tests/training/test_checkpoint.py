@@ -1,10 +1,12 @@
 import importlib.metadata
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import stages
 from stages.common.errors import UserError
 from stages.training import checkpoint
 from stages.training.checkpoint import checkpoint_folder, load_checkpoint, save_checkpoint
@@ -29,6 +31,18 @@ def test_another_version_of_a_library_does_not_resume_from_a_checkpoint(tmp_path
         pass
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1" if name == library else version(name))
     with checkpoint_folder(tmp_path, {"a": 1}) as other:
+        assert other != folder
+
+
+@pytest.mark.parametrize("source", ["finetune.py", "params/pruners.py", "pruning/hesso.py", "training/trainer.py"])
+def test_other_code_does_not_resume_from_a_checkpoint(tmp_path, monkeypatch, source):
+    code = shutil.copytree(Path(stages.__file__).parent, tmp_path / "stages")
+    monkeypatch.setattr(stages, "__file__", str(code / "__init__.py"))
+    with checkpoint_folder(tmp_path / "a", {"a": 1}) as folder:
+        pass
+    with (code / source).open("a") as file:
+        file.write("# changed\n")
+    with checkpoint_folder(tmp_path / "a", {"a": 1}) as other:
         assert other != folder
 
 
