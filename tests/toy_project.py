@@ -9,16 +9,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
-from torch import nn
+from toy_network import tiny_network, tiny_spec
 
 from stages.artifacts.artifact import save_artifact
 from stages.artifacts.description import Description
 from stages.common import paths
 from stages.datasets.store import read_info
-from stages.networks.build import build_network
-from stages.networks.spec import NetworkSpec
 from stages.params.load import load_params
 from stages.params.whole import Params
 from stages.quantize import compress
@@ -56,13 +53,8 @@ def _pruned() -> Path:
     folder = _temporary_folder()
     (folder / paths.PARAMS).write_text(yaml.safe_dump(PARAMS))
     _write_images(folder / paths.IMAGES)
-    torch.manual_seed(0)
-    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": True, "ls_init_value": 0.5}
-    spec = NetworkSpec("timm", "convnext_atto", arguments, len(CLASSES))
-    network = build_network(spec).eval()
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
+    spec = tiny_spec(len(CLASSES))
+    network = tiny_network(spec)
     description = Description(
         name="toy-none",
         stage="prune",

@@ -3,30 +3,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import toy_network
 from torch import nn
 
 from stages.export.onnx_file import export_onnx
-from stages.networks.build import build_network
 from stages.networks.preprocess import Classifier, Preprocess
-from stages.networks.spec import NetworkSpec
 
 
 @pytest.fixture(scope="session")
 def tiny_network() -> Callable[[bool], nn.Module]:
-    """A ConvNeXt of 26 thousand parameters; the MLP is Linear or 1x1 convolutions."""
-
-    def build(conv_mlp: bool) -> nn.Module:
-        torch.manual_seed(0)
-        arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": conv_mlp, "ls_init_value": 0.5}
-        network = build_network(NetworkSpec("timm", "convnext_atto", arguments, 10)).eval()
-        for module in network.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-                nn.init.normal_(module.bias, std=0.1)
-        return network
-
-    return build
+    return lambda conv_mlp: toy_network.tiny_network(toy_network.tiny_spec(conv_mlp=conv_mlp), bias_std=0.1)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_network import tiny_network, tiny_spec
 
-from stages.networks.build import build_network
 from stages.networks.integer_weights import Grid, dequantized, integer_layers
 from stages.networks.predict import predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
-from stages.networks.spec import NetworkSpec
 from stages.params.quantizers import Int8Static
 from stages.quantization.int8 import int8_static
 
@@ -17,13 +16,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uin
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
     """A ConvNeXt that sees 32 px."""
-    torch.manual_seed(0)
-    arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "conv_mlp": True, "ls_init_value": 0.5}
-    network = build_network(NetworkSpec("timm", "convnext_atto", arguments, 10)).eval()
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    return Classifier(Preprocess([0.5] * 3, [0.25] * 3, 32), network).eval()
+    return Classifier(Preprocess([0.5] * 3, [0.25] * 3, 32), tiny_network(tiny_spec())).eval()
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "entropy"])
