@@ -19,7 +19,7 @@ from stages.common.cores import usable_cores
 from stages.common.errors import UserError, run_stage
 from stages.common.files import atomic_folder, read_json, write_csv, write_json
 from stages.datasets.store import open_part
-from stages.edge.bundle import CAMERA, listed_variant, pinned
+from stages.edge.bundle import CAMERA, Params, pinned
 from stages.edge.local import Candidate, Soaked, Timing, refuse_many_threads, time_here
 from stages.edge.machine import keep_to_cores
 from stages.edge.printed import printed_row, sample
@@ -29,14 +29,9 @@ from stages.edge.soak import SoakPlan
 from stages.edge.stability import drift_of, repeat_of
 from stages.params.edge_benchmark import EdgeBenchmark
 from stages.params.load import load_params
-from stages.params.variants import Joins
 
 SOAK_IMAGES = 64  # spread over the validation part; the soak repeats them
 PROTOCOL = {"threads", "warmup_runs", "windows", "window_seconds", "seed", "batch", "minimum_runs", "confidence"}
-
-
-class Params(Joins):
-    edge_benchmark: EdgeBenchmark = EdgeBenchmark()
 
 
 def protocol_of(section: EdgeBenchmark) -> Protocol:
@@ -63,9 +58,8 @@ def soak_of(params: Params, candidates: list[Candidate]) -> Soaked | None:
     """The variant to soak, its images and the plan; None if the params ask for no soak."""
     if (soak := params.edge_benchmark.soak) is None:
         return None
-    variant = listed_variant(params, soak.variant)
     plan = SoakPlan(60 * soak.minutes, soak.images_per_second, soak.window_seconds)
-    chosen = next(candidate for candidate in candidates if candidate.variant == variant)
+    chosen = next(candidate for candidate in candidates if candidate.variant == soak.variant)
     return chosen, open_part(paths.IMAGES, "validation").spread(SOAK_IMAGES), plan
 
 
@@ -105,9 +99,8 @@ def main() -> None:
             chosen = sample(len(open_part(paths.IMAGES, "test")), printed.images, printed.seed)
         except ValueError as error:
             raise UserError(f"edge_benchmark.printed.{error}") from None
-        variant = listed_variant(params, printed.variant)
         with tempfile.TemporaryDirectory() as folder:  # before the timing and the soak, which may take hours
-            filmed = printed_row(variant, chosen, printed.seed, section.confidence, Path(folder))
+            filmed = printed_row(printed.variant, chosen, printed.seed, section.confidence, Path(folder))
     before = previous_run()
     timing = run_timing(params)
     result = {"run_id": uuid.uuid4().hex[:12], "target": section.target} | timing.result

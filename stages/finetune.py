@@ -33,10 +33,6 @@ class Params(Section):
     finetune: Finetune
     models: dict[Name, Model]
 
-    def seed_of(self, model: str) -> int:
-        own = self.models[model].seed
-        return self.base.seed if own is None else own
-
 
 def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Description:
     """The artifact's description before training."""
@@ -53,7 +49,7 @@ def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Descrip
         std=info.std,
         data=info.as_parent(),
         parameters={"model": model.model_dump(), "finetune": params.finetune.model_dump()},
-        seed=params.seed_of(key),
+        seed=model.seed_or(params.base.seed),
     )
 
 

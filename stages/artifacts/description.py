@@ -63,7 +63,7 @@ class Description:
     layers: dict[str, LayerStorage] = field(default_factory=dict)
     float_layers: list[str] = field(default_factory=list)  # layers with weights that the quantizer left in float
     search: dict[str, Any] = field(default_factory=dict)
-    """A bit search's record: the objective of each allocation that it tried, the budget, each layer's sensitivity."""
+    """A bit search's record: the loss of each allocation that it tried, the budget, each layer's sensitivity."""
     metrics: dict[str, int | float] = field(default_factory=dict)  # figures on validation images, never on test images
     onnx: dict[str, Any] = field(default_factory=dict)
     """`sha256` and `bytes` of `model.onnx`, and what `export_onnx` returns; empty without the file."""

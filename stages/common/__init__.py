@@ -1,1 +1,1 @@
-"""The ground floor: typed params, paths, atomic files, errors and progress."""
+"""The ground floor: paths, atomic files, errors, cores and progress."""

@@ -23,7 +23,7 @@ from stages.edge.device.edgewise_model import BUNDLE, confidences
 from stages.edge.selective import Threshold, lowest_threshold, proportion, thresholds
 from stages.export.session import open_session, session_logits
 from stages.params.edge_benchmark import EdgeBenchmark
-from stages.params.load import load_params
+from stages.params.load import listed, load_params
 from stages.params.variants import Joins
 
 STAGES = Path(__file__).parents[1]
@@ -42,13 +42,6 @@ PRINTED = "printed"  # folder of the printed-sample test within a bundle
 
 class Params(Joins):
     edge_benchmark: EdgeBenchmark = EdgeBenchmark()
-
-
-def listed_variant(params: Joins, variant: str) -> str:
-    """Raises a `UserError` if the params do not list the variant."""
-    if variant not in params.variants:
-        raise UserError(f"{variant!r}: give one entry of variants: {', '.join(params.variants)}")
-    return variant
 
 
 def choose_threshold(folder: Path, images: Path, accuracy: float) -> tuple[Threshold, int]:
@@ -161,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     params = load_params(Params)
-    variant = listed_variant(params, arguments.variant)
+    variant = listed("variants", params.variants, arguments.variant)
     source, folder = paths.compressed(variant), arguments.out / variant
     refuse_other_folder(folder)
     description = read_description(source)

@@ -19,10 +19,10 @@ from stages.common.errors import UserError
 from stages.common.files import atomic_folder, write_json
 from stages.datasets.decode import decode
 from stages.datasets.store import open_part, read_info
-from stages.edge.bundle import CAMERA, PRINTED, Params, listed_variant, pinned
+from stages.edge.bundle import CAMERA, PRINTED, Params, pinned
 from stages.edge.selective import proportion
 from stages.export.session import open_session, session_logits
-from stages.params.load import load_params
+from stages.params.load import listed, load_params
 
 VIDEO, RESULT = "printed.mp4", "printed.json"
 IMAGES = 1000  # default number of images, if the test part has as many
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed {arguments.seed}: give 0 or more")
     pinned(CAMERA)
     params = load_params(Params)
-    variant = listed_variant(params, arguments.variant)
+    variant = listed("variants", params.variants, arguments.variant)
     folder = arguments.out or Path("dist") / variant / PRINTED
     refuse_other_folder(folder)
     try:

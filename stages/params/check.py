@@ -44,12 +44,6 @@ def bad_settings(params: Params) -> Iterator[str]:
             f"finetune.crop_padding = {padding}: must be less than data.image_size = {params.data.image_size}, or a"
             " crop would show nothing of its image"
         )
-    for key, section in [("soak", params.edge_benchmark.soak), ("printed", params.edge_benchmark.printed)]:
-        if section is not None and section.variant not in params.variants:
-            yield (
-                f"edge_benchmark.{key}.variant = {section.variant!r}: not listed under variants"
-                f" ({', '.join(params.variants)})"
-            )
     if "none" in params.pruners and params.pruners["none"].method != "none":
         yield "pruners.none.method: 'none' names the baseline: none"
     if "fp32" in params.quantizers and params.quantizers["fp32"].method != "fp32":
@@ -120,7 +114,7 @@ def plan(params: Params) -> str:
     for name, model in params.models.items():
         lines.append(
             f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px,"
-            f" weights {model.weights}, seed {params.seed_of(name)}, {params.finetune.epochs} epochs"
+            f" weights {model.weights}, seed {model.seed_or(params.base.seed)}, {params.finetune.epochs} epochs"
         )
     for key, pruned in params.pruned.items():
         pruner = params.pruners[pruned.pruner]

@@ -69,13 +69,18 @@ def refuse(path: Path, problems: list[str]) -> None:
         raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  " + "\n  ".join(problems))
 
 
-def key_argument(section: str, known: dict[str, Any]) -> str:
-    """The entry of `section` that the command line names.
+def listed(section: str, known: dict[str, Any], name: str) -> str:
+    """The name, if it is an entry of `section`.
 
     Raises:
-        UserError: if it names none, or one that is not listed.
+        UserError: if it is not, or is empty.
     """
-    if len(sys.argv) == 2 and sys.argv[1] in known:
-        return sys.argv[1]
-    given = f"{' '.join(sys.argv[1:])!r}: " if len(sys.argv) > 1 else ""
+    if name in known:
+        return name
+    given = f"{name!r}: " if name else ""
     raise UserError(f"{given}give one entry of {section}: {', '.join(known)}")
+
+
+def key_argument(section: str, known: dict[str, Any]) -> str:
+    """The entry of `section` that is the only argument of the command line; see `listed`."""
+    return listed(section, known, " ".join(sys.argv[1:]))

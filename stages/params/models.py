@@ -19,3 +19,7 @@ class Model(Section):
     file, relative to `params.yaml`. DVC does not watch that file."""
     seed: Seed | None = None
     """Seed that replaces `base.seed`. The same settings under another seed are another entry of `models`."""
+
+    def seed_or(self, base_seed: int) -> int:
+        """The model's own seed, or `base.seed` without one."""
+        return base_seed if self.seed is None else self.seed

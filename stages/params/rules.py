@@ -63,6 +63,12 @@ def _joins(section: Section) -> Iterator[str]:
                     yield f"{owner}.{key}.{name} = {value!r}: not listed under {target} ({listed})"
             if key != (joined := "-".join(getattr(entry, name) for name in names)):
                 yield f"{owner}.{key}: the key must be its joined parts, {joined!r}"
+    edge, variants = getattr(section, "edge_benchmark", None), getattr(section, "variants", None)
+    if isinstance(edge, EdgeBenchmark) and isinstance(variants, dict):
+        for key, test in (("soak", edge.soak), ("printed", edge.printed)):
+            if test is not None and test.variant not in variants:
+                listed = ", ".join(variants)
+                yield f"edge_benchmark.{key}.variant = {test.variant!r}: not listed under variants ({listed})"
 
 
 JOINS = {

@@ -31,7 +31,3 @@ class Params(Joins):
     profile: Profile = Profile()
     edge_benchmark: EdgeBenchmark = EdgeBenchmark()
     report: Report = Report()
-
-    def seed_of(self, model: str) -> int:
-        own = self.models[model].seed
-        return self.base.seed if own is None else own

@@ -3,8 +3,7 @@
 In:  `params.yaml` and the measurements of the listed variants.
 Out: on the terminal, the choice, its test figures, and the command that deploys it. If no variant fits, the nearest
      one and exit code 1.
-Run: edgewise choose [--max-drop POINTS] [--max-latency-ms MS] [--max-size SIZE], or
-     python -m stages.reporting.choose with the same options
+Run: edgewise choose [--max-drop POINTS] [--max-latency-ms MS] [--max-size SIZE]
 """
 
 import argparse
@@ -13,7 +12,7 @@ import re
 import sys
 import textwrap
 
-from stages.common.errors import UserError, run_stage
+from stages.common.errors import UserError
 from stages.params.load import load_params
 from stages.reporting.edge import describe_run, marks_of
 from stages.reporting.inputs import CompletedRun, Params, read_run
@@ -224,13 +223,3 @@ def run(arguments: argparse.Namespace) -> None:
         print(refusal(completed, rows, limits), flush=True)
         sys.exit(1)
     print(answer(completed, rows, limits, fits))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.reporting.choose", description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -6,7 +6,7 @@ import numpy as np
 
 from stages.reporting.cards import environment
 from stages.reporting.drawing import Picture
-from stages.reporting.edge import runtimes_of, too_few_images
+from stages.reporting.edge import runtimes_of
 from stages.reporting.inputs import CompletedRun
 from stages.reporting.robustness import headline_variants, robustness_of
 from stages.reporting.rows import Choices, Group, Row, dense_of, extra_training, groups_of, is_control
@@ -62,7 +62,6 @@ def render_page(
         lacking=_lacking_control(run, chosen),
         spread=_spread(chosen),
         alternatives=_alternatives(by_name, choices),
-        too_few=too_few_images(run, run.variants),
         robust=robustness_of(run, groups),
         n_corrupted=len(corrupted.position),
         corruptions=list(dict.fromkeys(name for name, _ in corrupted.cells)),

@@ -2,14 +2,14 @@
 
 In:  `reports/variants.json`, `run.json` and `metrics.json` of a folder.
 Out: on the terminal, the text of `reports/summary.md`.
-Run: edgewise results [FOLDER], or python -m stages.reporting.results [FOLDER]
+Run: edgewise results [FOLDER]
 """
 
 import argparse
 from pathlib import Path
 
 from stages.common import paths
-from stages.common.errors import UserError, run_stage
+from stages.common.errors import UserError
 from stages.common.files import read_json
 from stages.reporting.summary import summary_of
 
@@ -40,13 +40,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     print(summary_in(arguments.folder), end="")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.reporting.results", description=__doc__.split("\n")[0])
-    add_arguments(parser)
-    run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    run_stage(main)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from synthetic_run import ACCURACY, change_edge, change_profile, params_of, read, write_run
 
-from stages.common.errors import run_stage
+from stages import cli
 from stages.reporting import choose
 from stages.reporting.rows import Row, assemble_rows
 from stages.reporting.rows import choose as choose_headline
@@ -18,10 +18,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Run the command with these arguments; returns exit code, stdout and stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["choose", *arguments])
+        monkeypatch.setattr(sys, "argv", ["edgewise", "choose", *arguments])
         code = 0
         try:
-            run_stage(choose.main)
+            cli.main()
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()

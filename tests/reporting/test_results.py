@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import report
+from stages import cli, report
 from stages.common.errors import UserError
 from stages.reporting import results
 from stages.reporting.inputs import CompletedRun
@@ -62,8 +62,8 @@ def test_committed_files_give_the_same_text_without_a_rerun(folder: Path, capsys
     text = (folder / "reports/summary.md").read_text()
     for kind in ("profile", "edge", "curves"):
         (folder / "reports" / kind).rename(folder / kind)
-    monkeypatch.setattr("sys.argv", ["results"])
-    results.main()
+    monkeypatch.setattr("sys.argv", ["edgewise", "results"])
+    cli.main()
     assert capsys.readouterr().out == text
 
 
