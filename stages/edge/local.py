@@ -64,7 +64,7 @@ def time_here(
             log(f"left out: {error}")
             continue
         opened.append((candidate, runtime, run))
-        repeats = protocol.start_up_runs if runtime.required else 1
+        repeats = protocol.start_up_runs if runtime is ONNXRUNTIME else 1  # others take seconds, and nobody ships them
         start = measure_fresh(runtime, candidate.folder, protocol.threads, protocol.batch, repeats)
         starts.append(start | {"onnx_sha256": candidate.onnx_sha256})
     eager = {c.variant: index for index, (c, runtime, _) in enumerate(opened) if runtime is TORCH_EAGER}
