@@ -34,28 +34,25 @@ def card(run: CompletedRun, row: Row, groups: dict[str, Group]) -> str:
     params, variant = run.params, row["variant"]
     measured, model = run.variants[variant], params.models[row["model"]]
     quantizer = params.variants[variant].quantizer
-    return (
-        environment(autoescape=False)
-        .get_template("card.md.j2")
-        .render(
-            metadata=yaml.safe_dump(_metadata(run, row), sort_keys=False, allow_unicode=True, width=1000),
-            row=row,
-            group=groups[row["group"]],
-            baseline=params.baseline_of(variant),
-            profile=measured.profile,
-            artifact=measured.artifact,
-            cells=measured.corrupted.cells,
-            corrupted_images=len(measured.corrupted.position),
-            classes=run.classes,
-            model=model,
-            pruner=wording.describe(row["pruner"], params.pruners[row["pruner"]]),
-            quantizer=wording.describe(quantizer, params.quantizers[quantizer]),
-            confidence=params.report.confidence,
-            batch=run.batch,
-            run=describe_run(run),
-            machine=wording.machine_text(run.edge),
-            marks=marks_of(run, [variant]),
-        )
+    template = environment(autoescape=False).get_template("card.md.j2")
+    return template.render(
+        metadata=yaml.safe_dump(_metadata(run, row), sort_keys=False, allow_unicode=True, width=1000),
+        row=row,
+        group=groups[row["group"]],
+        baseline=params.baseline_of(variant),
+        profile=measured.profile,
+        artifact=measured.artifact,
+        cells=measured.corrupted.cells,
+        corrupted_images=len(measured.corrupted.position),
+        classes=run.classes,
+        model=model,
+        pruner=wording.describe(row["pruner"], params.pruners[row["pruner"]]),
+        quantizer=wording.describe(quantizer, params.quantizers[quantizer]),
+        confidence=params.report.confidence,
+        batch=run.batch,
+        run=describe_run(run),
+        machine=wording.machine_text(run.edge),
+        marks=marks_of(run, [variant]),
     )
 
 

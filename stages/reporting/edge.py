@@ -17,13 +17,11 @@ LARGEST_DIFFERENCE = 0.002
 
 def describe_run(run: CompletedRun) -> dict[str, Any]:
     """`run.json`: data, machine, timing protocol, versions and warnings; all that `variants.json` does not say."""
-    profile = run.first.profile.model_dump()
-    data = {key: value for key, value in profile.items() if key.startswith("data_")}
-    report = run.params.report
+    profile, report = run.first.profile.model_dump(), run.params.report
     runtimes = {ONNX_RUNTIME: "ONNX Runtime", EAGER: "PyTorch eager"}
     return {
         **run.edge,
-        **data,
+        **{key: value for key, value in profile.items() if key.startswith("data_")},
         "n_test": len(run.labels),
         "n_validation": profile["n_validation"],
         "baseline_runtime": runtimes[next(iter(run.baselines.values())).runtime],
