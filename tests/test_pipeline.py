@@ -1,4 +1,4 @@
-"""The pipeline in miniature in a new git repository: run, run again, change one pruner, run as a profile."""
+"""The pipeline in miniature in a new git repository: run, run again, change a setting, run as a profile."""
 
 import json
 import os
@@ -85,30 +85,45 @@ def test_the_second_run_does_nothing(checkout, first_run):
     assert "up to date" in output
 
 
-def test_a_queued_change_of_one_pruner_runs_its_own_code_and_its_branch_alone(checkout, first_run):
+def test_a_changed_pruner_makes_its_own_branch_stale_and_no_other(checkout, first_run):
+    params = checkout / "params.yaml"
+    params.write_text(PARAMS.replace("group_sparsity: 0.5", "group_sparsity: 0.7"))
+    try:
+        status = json.loads(call("dvc", "status", "--json", cwd=checkout))
+        assert set(status) == {"prune@convnext-oto50", "report"}  # the report words the settings
+        branch = call("dvc", "repro", "--dry", "--force", "--downstream", "prune@convnext-oto50", cwd=checkout)
+    finally:
+        params.write_text(PARAMS)
+    assert set(stages_run(branch)) == {
+        "prune@convnext-oto50",
+        "quantize@convnext-oto50-int8_dynamic",
+        "profile@convnext-oto50-int8_dynamic",
+        "edge-benchmark",
+        "report",
+    }
+
+
+def test_a_queued_experiment_runs_its_own_code_and_only_the_stages_that_it_changes(checkout, first_run):
     commit(checkout, "first run")
-    call("dvc", "exp", "run", "--queue", "--name", "sparser", "-S", "pruners.oto50.group_sparsity=0.7", cwd=checkout)
-    script = checkout / "stages/prune.py"
+    call("dvc", "exp", "run", "--queue", "--name", "longer", "-S", "edge_benchmark.windows=3", cwd=checkout)
+    script = checkout / "stages/edge_benchmark.py"
     code = script.read_text()
     script.write_text("raise SystemExit('the code of the workspace, not of the experiment')\n")
     try:
         call("dvc", "exp", "run", "--run-all", cwd=checkout)
     finally:
         script.write_text(code)
-    assert stages_run(call("dvc", "queue", "logs", "sparser", cwd=checkout)) == [
-        "prune@convnext-oto50",
-        "quantize@convnext-oto50-int8_dynamic",
-        "profile@convnext-oto50-int8_dynamic",
-        "edge-benchmark",
-        "report",
+    assert stages_run(call("dvc", "queue", "logs", "longer", cwd=checkout)) == ["edge-benchmark", "report"]
+    assert "longer" in call("dvc", "exp", "show", "--csv", "--rev", "HEAD", cwd=checkout)
+    found = call("git", "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/longer", cwd=checkout).strip()
+    results = [
+        (json.loads(text), json.loads((checkout / path).read_text()))
+        for path in ("reports/run.json", "reports/variants.json")
+        for text in [call("git", "show", f"{found}:{path}", cwd=checkout)]
     ]
-    shown = call("dvc", "exp", "show", "--csv", "--rev", "HEAD", cwd=checkout)
-    assert "sparser" in shown
-    found = call("git", "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/sparser", cwd=checkout).strip()
-    sparser = json.loads(call("git", "show", f"{found}:reports/variants.json", cwd=checkout))
-    dense, small = json.loads((checkout / "reports/variants.json").read_text())
-    assert sparser[0]["top1"] == dense["top1"]
-    assert sparser[1]["params"] < small["params"]
+    (longer, first), (rows, before) = results
+    assert (longer["protocol"]["windows"], first["protocol"]["windows"]) == (3, 2)
+    assert [row["top1"] for row in rows] == [row["top1"] for row in before]
 
 
 def test_a_profile_with_the_same_settings_takes_every_artifact_from_the_shared_cache(checkout, first_run):
