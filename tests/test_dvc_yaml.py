@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from miniature import committed
 
 TOP = Path(__file__).parents[1]
 STAGES = yaml.safe_load((TOP / "dvc.yaml").read_text())["stages"]
@@ -94,6 +95,19 @@ def test_a_stage_depends_on_the_code_that_it_reaches_and_on_no_other(stage):
     listed = [dep for dep in definition(stage)["deps"] if dep.startswith("stages/")]
     expected = {dependency(module) for module in reached(module_of(stage))} - {"stages/params"}
     assert listed == [f"{module_of(stage).replace('.', '/')}.py", *sorted(expected - {listed[0]})]
+
+
+@in_git
+@pytest.mark.parametrize("folder", ["", *(f"profiles/{path.name}/" for path in PROFILES)])
+def test_a_committed_lock_holds_exactly_the_stages_that_its_params_make(folder: str):
+    if not subprocess.run(["git", "ls-files", f"{folder}dvc.lock"], cwd=TOP, capture_output=True).stdout:
+        return
+    params = yaml.safe_load(committed(f"{folder}params.yaml"))
+    expected: set[str] = set()
+    for name, stage in STAGES.items():
+        keys = params[stage["foreach"].strip("${}")] if "foreach" in stage else ()
+        expected |= {f"{name}@{key}" for key in keys} or {name}
+    assert set(yaml.safe_load(committed(f"{folder}dvc.lock"))["stages"]) == expected
 
 
 @pytest.mark.parametrize("stage", STAGES)
