@@ -42,6 +42,7 @@ def checkout(tmp_path_factory) -> Path:
         shutil.copy2(TOP / name, folder / name)
     (folder / "params.yaml").write_text(PARAMS)
     call(*GIT, "init", "-q", cwd=folder)
+    call("dvc", "config", "core.no_scm", "false", cwd=folder)  # an archive's configuration says true
     commit(folder, "start")
     return folder
 
