@@ -5,7 +5,8 @@ it: a better message retrains nothing.
 """
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from stages.params.base import Base
 from stages.params.budget import Budget
@@ -53,22 +54,31 @@ def _idle(section: Section, beside: str, *keys: str) -> Iterator[str]:
 
 def _joins(section: Section) -> Iterator[str]:
     """Refuse entries that name what another section does not list, and keys that are not their joined parts."""
+    for place, value, target in _names(section):
+        known = getattr(section, target, None)
+        if known is not None and value not in known:
+            yield f"{place} = {value!r}: not listed under {target} ({', '.join(known) or 'which is empty'})"
     for owner, names in JOINS.items():
-        entries = getattr(section, owner, None)
-        for key, entry in entries.items() if isinstance(entries, dict) else ():
-            for name, target in names.items():
-                value, known = getattr(entry, name), getattr(section, target, None)
-                if known is not None and value not in known:
-                    listed = ", ".join(known) or "which is empty"
-                    yield f"{owner}.{key}.{name} = {value!r}: not listed under {target} ({listed})"
+        for key, entry in _entries(section, owner):
             if key != (joined := "-".join(getattr(entry, name) for name in names)):
                 yield f"{owner}.{key}: the key must be its joined parts, {joined!r}"
-    edge, variants = getattr(section, "edge_benchmark", None), getattr(section, "variants", None)
-    if isinstance(edge, EdgeBenchmark) and isinstance(variants, dict):
+
+
+def _names(section: Section) -> Iterator[tuple[str, str, str]]:
+    """Each name of an entry of another section: its place, the name, and the section that has to list it."""
+    for owner, names in JOINS.items():
+        for key, entry in _entries(section, owner):
+            for name, target in names.items():
+                yield f"{owner}.{key}.{name}", getattr(entry, name), target
+    if isinstance(edge := getattr(section, "edge_benchmark", None), EdgeBenchmark):
         for key, test in (("soak", edge.soak), ("printed", edge.printed)):
-            if test is not None and test.variant not in variants:
-                listed = ", ".join(variants)
-                yield f"edge_benchmark.{key}.variant = {test.variant!r}: not listed under variants ({listed})"
+            if test is not None:
+                yield f"edge_benchmark.{key}.variant", test.variant, "variants"
+
+
+def _entries(section: Section, owner: str) -> Iterable[tuple[str, Any]]:
+    entries = getattr(section, owner, None)
+    return entries.items() if isinstance(entries, dict) else ()
 
 
 JOINS = {
