@@ -14,7 +14,7 @@ from stages.networks.spec import NetworkSpec
 if TYPE_CHECKING:
     from stages.networks.preprocess import Preprocess
 
-VERSION = 3
+VERSION = 4
 TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
 FLOAT_BITS = 32  # of weights and activations that are not quantized
 AGAIN = "make it again with `dvc repro`"
@@ -58,6 +58,8 @@ class Description:
     data: dict[str, str]  # `name` and `sha256` of the images that the artifact was made from
     parameters: dict[str, Any]  # parameters of the stage
     seed: int
+    weights: dict[str, Any] = field(default_factory=dict)
+    """The weights that the model started from, as `InitialWeights`; empty if it started from random ones."""
     parent: dict[str, Any] | None = None
     """`name`, `sha256` and `metrics` of the artifact that this one was made from; None for a dense network."""
     layers: dict[str, LayerStorage] = field(default_factory=dict)
@@ -75,6 +77,11 @@ class Description:
         from stages.networks.preprocess import Preprocess  # imports torch
 
         return Preprocess(self.mean, self.std, self.input_size)
+
+    @property
+    def fresh(self) -> list[str] | None:
+        """Names of the tensors that did not come from initial weights; None if no weights were loaded."""
+        return self.weights.get("fresh") if self.weights else None
 
     def spans_batch(self) -> bool:
         """True if every call finds scales over its whole batch: then only batches of one image match a device."""

@@ -43,6 +43,11 @@ CHAPTERS: list[tuple[str, str, list[type[Section]]]] = [
         "Smaller images in the first part of a training from random weights.",
         [finetune.ProgressiveResize],
     ),
+    (
+        "finetune.pretrained",
+        "Settings for models with `weights`, whose tensors need fewer and smaller steps than random ones.",
+        [finetune.Pretrained],
+    ),
     ("models.<name>", "The networks that are fine-tuned.", [Model]),
     (
         "pruners.<name>",
@@ -155,7 +160,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(_type(one, metadata if one is not type(None) else []) for one in get_args(annotation))
     if get_origin(annotation) is list:
-        return f"list of {_type(get_args(annotation)[0], [])}"
+        return " ".join(part for part in (f"list of {_type(get_args(annotation)[0], [])}", limits) if part)
     if get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, Section)):
         return "mapping"
     names = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}

@@ -16,9 +16,25 @@ class ProgressiveResize(Section):
     """Fraction of the steps that use the smaller images."""
 
 
+class Pretrained(Section):
+    """Settings for models with `weights`, whose tensors need smaller and fewer steps than random ones."""
+
+    head_epochs: Annotated[int, Field(ge=0)] = 2
+    """Epochs at the beginning that train only a head that starts afresh, while all other tensors stay as they are. They
+    are part of `epochs`. Unit: epochs."""
+    body_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Factor on the learning rate of all tensors that came from the weights, also in pruning and in recovery. A head
+    that starts afresh has the whole learning rate."""
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    """`frozen` keeps the running statistics of batch norm while fine-tuning and normalizes by them; `train` normalizes
+    by each batch and updates them. Pruning always uses `train`, because a cut changes the statistics."""
+    freeze: list[str] = []
+    """Names or glob patterns of tensors (`blocks.0.*`) that fine-tuning does not change."""
+
+
 class Finetune(Section):
-    epochs: Count
-    """Passes over the training images. Unit: epochs."""
+    epochs: Annotated[int, Field(ge=0)]
+    """Passes over the training images. 0 takes the weights of every model as they are. Unit: epochs."""
     batch_size: Count
     """Images in each optimizer step, over all processes together. Unit: images."""
     optimizer: Literal["adamw", "sgd", "muon"]
@@ -47,6 +63,9 @@ class Finetune(Section):
     crop_padding: Annotated[int, Field(ge=0)] = 4
     """Largest random shift of a training image in each direction, with reflection at the border. Unit: stored
     pixels."""
+    random_resized_crop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Smallest area of a random crop (arXiv 1409.4842) as a fraction of the stored image; each crop is scaled to the
+    model's `input_size`. Stored images may be larger than that. 0 uses `crop_padding` instead."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Parameter of the Beta distribution of mixup (arXiv 1710.09412); 0 switches it off."""
     cutmix: Annotated[float, Field(ge=0)] = 0.0
@@ -57,12 +76,16 @@ class Finetune(Section):
     at one random strength."""
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability that a gray rectangle covers 2 to 33 % of a training image (arXiv 1708.04896)."""
+    gradient_clip: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of the gradient of all parameters together; larger ones are scaled down to it. 0 switches it off."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Largest decay of the exponential moving average (EMA) of the weights, which is validated and saved; 0 switches it
     off. The decay rises over the first steps as (1 + n) / (10 + n)."""
     progressive_resize: ProgressiveResize | None = None
     """Smaller images in the first part of a training from random weights; null trains at `input_size` throughout.
     Validation, and trainings that start from trained weights, always use the model's `input_size`."""
+    pretrained: Pretrained = Pretrained()
+    """Settings for models with `weights`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype. `auto` uses bfloat16 on GPUs that support it, and on CPUs whose bfloat16 matrix products are
     measurably faster. Muon's Newton-Schulz iterations use bfloat16 wherever it is faster."""

@@ -13,6 +13,7 @@ from stages.params.budget import Budget
 from stages.params.data import Data
 from stages.params.edge_benchmark import SSH_TARGET, EdgeBenchmark, Soak
 from stages.params.finetune import Finetune
+from stages.params.models import Model
 from stages.params.pruners import Depgraph, Importance, Oto, Scheduled, SmallDense, Structured, Unstructured
 from stages.params.quantizers import AllocatedBits, Bits, Int8Static, LearnedBits, UniformBits
 from stages.params.section import Section
@@ -111,9 +112,20 @@ def _data(section: Data) -> Iterator[str]:
 def _finetune(section: Finetune) -> Iterator[str]:
     if (section.mixup or section.cutmix) and section.batch_size % 2:
         yield f"batch_size = {section.batch_size}: mixup and cutmix pair images, so it must be even"
+    if section.random_resized_crop:
+        yield from _idle(section, f"random_resized_crop: {section.random_resized_crop}", "crop_padding")
     if section.optimizer != "muon":
         muon = ("muon_learning_rate", "muon_weight_decay", "muon_iterations")
         yield from _idle(section, f"optimizer: {section.optimizer}", *muon)
+
+
+def _model(section: Model) -> Iterator[str]:
+    if section.weights != "pretrained":
+        yield from _idle(section, f"weights: {section.weights}", "weights_tag")
+    if section.weights == "none" and section.normalization == "weights":
+        yield "normalization = 'weights': there are none (weights: none)"
+    if section.weights == "none" and section.epochs == 0:
+        yield "epochs = 0: weights: none leaves nothing to take as it is"
 
 
 def _budget(section: Budget) -> Iterator[str]:
@@ -257,6 +269,7 @@ RULES: dict[type[Section], Callable[..., Iterator[str]]] = {
     Base: _base,
     Data: _data,
     Finetune: _finetune,
+    Model: _model,
     Budget: _budget,
     Importance: _importance,
     Structured: _structured,

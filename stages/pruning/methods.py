@@ -139,7 +139,7 @@ def prune_at_random(session: Session, pruner: RandomStructured, network: nn.Modu
 def train_small_dense(session: Session, pruner: SmallDense, network: nn.Module, spec: NetworkSpec) -> Pruned:
     """Make every layer narrower by the same fraction, with fresh weights, and train it as if it had never been wider.
 
-    The recipe is that of `finetune`, over its epochs and the pruner's together.
+    The recipe is that of `finetune`, over the epochs of the dense network and the pruner's together.
     """
     groups, whole = groups_of(session, pruner, network, spec)
     uniform = torch.cat([torch.arange(group.channels) / group.channels for group in groups])
@@ -148,7 +148,8 @@ def train_small_dense(session: Session, pruner: SmallDense, network: nn.Module, 
     fresh = build_network(session.parent.network)  # the library initializes the full widths
     fold_layer_scale(fresh)
     narrow, spec = cut_channels(fresh, replace(spec, layer_norm=pruner.layer_norm), groups, pruned)
-    recipe = session.finetune.model_copy(update={"epochs": session.finetune.epochs + pruner.epochs})
+    dense_epochs = session.parent.parameters["finetune"]["epochs"]
+    recipe = session.finetune.model_copy(update={"epochs": dense_epochs + pruner.epochs})
     trained = session.train(narrow, recipe=recipe)
     return Pruned(trained.network, spec, _metrics(trained) | _channels(groups, pruned) | whole, trained.curve)
 

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import torch
 from timm.data import Mixup
+from torchvision.transforms.v2.functional import resized_crop
 
 from stages.common.errors import UserError
 from stages.networks.preprocess import Preprocess
@@ -18,6 +19,8 @@ from stages.training.trivial_augment import draw, trivial_augment
 
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 """Ranges of an erased rectangle: fraction of the image's area, and height over width."""
+CROP_ASPECT = (3 / 4, 4 / 3)
+"""Range of height over width of a random resized crop."""
 
 
 class Augmentation:
@@ -58,14 +61,20 @@ class Augmentation:
             Normalized images `[N, 3, H, W]`, and labels int64 `[N]` or mixed `[N, classes]`.
         """
         recipe, batch = self.recipe, len(index)
-        shifts = torch.randint(-recipe.crop_padding, recipe.crop_padding + 1, (2, batch, 1), generator=generator)
+        padding = 0 if recipe.random_resized_crop else recipe.crop_padding
+        shifts = torch.randint(-padding, padding + 1, (2, batch, 1), generator=generator)
         pixels = flip_and_crop(pixels, self.flip(index, epoch)[positions], shifts[:, positions])
+        if recipe.random_resized_crop:
+            area = recipe.random_resized_crop, 1.0
+            crops = draw_rectangles(batch, pixels.shape[1:3], area, CROP_ASPECT, generator)[positions]
+            pixels = crop_and_resize(pixels, crops, preprocess.input_size)
         if recipe.trivial_augment:
             draws = draw(batch, recipe.trivial_augment, generator)[positions]
             pixels = trivial_augment(pixels.permute(0, 3, 1, 2), draws).permute(0, 2, 3, 1)
         x = preprocess.normalize(pixels)
         if recipe.random_erasing:
-            rectangles = draw_rectangles(batch, x.shape[2:], recipe.random_erasing, generator)
+            rectangles = draw_rectangles(batch, x.shape[2:], ERASED_AREA, ERASED_ASPECT, generator)
+            rectangles[torch.rand(batch, generator=generator) >= recipe.random_erasing] = 0
             x = erase(x, rectangles[positions].to(x.device, non_blocking=True))
         if self.mix is not None and len(x) % 2 == 0:
             x, labels = self.mix(x, labels)
@@ -114,22 +123,40 @@ def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def draw_rectangles(
-    images: int, size: torch.Size | tuple[int, int], probability: float, generator: torch.Generator
+    images: int,
+    size: torch.Size | tuple[int, int],
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: torch.Generator,
 ) -> torch.Tensor:
-    """A rectangle for each image, empty if none is erased: top, left, bottom, right, int64 `[images, 4]`."""
+    """A random rectangle in each image: top, left, bottom, right, int64 `[images, 4]`.
+
+    Args:
+        area: range of the fraction of the image's area, drawn uniformly.
+        aspect: range of height over width, drawn log-uniformly.
+    """
     height, width = size
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(images, generator=generator)
 
-    area = height * width * uniform(*ERASED_AREA)
-    aspect = uniform(*(math.log(limit) for limit in ERASED_ASPECT)).exp()
-    tall = (area * aspect).sqrt().round().clamp(1, height)
-    wide = (area / aspect).sqrt().round().clamp(1, width)
+    areas = height * width * uniform(*area)
+    aspects = uniform(*(math.log(limit) for limit in aspect)).exp()
+    tall = (areas * aspects).sqrt().round().clamp(1, height)
+    wide = (areas / aspects).sqrt().round().clamp(1, width)
     top = (uniform(0, 1) * (height - tall + 1)).floor()
     left = (uniform(0, 1) * (width - wide + 1)).floor()
-    tall = tall * (uniform(0, 1) < probability)
     return torch.stack([top, left, top + tall, left + wide], 1).long()
+
+
+def crop_and_resize(pixels: torch.Tensor, rectangles: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut `rectangles` (int64 `[N, 4]`) out of images uint8 `[N, H, W, C]` and scale each to `[size, size, C]`."""
+    images = pixels.permute(0, 3, 1, 2)
+    scaled = [
+        resized_crop(image, top, left, bottom - top, right - left, [size, size], antialias=True)
+        for image, (top, left, bottom, right) in zip(images, rectangles.tolist(), strict=True)
+    ]
+    return torch.stack(scaled).permute(0, 2, 3, 1)
 
 
 def erase(x: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The optimizers of a recipe behind one interface, and its learning rates."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,21 +16,30 @@ class Optimizers:
     """AdamW, SGD, or Muon for the hidden matrices with AdamW for all other parameters.
 
     Parameters with one number for each channel (biases, norms, layer scales of any shape) have no weight decay.
+
+    Args:
+        fresh: names of the parameters that did not come from weights; all others have `recipe.pretrained.body_factor`
+            times the learning rate. None if no weights were loaded.
     """
 
-    def __init__(self, network: nn.Module, recipe: Finetune) -> None:
-        matrices = hidden_matrices(network) if recipe.optimizer == "muon" else []
+    def __init__(self, network: nn.Module, recipe: Finetune, fresh: Collection[str] | None = None) -> None:
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        body = {id(p) for name, p in trained.items() if fresh is not None and name not in fresh}
+        matrices = [m for m in hidden_matrices(network) if m.requires_grad] if recipe.optimizer == "muon" else []
         taken = {id(p) for p in matrices}
-        rest = [p for p in network.parameters() if p.requires_grad and id(p) not in taken]
-        groups = [
-            {"params": [p for p in rest if p.squeeze().dim() > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in rest if p.squeeze().dim() <= 1], "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+        for p in trained.values():
+            if id(p) not in taken:
+                vector, slow = p.squeeze().dim() <= 1, id(p) in body
+                settings = {"weight_decay": 0.0 if vector else recipe.weight_decay, "lr": recipe.learning_rate}
+                settings["lr"] *= recipe.pretrained.body_factor if slow else 1
+                groups.setdefault((slow, vector), settings | {"params": []})["params"].append(p)
+        ordered = [groups[key] for key in sorted(groups)]
         if recipe.optimizer == "sgd":
-            main = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
+            main = torch.optim.SGD(ordered, lr=recipe.learning_rate, momentum=0.9, nesterov=True, fused=True)
         else:
             betas = (0.9, 0.99) if recipe.optimizer == "muon" else (0.9, 0.999)
-            main = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
+            main = torch.optim.AdamW(ordered, lr=recipe.learning_rate, betas=betas, fused=True)
         self.all: list[torch.optim.Optimizer] = [main]
         self._flat: list[tuple[nn.Parameter, nn.Parameter]] = []
         if matrices:
@@ -37,7 +47,9 @@ class Optimizers:
             if copied := [p for p, flat in self._flat if flat.data_ptr() != p.data_ptr()]:
                 raise RuntimeError(f"{len(copied)} weights are not contiguous: Muon would train copies")
             rate, decay, iterations = recipe.muon_learning_rate, recipe.muon_weight_decay, recipe.muon_iterations
-            flats = [flat for _, flat in self._flat]
+            factors = ((True, recipe.pretrained.body_factor), (False, 1.0))
+            halves = [([flat for p, flat in self._flat if (id(p) in body) is slow], factor) for slow, factor in factors]
+            flats = [{"params": flats, "lr": rate * factor} for flats, factor in halves if flats]
             self.all.append(Muon(flats, lr=rate, weight_decay=decay, momentum=0.95, ns_steps=iterations))
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
 

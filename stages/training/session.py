@@ -124,6 +124,7 @@ class Session:
             seed=self.seed,
             constraint=constraint,
             distillation=distillation,
+            fresh=None if recipe else self.parent.fresh,
             title=f"{self.stage} {self.key}",
             rate_key="finetune.learning_rate" if recipe else f"{self.param}.learning_rate_factor",
         )

@@ -9,7 +9,7 @@ import copy
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,8 @@ class Trainer:
         constraint: a pruner's; only an epoch at whose end it is met may be chosen.
         distillation: its teacher shares no parameter with the network. It is moved to `device`, frozen, and sees the
             same batches as the network.
+        fresh: names of the parameters that did not come from weights; None if none were loaded (see `Optimizers`).
+        frozen_batch_norm: batch norm normalizes by its running statistics, and keeps them.
         title: names the training in messages.
         rate_key: names the learning rate in messages.
 
@@ -93,11 +95,14 @@ class Trainer:
         seed: int = 0,
         constraint: Constraint | None = None,
         distillation: Distillation | None = None,
+        fresh: Collection[str] | None = None,
+        frozen_batch_norm: bool = False,
         title: str = "training",
         rate_key: str = "finetune.learning_rate",
     ) -> None:
         self.network, self.data, self.recipe, self.device, self.seed = network, data, recipe, device, seed
         self.constraint, self.distillation = constraint or Constraint(), distillation
+        self.fresh, self.frozen_batch_norm = fresh, frozen_batch_norm
         self.title, self.rate_key = title, rate_key
         self.bfloat16 = use_bfloat16(recipe.precision, device)
         self.steps_per_epoch = steps_per_epoch(recipe, len(data.train))
@@ -112,7 +117,7 @@ class Trainer:
         if self.distillation is not None:
             _to_channels_last(self.distillation.teacher.eval().requires_grad_(False).to(device))
         self.preprocess = copy.deepcopy(self.data.preprocess).to(device)
-        self.optimizers = Optimizers(network, recipe)
+        self.optimizers = Optimizers(network, recipe, self.fresh)
         self.ema = Ema(network, recipe.ema_decay) if recipe.ema_decay else None
         self.images = Images(self.data.train, device)
         if small:
@@ -197,6 +202,7 @@ class Trainer:
         """Train one epoch and validate: the row of `CURVE_COLUMNS`, and the network (or its EMA) that it describes."""
         started = time.perf_counter()
         first = epoch * self.steps_per_epoch
+        self._set_training_mode()
         total = torch.zeros((), device=self.device)
         for step, (x, targets) in enumerate(self.batches_of(epoch), first):
             total += self.step(step, x, targets)
@@ -244,6 +250,8 @@ class Trainer:
         self.network.zero_grad(set_to_none=True)
         loss = self.loss(x, targets, self.input_size(step))
         loss.backward()
+        if self.recipe.gradient_clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
         self.constraint.before_step(step)
         self.optimizers.step()
         self.constraint.after_step(step)
@@ -266,6 +274,12 @@ class Trainer:
             return loss
         soft = soft_loss(logits, teacher_logits, distillation.temperature)
         return (1 - distillation.weight) * loss + distillation.weight * soft
+
+    def _set_training_mode(self) -> None:
+        self.network.train()
+        for module in self.network.modules() if self.frozen_batch_norm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def input_size(self, step: int) -> int:
         """Side in pixels to which the images of this step are scaled."""

@@ -349,7 +349,9 @@ def test_a_stage_checks_only_the_sections_that_it_reads(raw, tmp_path):
     path = written(raw | {"finetune": None, "nonsense": 1}, tmp_path)
     assert list(load_params(Own, path).models) == ["convnext"]
     raw["models"]["convnext"]["library"] = "keras"
-    with pytest.raises(UserError, match=r"models.convnext.library = 'keras': must be 'timm' or 'torchvision'"):
+    with pytest.raises(
+        UserError, match=r"models.convnext.library = 'keras': must be 'timm', 'torchvision' or 'custom'"
+    ):
         load_params(Own, written(raw, tmp_path))
 
 

@@ -117,7 +117,7 @@ def dense_description(data: dict[str, str]) -> Description:
         mean=[0.4] * 3,
         std=[0.2] * 3,
         data=data,
-        parameters={},
+        parameters={"finetune": PARAMS["finetune"]},
         seed=3,
         metrics={"validation_top1": 0.5, "epoch": 1},
     )

@@ -1,13 +1,24 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
 from stages.common.errors import UserError
 from stages.networks.preprocess import Preprocess
 from stages.params.finetune import Finetune
-from stages.training.augment import AlternatingFlip, Augmentation, draw_rectangles, erase, flip_and_crop, positions_of
+from stages.training.augment import (
+    ERASED_AREA,
+    ERASED_ASPECT,
+    AlternatingFlip,
+    Augmentation,
+    crop_and_resize,
+    draw_rectangles,
+    erase,
+    flip_and_crop,
+    positions_of,
+)
 from stages.training.trivial_augment import BINS, OPERATIONS, Draws, draw, trivial_augment
 
 BASE = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "learning_rate": 0.1}
@@ -78,7 +89,14 @@ def test_mixing_gives_soft_targets_that_sum_to_one(pixels):
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"mixup": 1.0}, {"cutmix": 1.0}, {"random_erasing": 0.7}, {"trivial_augment": 0.9}],
+    [
+        {},
+        {"mixup": 1.0},
+        {"cutmix": 1.0},
+        {"random_erasing": 0.7},
+        {"trivial_augment": 0.9},
+        {"random_resized_crop": 0.3},
+    ],
     ids=lambda settings: next(iter(settings), "plain"),
 )
 def test_several_processes_see_the_images_of_one(pixels, world_size, settings):
@@ -106,7 +124,8 @@ def test_a_batch_that_does_not_divide_evenly_is_refused():
 
 def test_erased_rectangles_are_gray_and_of_the_given_size():
     generator = torch.Generator().manual_seed(0)
-    rectangles = draw_rectangles(2000, (32, 32), 0.6, generator)
+    rectangles = draw_rectangles(2000, (32, 32), ERASED_AREA, ERASED_ASPECT, generator)
+    rectangles[torch.rand(2000, generator=generator) >= 0.6] = 0
     x = torch.rand(2000, 3, 32, 32, generator=generator) + 1
     out = erase(x, rectangles)
     gone = (out == 0).all(1)
@@ -121,6 +140,34 @@ def test_erased_rectangles_are_gray_and_of_the_given_size():
     hit = gone.float().mean(0)
     assert hit.min() > 0  # corners too
     assert hit.max() < 0.3
+
+
+def test_a_random_resized_crop_shows_a_part_of_its_own_image_at_the_input_size():
+    plain = torch.arange(0, 160, 10, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 20, 24, 3)
+    x, _ = augmented(Finetune(**BASE, random_resized_crop=0.25), plain)
+    assert x.shape == (16, 3, PREPROCESS.input_size, PREPROCESS.input_size)
+    torch.testing.assert_close(x, PREPROCESS.normalize(plain)[:, :, :8, :8])
+
+
+def test_random_resized_crops_have_the_area_and_the_aspect_of_the_recipe():
+    boxes = draw_rectangles(2000, (48, 40), (0.3, 1.0), (3 / 4, 4 / 3), torch.Generator().manual_seed(0)).float()
+    height, width = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2] <= 48).all()
+    assert (boxes[:, 3] <= 40).all()
+    area = height * width / (48 * 40)
+    assert 0.28 < area.min() < 0.35
+    assert area.max() > 0.9
+    small = area < 0.5  # no side is limited by the image
+    assert 0.7 < (height / width)[small].min() < 0.8
+    assert 1.2 < (height / width)[small].max() < 1.4
+
+
+def test_a_crop_is_scaled_with_antialiasing():
+    pixels = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    cut = crop_and_resize(pixels, torch.tensor([[8, 16, 40, 48]]), 16)
+    reference = Image.fromarray(pixels[0, 8:40, 16:48].numpy()).resize((16, 16), Image.Resampling.BILINEAR)
+    assert np.abs(cut[0].int().numpy() - np.asarray(reference).astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("sign", [1, -1])

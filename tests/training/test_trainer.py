@@ -144,7 +144,7 @@ def test_a_target_that_no_epoch_meets_is_a_clear_error(network, fit, settings):
 class StatelessSgd:
     """Plain gradient steps, which carry no state from one step to the next."""
 
-    def __init__(self, network: nn.Module, recipe) -> None:
+    def __init__(self, network: nn.Module, recipe, fresh: None) -> None:
         self.parameters, self.peak, self.rate = list(network.parameters()), recipe.learning_rate, 0.0
 
     def set_factor(self, factor: float) -> None:
