@@ -2,20 +2,27 @@
 
 In: `data/images` (train and validation parts, never test), the params sections `base`, `finetune`, `models.<model>`.
 Out: the artifact `models/dense/<model>/` with the weights of the best epoch by validation top-1, and its training
-curve `reports/curves/dense/<model>.csv`. After a kill, the next run resumes from the last checkpoint.
+curve `reports/curves/dense/<model>.csv`. With 0 epochs the artifact holds the given weights as they are. After a kill,
+the next run resumes from the last checkpoint.
 
     python -m stages.finetune <model>
 """
+
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from stages.artifacts.artifact import save_artifact
 from stages.artifacts.description import Description
+from stages.artifacts.initial_weights import load_weights, statistics
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
 from stages.datasets.store import Info, open_part, read_info
-from stages.networks.build import build_network, load_weights, spec_of, state_hash
+from stages.networks.build import build_network, spec_of, state_hash
+from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
+from stages.networks.preprocess import Classifier
 from stages.networks.spec import NetworkSpec
 from stages.params.base import Base
 from stages.params.finetune import Finetune
@@ -25,6 +32,7 @@ from stages.params.section import Name, Section
 from stages.training.checkpoint import checkpoint_folder
 from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
+from stages.training.pretrained import train_from_weights
 from stages.training.trainer import CURVE_COLUMNS, Trainer, TrainingData
 
 
@@ -34,9 +42,30 @@ class Params(Section):
     models: dict[Name, Model]
 
 
-def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Description:
+def recipe_of(params: Params, key: str) -> Finetune:
+    """The recipe of one model: `finetune`, with the model's own epochs.
+
+    Raises:
+        UserError: if nothing would train a model that starts from random weights.
+    """
+    model, recipe = params.models[key], params.finetune
+    changes: dict[str, Any] = {} if model.epochs is None else {"epochs": model.epochs}
+    if model.weights == "none" and changes.get("epochs", recipe.epochs) == 0:
+        raise UserError(
+            f"models.{key}.weights = 'none': finetune.epochs = 0 leaves random weights: set epochs or weights"
+        )
+    if model.weights != "none":
+        changes["progressive_resize"] = None
+    return recipe.model_copy(update=changes)
+
+
+def describe(params: Params, key: str, recipe: Finetune, spec: NetworkSpec, info: Info) -> Description:
     """The artifact's description before training."""
     model = params.models[key]
+    try:
+        mean, std = statistics(model, (info.mean, info.std))
+    except UserError as error:
+        raise UserError(f"models.{key}.{error}") from None
     return Description(
         name=key,
         stage="finetune",
@@ -45,10 +74,10 @@ def describe(params: Params, key: str, spec: NetworkSpec, info: Info) -> Descrip
         classes=info.classes,
         image_size=info.image_size,
         input_size=model.input_size,
-        mean=info.mean,
-        std=info.std,
+        mean=mean,
+        std=std,
         data=info.as_parent(),
-        parameters={"model": model.model_dump(), "finetune": params.finetune.model_dump()},
+        parameters={"model": model.model_dump(), "finetune": recipe.model_dump()},
         seed=model.seed_or(params.base.seed),
     )
 
@@ -63,39 +92,53 @@ def refuse_large_batch(batch_size: int, images: int) -> None:
 
 
 def finetune(params: Params, key: str, device: torch.device) -> None:
-    info = read_info(paths.IMAGES)
-    refuse_large_batch(params.finetune.batch_size, info.counts["train"])
-    spec = spec_of(params.models[key], len(info.classes))
-    description = describe(params, key, spec, info)
+    info, model, recipe = read_info(paths.IMAGES), params.models[key], recipe_of(params, key)
+    refuse_large_batch(recipe.batch_size, info.counts["train"])
+    spec = spec_of(model, len(info.classes))
+    description = describe(params, key, recipe, spec, info)
     torch.manual_seed(description.seed)
     network = build_network(spec)
-    weights = params.models[key].weights
-    if weights != "none":
-        random = ", ".join(load_weights(network, spec, weights)) or "nothing"
-        print(f"{key}: loaded {weights}; still random: {random}")
+    validation = open_part(paths.IMAGES, "validation")
+    if model.weights != "none":
+        try:
+            loaded, line = load_weights(network, spec, model, info.classes)
+        except UserError as error:
+            raise UserError(f"models.{key}: {error}") from None
+        description.weights = asdict(loaded)
+        print(f"{key}: {line}")
+        classifier = Classifier(description.preprocess(), network).to(device)
+        before = top1(predict_logits(classifier, validation.images, EVALUATION_BATCH, device), validation.labels)
+        network.cpu()
+        state = "with an untrained head" if loaded.fresh else "as loaded"
+        print(f"{key}: validation top-1 {state}: {100 * before:.2f} % (n = {len(validation)})")
+        description.metrics = {"validation_top1": before, "epoch": 0}
+    if recipe.epochs == 0:
+        if is_main_process():
+            save_artifact(paths.dense(key), network, description)
+            write_csv(paths.dense_curve(key), [], CURVE_COLUMNS)
+        return
     identity = {
         "network": state_hash(network),
         "data": info.sha256,
         "parameters": description.parameters,
+        "normalization": [description.mean, description.std],
         "seed": description.seed,
         "base": params.base.model_dump(),
     }
     with checkpoint_folder(paths.SCRATCH / "finetune" / key, identity) as checkpoints:
-        parts = open_part(paths.IMAGES, "train"), open_part(paths.IMAGES, "validation")
-        data = TrainingData(*parts, description.preprocess())
-        recipe = (
-            params.finetune if weights == "none" else params.finetune.model_copy(update={"progressive_resize": None})
-        )
-        trainer = Trainer(network, data, recipe, device, seed=description.seed, title=f"finetune {key}")
-        trained = trainer.fit(checkpoints=checkpoints)
+        data = TrainingData(open_part(paths.IMAGES, "train"), validation, description.preprocess())
+        options: dict[str, Any] = {"seed": description.seed, "title": f"finetune {key}"}
+        if description.fresh is None:
+            trained = Trainer(network, data, recipe, device, **options).fit(checkpoints=checkpoints)
+        else:
+            trained = train_from_weights(
+                network, data, recipe, device, fresh=description.fresh, checkpoints=checkpoints, **options
+            )
         description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
         if is_main_process():
             save_artifact(paths.dense(key), trained.network, description)
             write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
-    print(
-        f"{key}: epoch {trained.epoch} of {params.finetune.epochs},"
-        f" validation top-1 {100 * trained.validation_top1:.2f} %"
-    )
+    print(f"{key}: epoch {trained.epoch} of {recipe.epochs}, validation top-1 {100 * trained.validation_top1:.2f} %")
 
 
 def main() -> None:

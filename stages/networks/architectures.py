@@ -1,21 +1,33 @@
-"""Classifiers of timm and torchvision: find one by name, construct it, check that it can be trained."""
+"""Classifiers of timm, torchvision and the user: find one by name, construct it, check that it can be trained."""
 
 import difflib
+import importlib.util
+import sys
+import traceback
 import warnings
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from stages.common.errors import UserError
+from stages.common.files import sha256_of
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 FRACTIONS = ("drop_rate", "drop_path_rate", "stochastic_depth_prob", "dropout")
 """Constructor arguments that must be in [0, 1); the constructors do not check them, and training fails later."""
+CLASSES = 7
+"""Number of classes with which `refused` builds a network; no data set's own, so that a fixed head is noticed."""
+CUSTOM = Path(__file__).parent / "custom"
+"""Folder of the users' own networks, which every stage that builds a network depends on."""
 
 
 def unknown(library: str, architecture: str) -> str | None:
     """A message with the nearest names if the library has no such classifier, else None."""
+    if library == "custom":
+        known = sorted(path.name for path in CUSTOM.glob("*.py") if path.name != "__init__.py")
+        return None if architecture in known else f"stages/networks/custom holds {', '.join(known) or 'no file'}"
     if library == "timm":
         import timm
 
@@ -49,21 +61,16 @@ def construct(library: str, architecture: str, arguments: dict[str, Any], classe
             warnings.simplefilter("ignore")  # torchvision announces future changes of its initialization
             if library == "timm":
                 return _timm_model(architecture, num_classes=classes, **arguments)
+            if library == "custom":
+                return _custom_model(architecture, arguments, classes)
             return _torchvision_model(architecture, arguments, classes)
+    except UserError:
+        raise
     except Exception as error:  # constructors raise any class for arguments that they do not take
         if problem := unknown(library, architecture):
             raise UserError(f"{architecture!r}: {problem}") from None
         reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error or type(error).__name__
         raise UserError(f"{where} does not take arguments {arguments}: {reason}") from None
-
-
-def pretrained_state(library: str, architecture: str, arguments: dict[str, Any]) -> "dict[str, torch.Tensor]":
-    """Tensors by name that the library downloads; the hub's errors pass through."""
-    if library == "timm":
-        return _timm_model(architecture, pretrained=True, **arguments).state_dict()
-    import torchvision
-
-    return torchvision.models.get_model(architecture, weights="DEFAULT", **arguments).state_dict()
 
 
 def _timm_model(architecture: str, **arguments: Any) -> "nn.Module":
@@ -86,6 +93,51 @@ def _torchvision_model(architecture: str, arguments: dict[str, Any], classes: in
     return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
 
 
+def custom_hash(architecture: str) -> str:
+    """sha256 of the user's file; empty if there is none."""
+    path = CUSTOM / architecture
+    return sha256_of(path) if path.is_file() else ""
+
+
+def custom_module(architecture: str) -> ModuleType:
+    """The user's file, imported.
+
+    Raises:
+        UserError: if there is no such file, it cannot be imported, or it has no function `build`.
+    """
+    path = CUSTOM / architecture
+    where = f"stages/networks/custom/{architecture}"
+    if problem := unknown("custom", architecture):
+        raise UserError(f"{where}: no such file; {problem}")
+    name = f"stages.networks.custom.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # it is only for a suffix that Python does not know
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs, as `import` does: its classes then know their module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file's own, of any kind
+        del sys.modules[name]
+        inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else inside[-1]
+        raise UserError(f"{where} cannot be imported: {type(error).__name__} in line {line}: {error}") from None
+    if not callable(getattr(module, "build", None)):
+        raise UserError(f"{where} has no function build(classes, channels, **arguments)")
+    return module
+
+
+def _custom_model(architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
+    from torch import nn
+
+    network = custom_module(architecture).build(classes, 3, **arguments)
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"stages/networks/custom/{architecture}: build returns a {type(network).__name__}, no nn.Module"
+        )
+    return network
+
+
 def refused(
     library: str, architecture: str, arguments: dict[str, Any], sizes: dict[str, int]
 ) -> tuple[str, str] | None:
@@ -106,7 +158,7 @@ def refused(
     for device in ("meta", "cpu"):  # the meta device lacks some operators, and some constructors compute
         try:
             with torch.device(device), torch.no_grad():
-                network = construct(library, architecture, arguments, classes=2).eval()
+                network = construct(library, architecture, arguments, CLASSES).eval()
                 for key, size in sizes.items():  # noqa: B007, the message names the last one
                     output = network(torch.zeros(1, 3, size, size))
         except UserError as error:
@@ -116,7 +168,8 @@ def refused(
             remedy = f"change {key}, or the arguments (some networks have `img_size`)"
             found = "", f"{given} takes no RGB images of {size} pixels ({reason}): {remedy}"
         else:
-            problem = more_than_logits(network, output)
+            if (problem := more_than_logits(network, output)) is None and output.shape[1] != CLASSES:
+                problem = f"gives {output.shape[1]} logits for {CLASSES} classes: build must use `classes`"
             return ("", f"{given} {problem}") if problem else None
     return found
 

@@ -17,6 +17,8 @@ class NetworkSpec:
     arguments: dict[str, Any]
     """Keyword arguments of the library's constructor."""
     classes: int
+    source_sha256: str = ""
+    """Hash of the user's file that defines the architecture; empty for a library's."""
     layer_scale_folded: bool = False
     pointwise_as_linear: bool = False
     widths: dict[str, dict[str, int]] = field(default_factory=dict)

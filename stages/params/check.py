@@ -49,6 +49,8 @@ def bad_settings(params: Params) -> Iterator[str]:
     if "fp32" in params.quantizers and params.quantizers["fp32"].method != "fp32":
         yield "quantizers.fp32.method: 'fp32' names the baseline: fp32"
     for name, model in params.models.items():
+        if model.weights == "none" and model.epochs is None and params.finetune.epochs == 0:
+            yield f"models.{name}.weights = 'none': finetune.epochs = 0 leaves random weights: set epochs or weights"
         early = params.finetune.progressive_resize
         if early and starts_from_random_weights(params, name) and early.input_size >= model.input_size:
             yield (
@@ -84,10 +86,11 @@ def _missing_controls(params: Params, model: str) -> Iterator[str]:
 def missing_files(params: Params, path: Path) -> Iterator[str]:
     """Paths in the file, relative to its folder, at which there is nothing."""
     for name, model in params.models.items():
-        if model.weights not in ("none", "pretrained") and not (path.parent / model.weights).is_file():
+        local = model.weights not in ("none", "pretrained") and not model.weights.startswith("hf:")
+        if local and not (path.parent / model.weights).exists():
             yield (
-                f"models.{name}.weights = {model.weights!r}: no such file (seen from the folder of params.yaml), and"
-                " neither none nor pretrained"
+                f"models.{name}.weights = {model.weights!r}: no such file or folder (seen from the folder of"
+                " params.yaml), and not none, pretrained or hf:<owner>/<repository>"
             )
     if params.report.claims is not None and not (path.parent / params.report.claims).is_file():
         yield f"report.claims = {params.report.claims!r}: no such file (seen from the folder of params.yaml)"
@@ -114,7 +117,8 @@ def plan(params: Params) -> str:
     for name, model in params.models.items():
         lines.append(
             f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px,"
-            f" weights {model.weights}, seed {model.seed_or(params.base.seed)}, {params.finetune.epochs} epochs"
+            f" weights {model.weights}, seed {model.seed_or(params.base.seed)},"
+            f" {params.finetune.epochs if model.epochs is None else model.epochs} epochs"
         )
     for key, pruned in params.pruned.items():
         pruner = params.pruners[pruned.pruner]

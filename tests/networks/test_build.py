@@ -1,13 +1,12 @@
-import itertools
+import re
 
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from stages.common.errors import UserError
-from stages.networks.build import build_network, load_weights, spec_of
+from stages.networks import architectures
+from stages.networks.build import build_network, spec_of
 from stages.networks.reparameterize import PointwiseLinear
 from stages.networks.spec import NetworkSpec
 from stages.params.models import Model
@@ -67,87 +66,55 @@ def test_folded_layer_scale_and_linear_pointwise_layers_follow_the_spec():
     assert sum(isinstance(module, PointwiseLinear) for module in network.modules()) == 8
 
 
-def saved(tmp_path, classes=4, change=None):
-    torch.manual_seed(1)
-    state = build_network(NetworkSpec("timm", "convnext_atto", ARGUMENTS, classes)).state_dict()
-    if change:
-        change(state)
-    save_file(state, tmp_path / "weights.safetensors")
-    return str(tmp_path / "weights.safetensors"), state
+def own_network(folder, text, name="own.py"):
+    (folder / name).write_text(text)
+    return NetworkSpec("custom", name, {}, 4)
 
 
-def test_weights_of_a_file_are_loaded(tmp_path):
-    path, state = saved(tmp_path)
-    network = build_network(ATTO)
-    assert load_weights(network, ATTO, path) == []
-    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+OWN = "from torch import nn\ndef build(classes, channels):\n    return nn.Sequential(nn.Flatten(), nn.Linear({}, {}))\n"
 
 
-@pytest.mark.parametrize("wrapping", [None, "state_dict", "model"])
-def test_a_pth_state_dict_is_loaded_bare_or_wrapped(tmp_path, wrapping):
-    state = build_network(ATTO).state_dict()
-    torch.save({wrapping: state} if wrapping else state, tmp_path / "weights.pth")
-    network = build_network(ATTO)
-    assert load_weights(network, ATTO, str(tmp_path / "weights.pth")) == []
-    assert torch.equal(network.stem[0].weight, state["stem.0.weight"])
+def test_a_network_of_the_users_own_file_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "CUSTOM", tmp_path)
+    own_network(tmp_path, OWN.format("channels * 64", "classes"))
+    model = Model(library="custom", architecture="own.py", input_size=8)
+    assert build_network(spec_of(model, 4))(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+    assert architectures.refused("custom", "own.py", {}, {"input_size": 8}) is None
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_wrapped_networks_are_removed(tmp_path, prefix):
-    path, state = saved(tmp_path, change=lambda state: [state.update({prefix + k: state.pop(k)}) for k in list(state)])
-    network = build_network(ATTO)
-    assert load_weights(network, ATTO, path) == []
-    assert torch.equal(network.stem[0].weight, state[f"{prefix}stem.0.weight"])
+def test_a_changed_file_does_not_build_an_older_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "CUSTOM", tmp_path)
+    own_network(tmp_path, OWN.format("channels * 64", "classes"))
+    spec = spec_of(Model(library="custom", architecture="own.py", input_size=8), 4)
+    own_network(tmp_path, OWN.format("channels * 16", "classes"))
+    with pytest.raises(UserError, match=r"own\.py is not the file that this network was built with"):
+        build_network(spec)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    path, _ = saved(tmp_path, change=lambda state: state["stem.0.weight"].fill_(float("nan")))
-    with pytest.raises(UserError, match=r"stem\.0\.weight .* not finite"):
-        load_weights(build_network(ATTO), ATTO, path)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import no_such_package", r"own\.py cannot be imported: ModuleNotFoundError in line 1"),
+        ("def build(:", r"own\.py cannot be imported: SyntaxError in line 1"),
+        ("x = 1", r"own\.py has no function build"),
+        ("def build(classes, channels): return 3", r"own\.py: build returns a int, no nn\.Module"),
+        ("def build(classes): return 3", r"does not take arguments .*build\(\) takes 1 positional"),
+        (OWN.format("channels * 64", "10"), "gives 10 logits for 7 classes: build must use `classes`"),
+        (OWN.format("5", "classes"), "takes no RGB images of 8 pixels"),
+    ],
+)
+def test_a_file_that_builds_no_classifier_is_refused(tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(architectures, "CUSTOM", tmp_path)
+    own_network(tmp_path, text)
+    _, reason = architectures.refused("custom", "own.py", {}, {"input_size": 8})
+    assert re.search(message, reason), reason
 
 
-def test_a_head_of_another_number_of_classes_keeps_its_fresh_weights(tmp_path):
-    path, state = saved(tmp_path, classes=1000)
-    network = build_network(ATTO)
-    fresh = network.head.fc.weight.detach().clone()
-    assert sorted(load_weights(network, ATTO, path)) == ["head.fc.bias", "head.fc.weight"]
-    assert torch.equal(network.head.fc.weight, fresh)
-    assert torch.equal(network.stem[0].weight, state["stem.0.weight"])
+def test_a_file_that_is_not_there_is_refused_with_those_that_are():
+    assert "cifar_resnet.py" in architectures.unknown("custom", "../build.py")
 
 
-def test_weights_of_another_network_are_refused(tmp_path):
-    path, _ = saved(tmp_path, change=lambda state: state.pop("stem.0.weight"))
-    with pytest.raises(UserError, match=r"1 tensors missing \(stem\.0\.weight\)"):
-        load_weights(build_network(ATTO), ATTO, path)
-    path, _ = saved(tmp_path, change=lambda state: state.update({"stem.0.weight": torch.zeros(8, 3, 2, 2)}))
-    with pytest.raises(UserError, match=r"stem\.0\.weight has shape \(8, 3, 2, 2\), .* \(8, 3, 4, 4\)"):
-        load_weights(build_network(ATTO), ATTO, path)
-
-
-def test_a_missing_or_unreadable_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        load_weights(build_network(ATTO), ATTO, str(tmp_path / "none.safetensors"))
-    broken = itertools.product(("broken.safetensors", "broken.pth"), (b"these are no tensors", b"\x80\x02", b""))
-    for name, content in broken:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="cannot be read as tensors"):
-            load_weights(build_network(ATTO), ATTO, str(tmp_path / name))
-
-
-def test_a_file_of_something_else_is_refused_and_never_unpickled(tmp_path):
-    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    with pytest.raises(UserError, match="do not hold a state dict"):
-        load_weights(build_network(ATTO), ATTO, str(tmp_path / "tensor.pth"))
-    torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(UserError, match=r"cannot be read as tensors: .* torch\.save\(model\.state_dict\(\)"):
-        load_weights(build_network(ATTO), ATTO, str(tmp_path / "module.pth"))
-
-
-def test_pretrained_weights_without_network_say_how_to_go_on(monkeypatch):
-    def offline(*_, **__):
-        raise ConnectionError("no route to the hub\nmore lines")
-
-    network = build_network(ATTO)
-    monkeypatch.setattr(timm.models, "model_entrypoint", offline)
-    with pytest.raises(UserError, match=r"\(no route to the hub\): without network, download"):
-        load_weights(network, ATTO, "pretrained")
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018)])
+def test_the_cifar_resnets_have_the_published_number_of_parameters(depth, parameters):
+    network = build_network(NetworkSpec("custom", "cifar_resnet.py", {"depth": depth}, 10))
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
