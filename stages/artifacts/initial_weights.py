@@ -96,7 +96,26 @@ def statistics(model: Model, images: Statistics) -> Statistics:
             f"normalization: {len(mean)} means and {len(std)} standard deviations for images with {channels} channels:"
             " give one number, or one for each channel"
         )
+    if min(std) <= 0:
+        raise UserError(f"normalization: a standard deviation of {min(std):g}: it must be above 0")
     return mean, std
+
+
+def unknown_tag(model: Model) -> str | None:
+    """A message with the known tags if the library has no weights of this tag for the architecture, else None."""
+    if model.weights_tag is None:
+        return None
+    if model.library == "timm":
+        known = [name.partition(".")[2] for name in timm.list_pretrained(f"{model.architecture}.*")]
+    elif model.library == "torchvision":
+        known = list(torchvision.models.get_model_weights(model.architecture).__members__)
+    else:
+        known = []
+    return (
+        None
+        if model.weights_tag in known
+        else f"{model.architecture} has {', '.join(known) or 'no pretrained weights'}"
+    )
 
 
 def _statistics_of_weights(model: Model) -> Statistics:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stages.common import paths
+from stages.common.errors import UserError
 from stages.params.budget import Budget
 from stages.params.load import load_params, refuse
+from stages.params.models import Model
 from stages.params.pruners import Continued, SmallDense
 from stages.params.whole import Params
 
@@ -22,7 +24,7 @@ def check(path: Path = paths.PARAMS) -> Params:
     """
     params = load_params(Params, path, whole=True)
     refuse(path, sorted([*left_out(params), *bad_settings(params), *missing_files(params, path)]))
-    refuse(path, list(bad_networks(params)))  # last, since it imports the libraries
+    refuse(path, list(bad_networks(params, path)))  # last, since it imports the libraries
     return params
 
 
@@ -96,8 +98,8 @@ def missing_files(params: Params, path: Path) -> Iterator[str]:
         yield f"report.claims = {params.report.claims!r}: no such file (seen from the folder of params.yaml)"
 
 
-def bad_networks(params: Params) -> Iterator[str]:
-    """Networks that cannot be built, or that take no images of their size."""
+def bad_networks(params: Params, path: Path) -> Iterator[str]:
+    """Networks that cannot be built, that take no images of their size, or whose weights do not fit."""
     from stages.networks.architectures import refused, unknown
 
     for name, model in params.models.items():
@@ -109,6 +111,31 @@ def bad_networks(params: Params) -> Iterator[str]:
         elif found := refused(model.library, model.architecture, model.arguments, sizes):
             key, reason = found
             yield f"models.{name}{key}: {reason}"
+        elif problem := bad_weights(model, path):
+            yield f"models.{name}.{problem}"
+
+
+def bad_weights(model: Model, path: Path) -> str | None:
+    """What is wrong with the weights of a model whose network is sound; weights of a hub are not downloaded."""
+    from stages.artifacts.initial_weights import load_weights, statistics, unknown_tag
+    from stages.networks.architectures import CLASSES
+    from stages.networks.build import build_network, spec_of
+
+    if problem := unknown_tag(model):
+        return f"weights_tag = {model.weights_tag!r}: {problem}"
+    if model.weights.startswith("hf:"):
+        return None
+    local = model.weights not in ("none", "pretrained")
+    if local:
+        model = model.model_copy(update={"weights": str(path.parent / model.weights)})
+    try:
+        statistics(model, ([0.5] * 3, [0.5] * 3))
+        if local:
+            spec = spec_of(model, CLASSES)
+            load_weights(build_network(spec), spec, model, [])
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def plan(params: Params) -> str:

@@ -48,7 +48,12 @@ def readable(error: ValidationError, kind: type[Section], raw: dict[str, Any]) -
             continue  # the line of the old name says it
         if detail["type"] == "extra_forbidden" and not parent and last in old:
             continue
-        lines.append(_line(detail, where, value, kind, raw))
+        line = _line(detail, where, value, kind, raw)
+        begin, must, allowed = line.rpartition(": must be ")
+        if lines and must and lines[-1].startswith(begin + must):  # the next member of a union
+            lines[-1] += f", or {allowed}"
+        else:
+            lines.append(line)
     return lines
 
 

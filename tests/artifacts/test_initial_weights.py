@@ -16,7 +16,7 @@ from toy_network import tiny_network, tiny_spec
 import stages
 from stages.artifacts.artifact import save_artifact
 from stages.artifacts.description import Description
-from stages.artifacts.initial_weights import load_weights, statistics
+from stages.artifacts.initial_weights import load_weights, statistics, unknown_tag
 from stages.common.errors import UserError
 from stages.networks.build import build_network, spec_of
 from stages.networks.spec import NetworkSpec
@@ -116,6 +116,26 @@ def test_gray_images_take_the_mean_of_statistics_for_rgb():
 def test_statistics_for_another_number_of_channels_are_refused():
     with pytest.raises(UserError, match="2 means and 3 standard deviations for images with 3 channels"):
         statistics(model_with(normalization=[[0.1, 0.2], 0.3]), IMAGES)
+
+
+def test_a_standard_deviation_of_zero_is_refused():
+    with pytest.raises(UserError, match="standard deviation of 0: it must be above 0"):
+        statistics(model_with(normalization=[0.5, [0.1, 0.2, 0.0]]), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"weights_tag": "d2_in1k"}, None),
+        ({"weights_tag": "foo"}, "convnext_atto has d2_in1k"),
+        ({"library": "torchvision", "architecture": "resnet50", "weights_tag": "IMAGENET1K_V2"}, None),
+        ({"library": "torchvision", "architecture": "resnet50", "weights_tag": "x"}, "resnet50 has IMAGENET1K_V1, "),
+        ({"library": "custom", "architecture": "cifar_resnet.py", "weights_tag": "x"}, "has no pretrained weights"),
+    ],
+)
+def test_an_unknown_tag_is_refused_with_the_known_ones(changes, known):
+    found = unknown_tag(model_with(weights="pretrained", **changes))
+    assert found is None if known is None else known in found
 
 
 def test_pretrained_weights_without_network_say_how_to_go_on(monkeypatch):

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from dvc.utils.serialize import modify_yaml
 from miniature import PARAMS, committed, committed_params
+from safetensors.torch import save_file
 
 from stages.common.errors import UserError
+from stages.networks.build import build_network, spec_of
 from stages.params import document
 from stages.params.check import check, plan
 from stages.params.load import load_params
@@ -367,15 +370,25 @@ def test_a_stage_checks_only_the_sections_that_it_reads(raw, tmp_path):
         ({"arguments": {"features_only": True}, "architecture": "resnet18"}, "does not return logits"),
         ({"arguments": {}, "library": "torchvision", "architecture": "googlenet"}, "googlenet has auxiliary outputs"),
         ({"weights": "weights/atto.pth"}, "models.convnext.weights = 'weights/atto.pth': no such file"),
+        ({"weights": "."}, ": the folder holds no model.json"),
+        ({"weights": "pretrained", "weights_tag": "foo"}, "models.convnext.weights_tag = 'foo': convnext_atto has d2_"),
+        ({"weights_tag": "foo"}, "models.convnext.weights_tag = 'foo': does nothing with weights: none"),
+        ({"epochs": 0}, "models.convnext: epochs = 0: weights: none leaves nothing to take as it is"),
+        ({"normalization": "foo"}, "'weights', 'dataset' or 'imagenet', or a valid list"),
+        ({"normalization": [[0.5], 0.2]}, "models.convnext.normalization: 1 means and 3 standard deviations"),
+        ({"normalization": "weights"}, "models.convnext: normalization = 'weights': there are none"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused(raw, tmp_path, change, reason):
     raw["models"]["convnext"] |= change
     assert reason in refusal(raw, tmp_path)
-    if "weights" in change:
+    if change.get("weights") == "weights/atto.pth":
         (tmp_path / "weights").mkdir()
-        (tmp_path / "weights/atto.pth").touch()
+        model = Model(**raw["models"]["convnext"])
+        torch.save(build_network(spec_of(model, 10)).state_dict(), tmp_path / "weights/atto.pth")
         check(written(raw, tmp_path))
+        torch.save({"stem.weight": torch.ones(1)}, tmp_path / "weights/atto.pth")
+        assert "is not of this network" in refusal(raw, tmp_path)
 
 
 def test_a_network_that_takes_no_images_of_the_first_size_is_refused(raw, tmp_path):
@@ -413,6 +426,9 @@ def test_every_params_file_in_the_repository_is_valid(name, tmp_path):
     (tmp_path / "stages").symlink_to(TOP / "stages")
     (tmp_path / "studies").symlink_to(TOP / "studies")
     path.write_text(committed(name))
+    for model in load_params(Params, path).models.values():  # files of weights are not in git
+        if model.weights.endswith(".safetensors"):
+            save_file(build_network(spec_of(model, 10)).state_dict(), path.parent / model.weights)
     check(path)
 
 
