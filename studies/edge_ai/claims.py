@@ -6,6 +6,7 @@ Run: python -m studies.edge_ai.claims, in the folder of params.yaml
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json, write_json, write_text
 from stages.params.load import load_params
+from stages.params.models import Model
 from stages.reporting.inputs import Params
 from stages.reporting.rows import Group, Row, control_of, dense_of, groups_of, is_control
 from stages.reporting.statistics import mean_and_std, normal_quantile, wilson_interval
@@ -206,31 +208,67 @@ def combination(claim: Claim, evidence: Evidence) -> Finding:
 def pretraining(claim: Claim, evidence: Evidence) -> Finding:
     """Whether compression costs a pretrained network less accuracy than the same network trained from scratch.
 
-    Controls (nothing is compressed) and `small_dense` (always fresh weights) are left out. The p-value is approximate:
-    normal, from the intervals of both changes as if they were independent.
+    `small_dense` is left out, since it always starts from fresh weights.
     """
-    params, pairs = evidence.params, []
-    settings = {name: model.model_dump(exclude={"weights"}) for name, model in params.models.items()}
+    pairs = twins(evidence, lambda model, twin: model.weights != "none" == twin.weights and model.epochs != 0)
+    pairs = [pair for pair in pairs if evidence.params.pruners[pair[0]["pruner"]].method != "small_dense"]
+    return difference(
+        pairs,
+        "top1_delta",
+        ("delta_ci_low", "delta_ci_high"),
+        evidence,
+        "Change of top-1 under compression, pretrained minus from scratch",
+        "Needs the same network with pretrained weights and from scratch.",
+    )
+
+
+def fine_tuning(claim: Claim, evidence: Evidence) -> Finding:
+    """Whether a compressed network is more accurate if it was fine-tuned on the images before its compression."""
+    return difference(
+        twins(evidence, lambda model, twin: model.weights == twin.weights and model.epochs != 0 == twin.epochs),
+        "top1",
+        ("top1_ci_low", "top1_ci_high"),
+        evidence,
+        "Top-1 of compressed networks, fine-tuned before minus compressed from the given weights, with the same"
+        " training during and after compression",
+        "Needs the same network and weights with fine-tuning and with epochs: 0.",
+    )
+
+
+def twins(evidence: Evidence, are_twins: Callable[[Model, Model], bool]) -> list[tuple[Row, Row]]:
+    """Compressed variants of two models that differ only in weights or epochs; controls are left out."""
+    models, pairs = evidence.params.models, []
+    settings = {name: model.model_dump(exclude={"weights", "epochs"}) for name, model in models.items()}
     for row in evidence.by_name.values():
-        method, weights = params.pruners[row["pruner"]].method, params.models[row["model"]].weights
-        if row["top1_delta"] is None or weights == "none" or method == "small_dense":
-            continue
-        twins = (n for n, s in settings.items() if s == settings[row["model"]] and params.models[n].weights == "none")
-        other = evidence.by_name.get(f"{next(twins, '')}-{row['pruner']}-{row['quantizer']}")
-        if other is not None and not is_control(params, row["variant"]):
+        name = row["model"]
+        alike = (n for n in models if settings[n] == settings[name] and are_twins(models[name], models[n]))
+        other = evidence.by_name.get(f"{next(alike, '')}-{row['pruner']}-{row['quantizer']}")
+        if row["top1_delta"] is not None and other is not None and not is_control(evidence.params, row["variant"]):
             pairs.append((row, other))
+    return pairs
+
+
+def difference(
+    pairs: list[tuple[Row, Row]], key: str, limits: tuple[str, str], evidence: Evidence, what: str, needs: str
+) -> Finding:
+    """The mean difference of a figure over pairs of variants.
+
+    The p-value is approximate: normal, from the intervals of both figures as if they were independent.
+
+    Args:
+        limits: keys of the interval.
+        what: the figure, for the text.
+        needs: what a report without pairs lacks.
+    """
     if not pairs:
-        return Finding(NOT_TESTED, "Needs the same network with pretrained weights and from scratch.")
-    deltas = [ours["top1_delta"] - other["top1_delta"] for ours, other in pairs]
-    gain = mean_and_std(deltas)[0]
+        return Finding(NOT_TESTED, needs)
+    low, high = limits
+    gain = mean_and_std([ours[key] - other[key] for ours, other in pairs])[0]
     z = normal_quantile(evidence.run.get("confidence", 0.95))
-    widths = [(row["delta_ci_high"] - row["delta_ci_low"]) / 2 / z for pair in pairs for row in pair]
+    widths = [(row[high] - row[low]) / 2 / z for pair in pairs for row in pair]
     error = math.sqrt(sum(width**2 for width in widths)) / len(pairs)
     p = math.erfc(abs(gain) / error / math.sqrt(2))
-    how = (
-        f"Change of top-1 under compression, pretrained minus from scratch, mean of {len(pairs)} pairs:"
-        f" {points_text(gain, 2)} points, p = {p:.3f} (approximate)."
-    )
+    how = f"{what}, mean of {len(pairs)} pairs: {points_text(gain, 2)} points, p = {p:.3f} (approximate)."
     sure = p < 1 - evidence.run.get("confidence", 0.95)
     names = tuple(dict.fromkeys(row["variant"] for pair in pairs for row in pair))
     return Finding(HOLDS if gain > 0 and sure else FAILS, how, gain, gain, names)
@@ -265,7 +303,7 @@ def absent(claim: Claim) -> Finding:
     return Finding(NOT_TESTED, f"Needs a variant with {wanted} (for a combination also each part alone).")
 
 
-CHECKS = (reduction, limited_reduction, accuracy_gain, combination, pretraining, printed, not_tested)
+CHECKS = (reduction, limited_reduction, accuracy_gain, combination, pretraining, fine_tuning, printed, not_tested)
 
 
 def assess(claims: list[Claim], evidence: Evidence) -> list[dict[str, Any]]:

@@ -141,6 +141,22 @@ def test_pretrained_networks_are_compared_with_their_twins_from_scratch(verdicts
     assert "tuned-continued-fp32" not in found["variants"]
 
 
+@pytest.mark.parametrize(("worse", "verdict"), [(False, FAILS), (True, HOLDS)])
+def test_networks_compressed_from_given_weights_are_compared_with_fine_tuned_ones(verdicts, worse: bool, verdict: str):
+    network = {"library": "timm", "architecture": "convnext_atto", "input_size": 16, "weights": "pretrained"}
+    models = {"given": network | {"epochs": 0}, "tuned": network}
+
+    def change(folder: Path) -> None:
+        for path in folder.glob("reports/profile/given-[ol]*/predictions.npz"):
+            change_arrays(path, lambda stored: stored | {"predicted": stored["label"] + int(worse)})
+            change_profile(folder, path.parent.name, top1=1.0 - worse)
+
+    found = verdicts(params_of(models=models), change)
+    assert found["fine_tuning_top1_gain"]["verdict"] == verdict
+    assert found["fine_tuning_top1_gain"]["variants"][-2] == "tuned-oto50-int8"
+    assert found["pretraining_top1_delta"]["verdict"] == NOT_TESTED
+
+
 def test_the_command_needs_only_the_committed_report_and_a_file_of_claims(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, params_of() | {"report": {"claims": str(FILE)}})
