@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import subprocess
@@ -5,12 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from toy_project import PARAMS, pruned_project
 
 import stages
 from stages import finetune
+from stages.artifacts.artifact import load_artifact
 from stages.common.errors import UserError
+from stages.datasets.store import open_part
+from stages.networks.build import build_network, spec_of
+from stages.networks.predict import predict_logits, top1
+from stages.networks.preprocess import Classifier
+from stages.params.models import Model
 
 
 @pytest.fixture
@@ -20,9 +28,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_params(folder: Path, batch_size: int) -> None:
-    recipe = PARAMS["finetune"] | {"epochs": 1000, "batch_size": batch_size}
-    models = {"toy": PARAMS["models"]["toy"] | {"arguments": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}}}
+def write_params(folder: Path, batch_size: int, recipe: dict | None = None, **model) -> None:
+    recipe = PARAMS["finetune"] | {"epochs": 1000, "batch_size": batch_size} | (recipe or {})
+    models = {"toy": PARAMS["models"]["toy"] | {"arguments": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}} | model}
     (folder / "params.yaml").write_text(yaml.safe_dump(PARAMS | {"finetune": recipe, "models": models}))
 
 
@@ -52,3 +60,61 @@ def test_ctrl_c_ends_a_training_with_one_line_that_says_what_is_kept(folder: Pat
     assert " of 1000 epochs are finished and kept" in errors
     assert errors.count("\n") == 1
     assert list((folder / ".scratch/finetune/toy").glob("*/checkpoint.pt"))
+
+
+def given_weights(folder: Path, classes: int = 5) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    model = Model(**yaml.safe_load((folder / "params.yaml").read_text())["models"]["toy"])
+    state = build_network(spec_of(model, classes)).state_dict()
+    torch.save({"state_dict": state}, folder / "given.pth")
+    return state
+
+
+def run(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["finetune", "toy"])
+    finetune.main()
+
+
+def test_zero_epochs_take_the_given_weights_and_their_normalization_as_they_are(folder: Path, monkeypatch, capsys):
+    state = given_weights(folder)
+    write_params(folder, 4, weights="given.pth", normalization=[[0.1, 0.2, 0.3], 0.5], epochs=0)
+    run(folder, monkeypatch)
+    network, description = load_artifact(folder / "models/dense/toy")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    assert (description.mean, description.std) == ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
+    part = open_part(folder / "data/images", "validation")
+    logits = predict_logits(Classifier(description.preprocess(), network), part.images, 64)
+    assert description.metrics == {"validation_top1": top1(logits, part.labels), "epoch": 0}
+    assert (
+        f"validation top-1 as loaded: {100 * description.metrics['validation_top1']:.2f} %" in capsys.readouterr().out
+    )
+    assert len((folder / "reports/curves/dense/toy.csv").read_text().splitlines()) == 1
+
+
+def test_a_fresh_head_gives_every_class_the_same_chance(folder: Path, monkeypatch, capsys):
+    given_weights(folder, classes=3)
+    write_params(folder, 4, {"epochs": 2, "label_smoothing": 0.0, "learning_rate": 1e-9}, weights="given.pth")
+    run(folder, monkeypatch)
+    assert "fresh, starting at zero: head.fc.weight, head.fc.bias" in capsys.readouterr().out
+    rows = (folder / "reports/curves/dense/toy.csv").read_text().splitlines()[1:]
+    assert [float(row.split(",")[2]) for row in rows] == pytest.approx([math.log(5)] * 2, abs=1e-4)
+    assert load_artifact(folder / "models/dense/toy")[1].fresh == ["head.fc.weight", "head.fc.bias"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "message"),
+    [
+        ({"epochs": 0}, {}, r"models\.toy\.weights = 'none': finetune\.epochs = 0 leaves random weights"),
+        ({}, {"weights": "no.pth"}, r"models\.toy: weights 'no\.pth': no such file"),
+        ({}, {"weights": "given.pth", "arguments": {}}, r"models\.toy: weights 'given\.pth' .* is not of this network"),
+        ({}, {"normalization": [[0.1, 0.2], 0.5]}, r"models\.toy\.normalization: 2 means and 3 standard deviations"),
+        ({"pretrained": {"freeze": ["x.*"]}}, {"weights": "given.pth"}, r"freeze: 'x\.\*' matches no tensor"),
+    ],
+)
+def test_weights_and_settings_that_do_not_fit_are_refused_before_training(folder, monkeypatch, recipe, model, message):
+    given_weights(folder)
+    write_params(folder, 4, recipe, **model)
+    with pytest.raises(UserError, match=message):
+        run(folder, monkeypatch)
+    assert not (folder / "models/dense").exists()
