@@ -77,7 +77,7 @@ def compare(params: Params, variant: str, scratch: Path) -> dict[str, Any]:
         "float, OpenVINO": OPENVINO.open(parent, 1, 1),
         "dense float, PyTorch eager": TORCH_EAGER.open(paths.compressed(params.baseline_of(variant)), 1, 1),
     }
-    pixels = random_pixels(1, read_description(folder).image_size, PROTOCOL.seed)
+    pixels = random_pixels(1, read_description(folder).image_shape, PROTOCOL.seed)
     ours = list(runs).index("ours int8, ONNX Runtime")
     contenders = [Contender(variant, name, run, pixels, ours) for name, run in runs.items()]
     watch = RunWatch()

@@ -1,6 +1,6 @@
 """download: bring the images into one form, once.
 
-In: the section `data` (a name and a source). Out: `data/images/` as `stages/datasets/store.py` describes it: RGB uint8
+In: the section `data` (a name and a source). Out: `data/images/` as `stages/datasets/store.py` describes it: uint8
 arrays for train, validation and test, and `images.json` with counts, checksums and statistics.
 
 Run by `dvc repro download`, or `python -m stages.download` in the folder of `params.yaml`.
@@ -59,9 +59,10 @@ def download(data: Data, folder: Path, scratch: Path, threads: int) -> tuple[Inf
 
 def summary(info: Info, remark: str, size_bytes: int) -> str:
     counts = ", ".join(f"{part} {count:,}" for part, count in info.counts.items())
+    kind = f"{info.geometry}, {'gray' if info.channels == 1 else 'RGB'}"
     line = (
         f"{paths.IMAGES}: {info.name} ({info.source}), {len(info.classes)} classes, {counts} images of"
-        f" {info.image_size}x{info.image_size}, {size_bytes / 1e6:,.1f} MB"
+        f" {info.image_size}x{info.image_size} ({kind}), {size_bytes / 1e6:,.1f} MB"
     )
     unreadable = f"unreadable images left out: {len(info.unreadable):,}" if info.unreadable else ""
     return "; ".join(filter(None, [line, unreadable, remark]))

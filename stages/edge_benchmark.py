@@ -50,7 +50,7 @@ def candidates_of(params: Params) -> list[Candidate]:
         description = read_description(folder)
         check_onnx(folder, description)
         sha256 = description.onnx["sha256"]
-        candidates.append(Candidate(variant, folder, params.baseline_of(variant), description.image_size, sha256))
+        candidates.append(Candidate(variant, folder, params.baseline_of(variant), description.image_shape, sha256))
     return candidates
 
 

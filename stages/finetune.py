@@ -73,6 +73,7 @@ def describe(params: Params, key: str, recipe: Finetune, spec: NetworkSpec, info
         network=spec,
         classes=info.classes,
         image_size=info.image_size,
+        geometry=info.geometry,
         input_size=model.input_size,
         mean=mean,
         std=std,
@@ -94,7 +95,7 @@ def refuse_large_batch(batch_size: int, images: int) -> None:
 def finetune(params: Params, key: str, device: torch.device) -> None:
     info, model, recipe = read_info(paths.IMAGES), params.models[key], recipe_of(params, key)
     refuse_large_batch(recipe.batch_size, info.counts["train"])
-    spec = spec_of(model, len(info.classes))
+    spec = spec_of(model, len(info.classes), info.channels)
     description = describe(params, key, recipe, spec, info)
     torch.manual_seed(description.seed)
     network = build_network(spec)

@@ -149,12 +149,13 @@ def save(
         metrics={},
     )
     if quantized.pixel_stem:
-        description = replace(description, mean=PIXEL_MEAN, std=PIXEL_STD, input_size=source.image_size)
+        n = source.network.channels
+        description = replace(description, mean=[PIXEL_MEAN] * n, std=[PIXEL_STD] * n, input_size=source.image_size)
     classifier = Classifier(description.preprocess(), quantized.network).eval()
     batch_size = 1 if description.spans_batch() else EVALUATION_BATCH
 
     def add_onnx(unfinished: Path) -> dict[str, Any]:
-        written = export_onnx(classifier, description.image_size, unfinished / ONNX, export)
+        written = export_onnx(classifier, description.image_size, unfinished / ONNX, export, description.metadata())
         description.metrics = validate(classifier, unfinished / ONNX, session.validation_part, batch_size, threads)
         return written
 

@@ -50,7 +50,7 @@ def test_the_stage_writes_the_digits_and_prints_one_line(workspace: Path, capsys
     assert open_part(paths.IMAGES, "train").images.shape == (1295, 16, 16, 3)
     out = capsys.readouterr().out
     assert out.startswith("data/images: digits (")
-    assert "10 classes, train 1,295, validation 143, test 359 images of 16x16, 1.4 MB" in out
+    assert "10 classes, train 1,295, validation 143, test 359 images of 16x16 (crop, RGB), 1.4 MB" in out
     assert out.count("\n") == 1
     assert [path.name for path in Path("data").iterdir()] == ["images"]
     first = everything(paths.IMAGES)

@@ -66,7 +66,7 @@ def test_static_int8_that_takes_stored_pixels_is_described_so_and_comes_back(unq
     quantize.compress(params, "toy-none-static", paths.pruned("toy-none"), folder, paths.IMAGES, 1)
     classifier, found = load_classifier(folder)
     assert found.network.pixel_stem == {"stem.0": 2}
-    assert (found.mean, found.std, found.input_size, found.image_size) == (PIXEL_MEAN, PIXEL_STD, 24, 24)
+    assert (found.mean, found.std, found.input_size, found.image_size) == ([PIXEL_MEAN] * 3, [PIXEL_STD] * 3, 24, 24)
     images = open_part(paths.IMAGES, "validation").images
     logits = session_logits(open_session(folder / "model.onnx", 1), images, 20)
     with torch.no_grad():

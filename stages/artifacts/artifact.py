@@ -106,7 +106,7 @@ def load_artifact(folder: Path) -> tuple[nn.Module, Description]:
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, Description]:
-    """`load_artifact` with the preprocessing in front: the result takes uint8 pixels `[N, H, W, 3]`."""
+    """`load_artifact` with the preprocessing in front: the result takes uint8 pixels `[N, H, W, C]`."""
     network, description = load_artifact(folder)
     return Classifier(description.preprocess(), network).eval(), description
 
@@ -159,7 +159,7 @@ def _packed_layer(own: nn.Module | None, storage: LayerStorage, tensors: dict[st
 def _compare(network: nn.Module, folder: Path, description: Description) -> None:
     loaded, _ = load_artifact(folder)
     size = description.input_size
-    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, description.network.channels, size, size, generator=torch.Generator().manual_seed(0))
     mode, device = network.training, next((p.device for p in network.parameters()), torch.device("cpu"))
     network.eval().cpu()
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """`model.json`, the description of a model artifact; reading it does not import torch."""
 
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,11 +11,12 @@ from stages.common import paths
 from stages.common.errors import UserError
 from stages.common.files import read_json, sha256_of
 from stages.networks.spec import NetworkSpec
+from stages.params.section import Geometry
 
 if TYPE_CHECKING:
     from stages.networks.preprocess import Preprocess
 
-VERSION = 4
+VERSION = 5
 TENSORS, DESCRIPTION, ONNX = "model.safetensors", "model.json", "model.onnx"
 FLOAT_BITS = 32  # of weights and activations that are not quantized
 AGAIN = "make it again with `dvc repro`"
@@ -52,6 +54,7 @@ class Description:
     network: NetworkSpec
     classes: list[str]
     image_size: int  # side of the stored images, which `model.onnx` takes, in pixels
+    geometry: Geometry  # how pictures of other proportions become the stored squares
     input_size: int  # side of the network's input, after scaling, in pixels
     mean: list[float]
     std: list[float]
@@ -77,6 +80,20 @@ class Description:
         from stages.networks.preprocess import Preprocess  # imports torch
 
         return Preprocess(self.mean, self.std, self.input_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the stored images."""
+        return self.image_size, self.image_size, self.network.channels
+
+    def metadata(self) -> dict[str, str]:
+        """What a program must know to use `model.onnx`; it stands in the file's metadata."""
+        return {
+            "classes": json.dumps(self.classes, ensure_ascii=False),
+            "image_size": str(self.image_size),
+            "geometry": self.geometry,
+            "channels": "gray" if self.network.channels == 1 else "RGB",
+        }
 
     @property
     def fresh(self) -> list[str] | None:

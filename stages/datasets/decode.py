@@ -1,4 +1,4 @@
-"""Decode an image of any mode and size to RGB uint8 at one size."""
+"""Decode an image of any mode and size to uint8 pixels of one square size, RGB or gray."""
 
 import io
 from pathlib import Path
@@ -6,30 +6,53 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+PADDING = 127  # of a letterboxed image in every channel: gray, which is near 0 after normalization
 
-def decode(content: bytes | Path | np.ndarray, size: int) -> tuple[np.ndarray, str | None]:
-    """RGB pixels, uint8 `[size, size, 3]`, and Pillow's name of the file format ("JPEG"; None for pixels).
 
-    The image is rotated by its EXIF orientation, converted by `to_rgb` and stretched to the square, with bilinear
-    interpolation and antialiasing. An animation gives its first frame.
+def decode(
+    content: bytes | Path | np.ndarray, size: int, geometry: str, channels: int
+) -> tuple[np.ndarray, str | None]:
+    """Pixels, uint8 `[size, size, channels]`, and Pillow's name of the file format ("JPEG"; None for pixels).
+
+    The image is rotated by its EXIF orientation, converted by `to_rgb`, and to gray for one channel (Pillow's "L", the
+    luma of ITU-R 601-2), and brought to the square by `to_square`. An animation gives its first frame.
 
     Raises:
         Exception: any error of Pillow for a broken file (they have no common class).
     """
     if isinstance(content, np.ndarray):
-        return _stretch(Image.fromarray(content), size), None
+        return _pixels(Image.fromarray(content), size, geometry, channels), None
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         image_format = image.format
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _stretch(image, size), image_format
+        return _pixels(image, size, geometry, channels), image_format
 
 
-def _stretch(image: Image.Image, size: int) -> np.ndarray:
-    image = to_rgb(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+def _pixels(image: Image.Image, size: int, geometry: str, channels: int) -> np.ndarray:
+    rgb = to_rgb(image)
+    image = rgb.convert("L") if channels == 1 else rgb
+    return np.asarray(to_square(image, size, geometry)).reshape(size, size, channels)
+
+
+def to_square(image: Image.Image, size: int, geometry: str) -> Image.Image:
+    """Scale an RGB or gray image of any proportions to a square, with bilinear interpolation and antialiasing.
+
+    `crop` takes the central square of the image. `letterbox` keeps all of it and pads the shorter side with gray.
+    `stretch` changes the proportions. A square image gives the same pixels in all three.
+    """
+    if geometry == "crop":
+        return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    if geometry == "stretch":
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    if geometry != "letterbox":
+        raise ValueError(f"geometry {geometry!r} is unknown")
+    longer = max(image.size)  # the result is that of ImageOps.pad, which fails if a side becomes less than half a pixel
+    width, height = (max(1, round(side / longer * size)) for side in image.size)
+    page = Image.new(image.mode, (size, size), (PADDING,) * len(image.getbands()))
+    place = round((size - width) / 2), round((size - height) / 2)
+    page.paste(image.resize((width, height), Image.Resampling.BILINEAR), place)
+    return page
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
 """The images on disk, as every stage after download reads them: one pair of `.npy` files for each part.
 
-`<part>_images.npy` is uint8 `[N, H, W, 3]`, `<part>_labels.npy` int64 `[N]`; `images.json` describes them. Arrays are
+`<part>_images.npy` is uint8 `[N, H, W, C]`, `<part>_labels.npy` int64 `[N]`; `images.json` describes them. Arrays are
 memory-mapped, so data sets larger than memory work.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from stages.common.errors import UserError
 from stages.common.files import read_json
+from stages.params.section import Geometry
 
 INFO = "images.json"
 PartName = Literal["train", "validation", "test"]
@@ -20,7 +21,7 @@ PARTS: tuple[PartName, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the data: `images` uint8 `[N, H, W, 3]` (memory-mapped, read-only), `labels` int64 `[N]`.
+    """One part of the data: `images` uint8 `[N, H, W, C]` (memory-mapped, read-only), `labels` int64 `[N]`.
 
     The order is that of the source, which may be sorted by class: a sample must never be the first images.
     """
@@ -32,7 +33,7 @@ class Part:
         return len(self.labels)
 
     def spread(self, count: int) -> np.ndarray:
-        """`count` evenly spaced images of the part (or all): uint8 `[min(count, N), H, W, 3]`."""
+        """`count` evenly spaced images of the part (or all): uint8 `[min(count, N), H, W, C]`."""
         return np.array(self.images[np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)])
 
 
@@ -49,6 +50,8 @@ class Info:
     """Description for reports. It includes the file format, since JPEG files differ from the lossless original."""
     licence: str
     image_size: int
+    geometry: Geometry
+    channels: int
     classes: list[str]
     counts: dict[str, int]
     """Images in each part."""
@@ -91,7 +94,7 @@ def open_part(folder: Path, part: PartName) -> Part:
             reason = str(error).partition(" If you trust")[0]  # unpickling is never an option
             raise UserError(f"{path} is broken ({reason}): delete {folder} and run `dvc repro download`") from None
     images, labels = arrays
-    expected = (info.counts[part], info.image_size, info.image_size, 3)
+    expected = (info.counts[part], info.image_size, info.image_size, info.channels)
     if images.shape != expected or labels.shape != expected[:1]:
         raise UserError(f"{folder}: {part} has shapes {images.shape} and {labels.shape}, {INFO} says {expected}")
     return Part(images, np.array(labels))

@@ -27,25 +27,24 @@ CHUNK = 64  # images decoded at once
 class PartFile:
     """`<part>_images.npy` while it grows. It appends, because a memory map ends in a bus error on a full disk."""
 
-    def __init__(self, path: Path, image_size: int) -> None:
+    def __init__(self, path: Path, image_size: int, channels: int) -> None:
         self.path = path
-        self.image_size = image_size
+        self.shape = image_size, image_size, channels
         self.labels: list[int] = []
-        self.histogram = np.zeros((3, 256), dtype=np.int64)
+        self.histogram = np.zeros((channels, 256), dtype=np.int64)
         self.file = path.open("wb")
         self._write_header()
 
     def _write_header(self) -> None:
         # NumPy pads the header, so that a larger first dimension fits in the same space.
-        shape = (len(self.labels), self.image_size, self.image_size, 3)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def append(self, pixels: np.ndarray, label: int) -> None:
         self.file.write(pixels.tobytes())
         self.labels.append(label)
-        for channel in range(3):
-            self.histogram[channel] += np.bincount(pixels[..., channel].ravel(), minlength=256)
+        for channel, counts in enumerate(self.histogram):
+            counts += np.bincount(pixels[..., channel].ravel(), minlength=256)
 
     def finish(self, labels_path: Path) -> None:
         self.file.seek(0)
@@ -73,15 +72,17 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
     cut = {part: fraction for part, fraction in fractions.items() if part not in source.labels}
     assignment = {part: np.full(len(labels), PARTS.index(part)) for part, labels in source.labels.items()}
     assignment["train"] = split(source.labels["train"], source.classes, cut, data.split_seed)
-    _check_room(folder, sum(len(labels) for labels in source.labels.values()) * data.image_size**2 * 3)
+    _check_room(folder, sum(len(labels) for labels in source.labels.values()) * data.image_size**2 * data.channels)
 
     formats: set[str] = set()
     unreadable: list[str] = []
-    files: dict[PartName, PartFile] = {part: PartFile(folder / f"{part}_images.npy", data.image_size) for part in PARTS}
+    files: dict[PartName, PartFile] = {
+        part: PartFile(folder / f"{part}_images.npy", data.image_size, data.channels) for part in PARTS
+    }
     try:
         with ThreadPoolExecutor(threads) as pool:
             for native, labels in source.labels.items():
-                decoded = _decoded(source.images(native), data.image_size, pool)
+                decoded = _decoded(source.images(native), data, pool)
                 for part, label, (image, result) in zip(assignment[native], labels, decoded, strict=True):
                     if isinstance(result, Exception):
                         if not data.allow_unreadable:
@@ -107,6 +108,8 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
         source=", ".join([source.description, *([f"{' and '.join(sorted(formats))} images"] if formats else [])]),
         licence=source.licence,
         image_size=data.image_size,
+        geometry=data.geometry,
+        channels=data.channels,
         classes=source.classes,
         counts={part: len(file.labels) for part, file in files.items()},
         mean=mean,
@@ -120,7 +123,7 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
 
 
 def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and population std of each channel with pixels scaled to [0, 1], from its histogram (int64 `[3, 256]`).
+    """Mean and population std of each channel with pixels scaled to [0, 1], from its histogram (int64 `[C, 256]`).
 
     Integer counts make the result independent of the order of the images; six decimals make it independent of the
     machine.
@@ -133,17 +136,17 @@ def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _decoded(
-    images: Iterator[RawImage], size: int, pool: ThreadPoolExecutor
+    images: Iterator[RawImage], data: Data, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[RawImage, tuple[np.ndarray, str | None] | Exception]]:
     while chunk := list(islice(images, CHUNK)):
-        yield from zip(chunk, pool.map(partial(_try_decode, size=size), chunk), strict=True)
+        yield from zip(chunk, pool.map(partial(_try_decode, data=data), chunk), strict=True)
 
 
-def _try_decode(image: RawImage, size: int) -> tuple[np.ndarray, str | None] | Exception:
+def _try_decode(image: RawImage, data: Data) -> tuple[np.ndarray, str | None] | Exception:
     if image.content is None:
         return ValueError("the source lists it but does not contain it")
     try:
-        return decode(image.content, size)
+        return decode(image.content, data.image_size, data.geometry, data.channels)
     except MemoryError:
         raise
     except Exception as error:  # Pillow has no common class for broken files

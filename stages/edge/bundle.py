@@ -2,8 +2,8 @@
 
 In:  `params.yaml`, `models/compressed/<variant>/`, the validation part of `data/images/`, and the model card
      `reports/cards/<variant>.md` if the report has written it.
-Out: `dist/<variant>/`: `model.onnx`, `bundle.json` (classes, image size, hash, confidence threshold), the model card as
-     `README.md`, the scripts `predict.py`, `bench.py` and `camera.py` with their modules, and pinned requirements.
+Out: `dist/<variant>/`: `model.onnx`, `bundle.json` (classes, input geometry, hash, confidence threshold), the model
+     card as `README.md`, the scripts `predict.py`, `bench.py` and `camera.py` with their modules, pinned requirements.
 Run: edgewise bundle <variant> [--accuracy 0.95] [--out dist]
 """
 
@@ -67,6 +67,8 @@ def bundle_json(description: Description, threshold: Threshold, n_validation: in
         "variant": description.name,
         "classes": description.classes,
         "image_size": description.image_size,
+        "geometry": description.geometry,
+        "channels": description.network.channels,
         "onnx_sha256": description.onnx["sha256"],
         "confidence_threshold": threshold.confidence,
         "accuracy_asked": accuracy,

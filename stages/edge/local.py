@@ -21,7 +21,7 @@ class Candidate:
     variant: str
     folder: Path  # its artifact
     baseline: str  # the dense float variant to compare with
-    image_size: int
+    image_shape: tuple[int, int, int]  # height, width, channels
     onnx_sha256: str
 
 
@@ -36,7 +36,7 @@ class Timing:
 
 
 Soaked = tuple[Candidate, np.ndarray, SoakPlan]
-"""The candidate of a soak, its images uint8 `[N, H, W, 3]`, and the plan."""
+"""The candidate of a soak, its images uint8 `[N, H, W, C]`, and the plan."""
 
 
 def time_here(
@@ -70,7 +70,7 @@ def time_here(
     eager = {c.variant: index for index, (c, runtime, _) in enumerate(opened) if runtime is TORCH_EAGER}
     contenders = []
     for c, runtime, run in opened:
-        pixels = random_pixels(protocol.batch, c.image_size, protocol.seed)
+        pixels = random_pixels(protocol.batch, c.image_shape, protocol.seed)
         contenders.append(Contender(c.variant, runtime.name, run, pixels, eager[c.baseline]))
     watch = RunWatch(protocol.quiet_seconds)
     timed, state, windows = timed_run(contenders, starts, protocol, watch, EnergyMeter(), log)

@@ -1,4 +1,4 @@
-"""Printed samples: test images, printed and filmed in simulation, classified as camera.py does.
+"""Printed samples: test images, printed and filmed in simulation, classified as `camera.py --crop 0.7` does.
 
 In:  `params.yaml`, `models/compressed/<variant>/`, the test part of `data/images/` (like the profile stage, it measures
      a finished model).
@@ -41,7 +41,7 @@ def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, 
 
     Raises a `UserError` if the artifact is missing, broken or made from other images, or the video does not play.
     """
-    from stages.edge.device.edgewise_frames import CROP, center_square
+    from stages.edge.device.edgewise_frames import center
     from stages.edge.printing import FRAMES_PER_SECOND, Strengths, film, photograph, play
 
     source, info = paths.compressed(variant), read_info(paths.IMAGES)
@@ -50,6 +50,8 @@ def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, 
     description.require_images(source, info.sha256)
     part, strengths, session = open_part(paths.IMAGES, "test"), Strengths(), open_session(source / ONNX, 1)
 
+    crop = strengths.print_px / strengths.frame_px  # the camera points at the print
+
     def class_of(pixels: np.ndarray) -> int:
         return int(session_logits(session, pixels[None], 1)[0].argmax())
 
@@ -57,8 +59,8 @@ def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, 
     written = film(folder / VIDEO, pictures, strengths.frame_px)
     printed = []
     for frame in play(folder / VIDEO, written):
-        square = frame[center_square(frame, CROP)]
-        pixels, _ = decode(np.ascontiguousarray(square[..., ::-1]), part.images.shape[1])
+        seen = np.ascontiguousarray(frame[center(frame, crop)][..., ::-1])
+        pixels, _ = decode(seen, info.image_size, info.geometry, info.channels)
         printed.append(class_of(pixels))
     predicted, clean = np.array(printed), np.array([class_of(part.images[index]) for index in chosen])
     labels, n = part.labels[chosen], len(chosen)
@@ -77,7 +79,8 @@ def printed_row(variant: str, chosen: np.ndarray, seed: int, confidence: float, 
         "video_frames": written,
         "video_frames_per_s": FRAMES_PER_SECOND,
         "video_bytes": (folder / VIDEO).stat().st_size,
-        "crop_fraction": CROP,
+        "geometry": info.geometry,
+        "crop_fraction": crop,
         **asdict(strengths),
         "onnxruntime": pinned("onnxruntime"),
         "opencv": pinned(CAMERA),

@@ -38,8 +38,8 @@ class Strengths:
 
 
 def photograph(image: np.ndarray, strengths: Strengths, generator: np.random.Generator) -> np.ndarray:
-    """Photograph a print of `image`: uint8 RGB `[S, S, 3]` to uint8 RGB `[frame_px, frame_px, 3]`."""
-    pixels = enlarge(image, strengths.print_px)
+    """Photograph a print of `image`: uint8 RGB or gray `[S, S, C]` to uint8 RGB `[frame_px, frame_px, 3]`."""
+    pixels = enlarge(np.broadcast_to(image, (*image.shape[:2], 3)), strengths.print_px)
     for step in (lay_on_table, light, blur, moire, noise):
         pixels = step(pixels, strengths, generator)
     return jpeg(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), strengths.jpeg_quality)

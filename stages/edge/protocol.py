@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-Classify = Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`
+Classify = Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, C]` to float32 logits `[B, classes]`
 Log = Callable[[str], None]  # receives lines of progress
 Meter = Callable[[], float | None]  # joules used so far; None where the machine has no counter
 
@@ -64,9 +64,9 @@ class Window:
         return float(np.median(self.times_ns)) / 1e6
 
 
-def random_pixels(batch: int, image_size: int, seed: int) -> np.ndarray:
-    """Uniform noise, uint8 `[batch, H, W, 3]`. The values do not matter: no operator in use depends on them in time."""
-    return np.random.default_rng(seed).integers(0, 256, (batch, image_size, image_size, 3), np.uint8)
+def random_pixels(batch: int, image_shape: Sequence[int], seed: int) -> np.ndarray:
+    """Uniform noise, uint8 `[batch, H, W, C]`. The values do not matter: no operator in use depends on them in time."""
+    return np.random.default_rng(seed).integers(0, 256, (batch, *image_shape), np.uint8)
 
 
 def time_window(run: Classify, pixels: np.ndarray, seconds: float, minimum_runs: int, meter: Meter) -> tuple:

@@ -201,7 +201,7 @@ def plan_of(
         soak = {"variant": candidate.variant, "file": "soak.npy", "plan": asdict(plan)}
     models = [
         {"variant": c.variant, "baseline": c.baseline, "file": f"{home}/models/{c.onnx_sha256}.onnx"}
-        | {"image_size": c.image_size, "onnx_sha256": c.onnx_sha256}
+        | {"onnx_sha256": c.onnx_sha256}
         for c in candidates
     ]
     return {"protocol": asdict(protocol), "affinity": section.affinity, "models": models, "soak": soak}, content

@@ -88,7 +88,7 @@ def _open_torch(folder: Path, threads: int, batch: int, compiled: bool = False) 
 
     if compiled:
         try:
-            run(random_pixels(batch, description.image_size, 0))
+            run(random_pixels(batch, description.image_shape, 0))
         except Exception as error:  # errors of inductor, the compiler and the network have no common class
             raise UserError(
                 f"torch {torch.__version__} does not compile {folder} ({_line(error, 0)}): install a C++ compiler, or"
@@ -121,14 +121,15 @@ def measure_fresh(runtime: Runtime, folder: Path, threads: int, batch: int, repe
 
 def main() -> None:
     runtime, folder, threads, batch = RUNTIMES[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    image_size = read_json(folder / "model.json")["image_size"]
+    described = read_json(folder / "model.json")
+    image_shape = described["image_size"], described["image_size"], described["network"]["channels"]
     times = [time.perf_counter_ns()]
     for module in runtime.modules:
         importlib.import_module(module)
     times.append(time.perf_counter_ns())
     run = runtime.open(folder, threads, batch)
     times.append(time.perf_counter_ns())
-    print(json.dumps(start_up(run, random_pixels(batch, image_size, 0), *(np.diff(times) / 1e6).tolist())))
+    print(json.dumps(start_up(run, random_pixels(batch, image_shape, 0), *(np.diff(times) / 1e6).tolist())))
 
 
 if __name__ == "__main__":

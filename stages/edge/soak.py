@@ -25,7 +25,7 @@ def soak(
     """Classify `images` in turn until the time is up, and compare each answer with the first one on the same image.
 
     Args:
-        run: uint8 pixels `[1, H, W, 3]`, as each of `images`, to logits `[1, classes]`.
+        run: uint8 pixels `[1, H, W, C]`, as each of `images`, to logits `[1, classes]`.
         state: returns memory, temperature and frequency; called at the end of each window, outside the timing.
 
     Returns:

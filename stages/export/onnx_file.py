@@ -5,7 +5,7 @@ The same network always gives the same bytes: the file holds no names, dates, ve
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ INPUT, OUTPUT = "pixels", "logits"
 LARGEST_FILE = 2**31 - 1  # bytes: protobuf's limit for one message
 
 
-def export_onnx(classifier: Classifier, image_size: int, path: Path, export: Export = DEFAULT) -> dict[str, Any]:
-    """Write `classifier` to one file: `pixels` uint8 `[batch, H, W, 3]` in, `logits` float32 `[batch, classes]` out.
+def export_onnx(
+    classifier: Classifier, image_size: int, path: Path, export: Export = DEFAULT, metadata: Mapping[str, str] = {}
+) -> dict[str, Any]:
+    """Write `classifier` to one file: `pixels` uint8 `[batch, H, W, C]` in, `logits` float32 `[batch, classes]` out.
 
     PyTorch's dynamic layers become MatMulInteger with the same int8 weights and scales; DynamicQuantizeLinear quantizes
     their inputs with one scale for the whole batch. Layers with integer weights keep their integers, as int8 or int4;
@@ -38,6 +40,7 @@ def export_onnx(classifier: Classifier, image_size: int, path: Path, export: Exp
 
     Args:
         image_size: side of the images that the file takes, in pixels.
+        metadata: entries of the file's metadata.
 
     Returns:
         `opset` and `batch`; `quantized_operators`, the number of operators that compute on integers;
@@ -54,6 +57,7 @@ def export_onnx(classifier: Classifier, image_size: int, path: Path, export: Exp
         model, stored = with_dynamic_layers(model, dynamic_layers(classifier))
         stored |= with_integer_layers(model, integer_layers(classifier))
     _strip(model)
+    onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return {"opset": export.opset, "batch": export.batch} | stored
@@ -83,19 +87,19 @@ class _Pointwise(nn.Module):
     """`Preprocess` whose normalization is a 1x1 convolution of each channel.
 
     Written as Mul and Add, ONNX Runtime would compute it on channels-last pixels in front of an integer stem, where
-    broadcasting over three values takes a tenth of a small network's time.
+    broadcasting over channels takes a tenth of a small network's time.
     """
 
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
         self.resize = preprocess.resize
         self.needed = bool((preprocess.scale != 1).any() or (preprocess.shift != 0).any())
-        self.register_buffer("weight", preprocess.scale.view(3, 1, 1, 1))
+        self.register_buffer("weight", preprocess.scale.view(-1, 1, 1, 1))
         self.register_buffer("bias", preprocess.shift.flatten())
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = pixels.permute(0, 3, 1, 2).float()
-        return self.resize(nn.functional.conv2d(x, self.weight, self.bias, groups=3) if self.needed else x)
+        return self.resize(nn.functional.conv2d(x, self.weight, self.bias, groups=len(self.bias)) if self.needed else x)
 
 
 def _float_model(classifier: Classifier, image_size: int, export: Export) -> onnx.ModelProto:
@@ -110,7 +114,8 @@ def _float_model(classifier: Classifier, image_size: int, export: Export) -> onn
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             replace_module(twin, name, _GlobalMean())
     dynamic = export.batch == "dynamic"
-    pixels = torch.zeros(2 if dynamic else 1, image_size, image_size, 3, dtype=torch.uint8)  # 1 would fix the axis
+    shape = image_size, image_size, len(twin.preprocess.bias)
+    pixels = torch.zeros(2 if dynamic else 1, *shape, dtype=torch.uint8)  # 1 would fix the axis
     keep_layers = any(isinstance(layer, nn.Conv2d) for layer in integers.values())
     try:
         with _unfolded_batch_norm() if keep_layers else nullcontext():

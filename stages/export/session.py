@@ -42,7 +42,7 @@ def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 def session_logits(session: onnxruntime.InferenceSession, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Logits of uint8 images `[N, H, W, 3]`; memory-mapped images are read one batch at a time.
+    """Logits of uint8 images `[N, H, W, C]`; memory-mapped images are read one batch at a time.
 
     A dynamically quantized network finds its scales over the whole batch, so its logits depend slightly on
     `batch_size`; a device sees one image at a time. A file with a fixed batch axis gets one image at a time.

@@ -43,8 +43,10 @@ def unknown(library: str, architecture: str) -> str | None:
     return f"{library} has no such classifier; {hint}"
 
 
-def construct(library: str, architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
-    """A freshly initialized network with `classes` logits, in training mode.
+def construct(
+    library: str, architecture: str, arguments: dict[str, Any], classes: int, channels: int = 3
+) -> "nn.Module":
+    """A freshly initialized network with `classes` logits for images of `channels` channels, in training mode.
 
     Raises:
         UserError: if the library has no such classifier, or it refuses the arguments.
@@ -52,6 +54,9 @@ def construct(library: str, architecture: str, arguments: dict[str, Any], classe
     where = f"{library} {architecture}"
     if "num_classes" in arguments:
         raise UserError(f"{where}: num_classes is set from the images' classes: remove it from the arguments")
+    if "in_chans" in arguments:
+        remedy = "set data.channels and remove in_chans from the arguments"
+        raise UserError(f"{where}: in_chans = {arguments['in_chans']}: is set from the images' channels: {remedy}")
     for name in FRACTIONS:
         fraction = arguments.get(name) or 0
         if not (isinstance(fraction, int | float) and 0 <= fraction < 1):
@@ -60,10 +65,12 @@ def construct(library: str, architecture: str, arguments: dict[str, Any], classe
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision announces future changes of its initialization
             if library == "timm":
-                return _timm_model(architecture, num_classes=classes, **arguments)
+                stem = {} if channels == 3 else {"in_chans": channels}  # a few networks have no such argument
+                return _timm_model(architecture, num_classes=classes, **stem, **arguments)
             if library == "custom":
-                return _custom_model(architecture, arguments, classes)
-            return _torchvision_model(architecture, arguments, classes)
+                return _custom_model(architecture, arguments, classes, channels)
+            network = _torchvision_model(architecture, arguments, classes)
+            return network if channels == 3 else _for_gray_images(network)
     except UserError:
         raise
     except Exception as error:  # constructors raise any class for arguments that they do not take
@@ -91,6 +98,19 @@ def _torchvision_model(architecture: str, arguments: dict[str, Any], classes: in
         setting = [CNBlockConfig(*stage) for stage in arguments["block_setting"]]
         return ConvNeXt(**arguments | {"block_setting": setting}, num_classes=classes)
     return torchvision.models.get_model(architecture, num_classes=classes, **arguments)
+
+
+def _for_gray_images(network: "nn.Module") -> "nn.Module":
+    """A network of torchvision, which has no argument for it, with a first convolution for one channel.
+
+    Its filters are the sums over the colors, as timm does it: a gray image gives the output that it gives as RGB.
+    """
+    from timm.models import adapt_input_conv
+    from torch import nn
+
+    stem = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    stem.weight, stem.in_channels = nn.Parameter(adapt_input_conv(1, stem.weight.detach())), 1
+    return network
 
 
 def custom_hash(architecture: str) -> str:
@@ -127,10 +147,10 @@ def custom_module(architecture: str) -> ModuleType:
     return module
 
 
-def _custom_model(architecture: str, arguments: dict[str, Any], classes: int) -> "nn.Module":
+def _custom_model(architecture: str, arguments: dict[str, Any], classes: int, channels: int) -> "nn.Module":
     from torch import nn
 
-    network = custom_module(architecture).build(classes, 3, **arguments)
+    network = custom_module(architecture).build(classes, channels, **arguments)
     if not isinstance(network, nn.Module):
         raise UserError(
             f"stages/networks/custom/{architecture}: build returns a {type(network).__name__}, no nn.Module"
@@ -139,9 +159,9 @@ def _custom_model(architecture: str, arguments: dict[str, Any], classes: int) ->
 
 
 def refused(
-    library: str, architecture: str, arguments: dict[str, Any], sizes: dict[str, int]
+    library: str, architecture: str, arguments: dict[str, Any], sizes: dict[str, int], channels: int = 3
 ) -> tuple[str, str] | None:
-    """Check that a classifier can be constructed and gives logits for RGB images of every size that it will see.
+    """Check that a classifier can be constructed and gives logits for images of every size that it will see.
 
     The check runs on the meta device, which allocates nothing; only a failure is repeated on the CPU.
 
@@ -158,15 +178,18 @@ def refused(
     for device in ("meta", "cpu"):  # the meta device lacks some operators, and some constructors compute
         try:
             with torch.device(device), torch.no_grad():
-                network = construct(library, architecture, arguments, CLASSES).eval()
+                network = construct(library, architecture, arguments, CLASSES, channels).eval()
                 for key, size in sizes.items():  # noqa: B007, the message names the last one
-                    output = network(torch.zeros(1, 3, size, size))
+                    output = network(torch.zeros(1, channels, size, size))
         except UserError as error:
             found = ".arguments", str(error)
         except Exception as error:  # layers raise any class for an input that does not fit
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             remedy = f"change {key}, or the arguments (some networks have `img_size`)"
-            found = "", f"{given} takes no RGB images of {size} pixels ({reason}): {remedy}"
+            found = (
+                "",
+                f"{given} takes no {'gray' if channels == 1 else 'RGB'} images of {size} pixels ({reason}): {remedy}",
+            )
         else:
             if (problem := more_than_logits(network, output)) is None and output.shape[1] != CLASSES:
                 problem = f"gives {output.shape[1]} logits for {CLASSES} classes: build must use `classes`"

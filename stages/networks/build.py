@@ -14,14 +14,14 @@ from stages.networks.spec import NetworkSpec
 from stages.params.models import Model
 
 
-def spec_of(model: Model, classes: int) -> NetworkSpec:
+def spec_of(model: Model, classes: int, channels: int = 3) -> NetworkSpec:
     """The dense network of one entry of `models`."""
     source = custom_hash(model.architecture) if model.library == "custom" else ""
-    return NetworkSpec(model.library, model.architecture, dict(model.arguments), classes, source_sha256=source)
+    return NetworkSpec(model.library, model.architecture, dict(model.arguments), classes, channels, source)
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
-    """A float network `[N, 3, S, S]` to `[N, classes]` with freshly initialized weights, in training mode.
+    """A float network `[N, C, S, S]` to `[N, classes]` with freshly initialized weights, in training mode.
 
     Raises:
         UserError: if the library has no such classifier, or refuses the constructor's arguments, or if the user's file
@@ -32,7 +32,8 @@ def build_network(spec: NetworkSpec) -> nn.Module:
             f"stages/networks/custom/{spec.architecture} is not the file that this network was built with (sha256"
             f" {spec.source_sha256[:12]}…): run `dvc repro`, or bring the file back"
         )
-    network = construct(spec.library, spec.architecture, spec.arguments, spec.classes)
+    network = construct(spec.library, spec.architecture, spec.arguments, spec.classes, spec.channels)
+    network.image_channels = spec.channels  # type: ignore[assignment]
     for module in network.modules():
         if type(module) is TimmLinear:  # differs from nn.Linear under TorchScript alone; code that looks for Linear
             module.__class__ = nn.Linear  # should find it

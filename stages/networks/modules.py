@@ -11,6 +11,11 @@ MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose weight is multiplied with the activations."""
 
 
+def channels_of(network: nn.Module) -> int:
+    """Number of channels of the images that a network takes, as `build_network` notes it."""
+    return getattr(network, "image_channels", 3)
+
+
 def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name`; it takes over the training mode of the module that it replaces."""
     module.train(network.get_submodule(name).training)
@@ -47,7 +52,7 @@ def along_outputs(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def output_positions(network: nn.Module, input_size: int) -> dict[str, int]:
-    """Count how often each convolution and linear layer applies its weight to one image `[3, input_size, input_size]`.
+    """Count how often each convolution and linear layer applies its weight to one image `[C, input_size, input_size]`.
 
     A weight's MACs are its numel times this count. A copy of the network runs once in evaluation mode.
 
@@ -67,5 +72,6 @@ def output_positions(network: nn.Module, input_size: int) -> dict[str, int]:
         if isinstance(module, MULTIPLYING):
             module.register_forward_hook(count)
     first = next(network.parameters())
-    network(torch.zeros(1, 3, input_size, input_size, device=first.device, dtype=first.dtype))
+    image = torch.zeros(1, channels_of(network), input_size, input_size, device=first.device, dtype=first.dtype)
+    network(image)
     return positions

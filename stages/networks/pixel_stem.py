@@ -17,8 +17,8 @@ from stages.common.errors import UserError
 from stages.networks.modules import replace_module
 from stages.networks.preprocess import Classifier, Preprocess
 
-PIXEL_MEAN, PIXEL_STD = [0.0] * 3, [1 / 255] * 3
-"""The normalization that does not change pixels from 0 to 255."""
+PIXEL_MEAN, PIXEL_STD = 0.0, 1 / 255
+"""The normalization of each channel that does not change pixels from 0 to 255."""
 TOLERANCE = 1e-3
 """Largest difference of logits that rounding explains, relative to the largest logit."""
 
@@ -62,8 +62,9 @@ def on_pixels(classifier: Classifier, image_size: int, name: str, factor: int) -
     stem = network.get_submodule(name)
     stem.weight.copy_(weight * scale)
     stem.bias.copy_(bias)
-    twin = Classifier(Preprocess(PIXEL_MEAN, PIXEL_STD, image_size), network).eval()
-    pixels = _some_pixels(image_size)
+    channels = layer.in_channels
+    twin = Classifier(Preprocess([PIXEL_MEAN] * channels, [PIXEL_STD] * channels, image_size), network).eval()
+    pixels = _some_pixels(image_size, channels)
     expected, found = classifier(pixels), twin(pixels)
     return twin if (found - expected).abs().max() <= TOLERANCE * expected.abs().max() else None
 
@@ -134,10 +135,11 @@ def _takes_images(classifier: Classifier, image_size: int) -> str | None:
     classifier.network.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))
     for layer in names:
         layer.register_forward_pre_hook(note)
-    classifier(_some_pixels(image_size))
+    classifier(_some_pixels(image_size, classifier.preprocess.scale.numel()))
     return found[0] if found else None
 
 
-def _some_pixels(image_size: int) -> torch.Tensor:
-    """Noise, uint8 `[2, S, S, 3]`."""
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, image_size, image_size, 3), np.uint8))
+def _some_pixels(image_size: int, channels: int) -> torch.Tensor:
+    """Noise, uint8 `[2, S, S, channels]`."""
+    shape = 2, image_size, image_size, channels
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))

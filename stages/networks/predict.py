@@ -18,7 +18,7 @@ def predict_logits(
     """Run a `networks.preprocess.Classifier` in evaluation mode.
 
     Args:
-        images: uint8 `[N, H, W, 3]`; memory-mapped images are read one batch at a time.
+        images: uint8 `[N, H, W, C]`; memory-mapped images are read one batch at a time.
         autocast: compute in bfloat16 where torch considers it safe.
 
     Returns:

@@ -17,6 +17,8 @@ class NetworkSpec:
     arguments: dict[str, Any]
     """Keyword arguments of the library's constructor."""
     classes: int
+    channels: int = 3
+    """Channels of the images."""
     source_sha256: str = ""
     """Hash of the user's file that defines the architecture; empty for a library's."""
     layer_scale_folded: bool = False

@@ -108,7 +108,7 @@ def bad_networks(params: Params, path: Path) -> Iterator[str]:
             sizes["finetune.progressive_resize.input_size"] = early.input_size
         if problem := unknown(model.library, model.architecture):
             yield f"models.{name}.architecture = {model.architecture!r}: {problem}"
-        elif found := refused(model.library, model.architecture, model.arguments, sizes):
+        elif found := refused(model.library, model.architecture, model.arguments, sizes, params.data.channels):
             key, reason = found
             yield f"models.{name}{key}: {reason}"
         elif problem := bad_weights(model, path):
@@ -140,7 +140,10 @@ def bad_weights(model: Model, path: Path) -> str | None:
 
 def plan(params: Params) -> str:
     """What `dvc repro` makes, for a person to read."""
-    lines = [f"data      {params.data.name} from {params.data.source}, {params.data.image_size} px"]
+    lines = [
+        f"data      {params.data.name} from {params.data.source}, {params.data.image_size} px,"
+        f" {params.data.geometry}, {'gray' if params.data.channels == 1 else 'RGB'}"
+    ]
     for name, model in params.models.items():
         lines.append(
             f"model     {name}: {model.library} {model.architecture}, input {model.input_size} px,"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.params.section import Section, Seed
+from stages.params.section import Geometry, Section, Seed
 
 
 class Data(Section):
@@ -19,7 +19,13 @@ class Data(Section):
     sha256: dict[str, str] = {}
     """Expected SHA-256 checksums by file name. Files that are not listed are not checked."""
     image_size: Annotated[int, Field(ge=4, le=1024)]
-    """Side of the stored images, which are square RGB; this is also the input of `model.onnx`. Unit: pixels."""
+    """Side of the stored images, which are square; this is also the input of `model.onnx`. Unit: pixels."""
+    geometry: Geometry = "crop"
+    """How a picture of other proportions becomes a square: `crop` (scale the shorter side to `image_size` and take the
+    central square), `letterbox` (scale the longer side and pad with gray, 127 in every channel), `stretch` (change the
+    proportions). Predictions of a bundle, its camera and the printed samples use the same geometry."""
+    channels: Literal[1, 3] = 3
+    """Channels of the stored images and of every network's input: 3 is RGB; 1 is gray (luma, ITU-R 601-2)."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Fraction of the training images that becomes the validation part, stratified by class, if the source has no
     validation part of its own. It selects the best epoch and the variant to ship."""

@@ -5,7 +5,7 @@ docstring may name its unit after "Unit:", and the setting that the field needs 
 refused without it) or "Applies with".
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,7 @@ Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, le=10)]
 Count = Annotated[int, Field(ge=1)]
 Pixels = Annotated[int, Field(ge=8, le=1024)]
+Geometry = Literal["crop", "letterbox", "stretch"]  # see `data.geometry`
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that every random generator accepts
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # names become folders and DVC keys: no dots
 

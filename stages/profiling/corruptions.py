@@ -24,7 +24,7 @@ class Cell:
     severity: int
     """1, 2 or 3."""
     images: np.ndarray
-    """uint8 `[N, S, S, 3]`."""
+    """uint8 `[N, S, S, C]`."""
 
 
 def sample(n: int, count: int, seed: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def sample(n: int, count: int, seed: int) -> np.ndarray:
 
 
 def cells(images: np.ndarray, seed: int) -> Iterator[Cell]:
-    """Every corruption at every severity of uint8 RGB images `[N, S, S, 3]`; the same seed gives the same pixels."""
+    """Every corruption at every severity of uint8 images `[N, S, S, C]`; the same seed gives the same pixels."""
     for number, (name, (corrupt, strengths)) in enumerate(CORRUPTIONS.items()):
         for severity, strength in enumerate(strengths, 1):
             generator = np.random.default_rng([seed, number, severity])
@@ -73,8 +73,8 @@ def _jpeg(pixels: np.ndarray, quality: float, _: np.random.Generator) -> np.ndar
     stored = np.empty_like(pixels)
     for place, image in enumerate(np.rint(pixels * 255).astype(np.uint8)):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
-        stored[place] = np.asarray(Image.open(file), np.float32) / 255
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "JPEG", quality=int(quality))
+        stored[place] = np.asarray(Image.open(file), np.float32).reshape(image.shape) / 255
     return stored
 
 

@@ -30,7 +30,7 @@ from torchvision.models.convnext import CNBlock
 from stages.artifacts.description import FLOAT_BITS, LayerStorage
 from stages.common.errors import UserError
 from stages.networks.integer_weights import dequantized, packed_layers, without_integers
-from stages.networks.modules import MULTIPLYING, output_positions
+from stages.networks.modules import MULTIPLYING, channels_of, output_positions
 from stages.networks.norms import FixedDivisorLayerNorm
 
 # They own parameters, but the convention counts no products of theirs.
@@ -68,7 +68,7 @@ class LayerCount:
 
 
 def count_layers(network: nn.Module, input_size: int, layers: dict[str, LayerStorage]) -> list[LayerCount]:
-    """Count every module of `network` that owns parameters, for one image `[3, input_size, input_size]`.
+    """Count every module of `network` that owns parameters, for one image `[C, input_size, input_size]`.
 
     The counts come from a dequantized copy, where packed layers are visible; the network is not changed.
 
@@ -129,7 +129,7 @@ def params_visible(network: nn.Module) -> int:
 
 
 def macs_visible(network: nn.Module, input_size: int) -> int:
-    """The MACs of `thop.profile` for one image `[3, input_size, input_size]`.
+    """The MACs of `thop.profile` for one image `[C, input_size, input_size]`.
 
     thop also counts some norms and poolings, and skips kinds that it does not know, such as dynamic int8 layers. It
     adds buffers to the modules, so it runs on a copy.
@@ -138,7 +138,7 @@ def macs_visible(network: nn.Module, input_size: int) -> int:
         warnings.simplefilter("ignore")
         import thop
 
-        macs, _ = thop.profile(
-            without_integers(network).cpu().eval(), (torch.zeros(1, 3, input_size, input_size),), verbose=False
-        )
+        image = torch.zeros(1, channels_of(network), input_size, input_size)
+
+        macs, _ = thop.profile(without_integers(network).cpu().eval(), (image,), verbose=False)
     return int(macs)

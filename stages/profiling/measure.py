@@ -112,6 +112,8 @@ def measure(folder: Path, images: Path, section: Profile, threads: int) -> Measu
         "library": description.network.library,
         "architecture": description.network.architecture,
         "image_size": description.image_size,
+        "geometry": description.geometry,
+        "channels": description.network.channels,
         "input_size": description.input_size,
         "data_name": info.name,
         "data_source": info.source,

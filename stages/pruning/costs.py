@@ -51,7 +51,7 @@ def costs_of(network: nn.Module, groups: Sequence[ChannelGroup], input_size: int
 
     Args:
         network: On any device; it stays as it is.
-        input_size: Side S of its input `[N, 3, S, S]`, in pixels.
+        input_size: Side S of its input `[N, C, S, S]`, in pixels.
     """
     positions = output_positions(network, input_size)
     makes = {part.name: index for index, group in enumerate(groups) for part in group.makes}

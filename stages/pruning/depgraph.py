@@ -17,7 +17,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import build_network
-from stages.networks.modules import output_positions
+from stages.networks.modules import channels_of, output_positions
 from stages.networks.reshape import widths_of
 from stages.networks.spec import NetworkSpec
 from stages.params.pruners import Depgraph
@@ -181,7 +181,7 @@ class TorchPruning:
         subnet.load_state_dict(cut.state_dict())
         try:
             with torch.no_grad():
-                subnet.eval()(torch.zeros(1, 3, self.input_size, self.input_size))
+                subnet.eval()(torch.zeros(1, self.spec.channels, self.input_size, self.input_size))
         except Exception as error:  # the network's own code assumes a size
             raise self._unfit("the network does not run after its cut") from error
         return subnet, narrower
@@ -231,7 +231,7 @@ def _library_pruner(
         warnings.simplefilter("ignore")  # about tensors outside layers: `_cut` checks what becomes of them
         return kind(
             network,
-            torch.zeros(1, 3, input_size, input_size, device=device),
+            torch.zeros(1, channels_of(network), input_size, input_size, device=device),
             importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=ratio,
             pruning_ratio_dict={network.get_submodule(layer.name): layer.ratio(ratio) for layer in layers},

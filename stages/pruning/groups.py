@@ -144,7 +144,9 @@ def inexact_groups(network: nn.Module, spec: NetworkSpec, groups: Sequence[Chann
     The proof cuts half of the channels from a copy in float64. Its biases, norms and running statistics are random,
     since the values of a fresh network, 0 and 1, would hide a difference.
     """
-    x = torch.randn(2, 3, input_size, input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(
+        2, spec.channels, input_size, input_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     exact_spec = replace(spec, layer_norm="exact")
 
     def differs(some: Sequence[ChannelGroup]) -> bool:

@@ -268,7 +268,7 @@ def _difference(session: Session, one: nn.Module, other: nn.Module) -> float:
     """Largest difference of a logit, relative to their scale, on validation images and on random inputs."""
     preprocess, size = session.parent.preprocess(), session.input_size
     images = preprocess(torch.from_numpy(session.validation_part.spread(COMPARED_IMAGES)))
-    random = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    random = torch.randn(4, session.parent.network.channels, size, size, generator=torch.Generator().manual_seed(0))
     return max(relative_difference(one, other, x) for x in (images, random))
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common.errors import UserError
+from stages.networks.modules import channels_of
 from stages.networks.spec import NetworkSpec
 from stages.pruning.groups import PARTIAL_REMEDY, ChannelGroup, Slice, check_exact, inexact_groups
 
@@ -40,7 +41,7 @@ def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
 
     Args:
         network: Layer scale folded, on any device; it stays as it is.
-        input_size: Side S of its input `[N, 3, S, S]`, in pixels.
+        input_size: Side S of its input `[N, C, S, S]`, in pixels.
 
     Returns:
         The groups in the network's order, without those that make the logits.
@@ -93,7 +94,7 @@ def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup],
         try:
             # The package's own entry point would add a clustering and a second pass.
             with _resizing_pools():
-                graph = library.Graph(model, torch.zeros(1, 3, input_size, input_size))
+                graph = library.Graph(model, torch.zeros(1, channels_of(model), input_size, input_size))
             _index_neighbors(graph)
             library.build_pruning_dependency_graph(graph)
         except Exception as error:  # its string parsing raises errors of many kinds

@@ -21,7 +21,7 @@ LARGEST_WINDOWS = 2**28
 
 
 def calibration_images(part: Part, quantizer: Calibrated, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Draw images, uint8 `[n, H, W, 3]`, and their labels, int64 `[n]`, without replacement from the training part.
+    """Draw images, uint8 `[n, H, W, C]`, and their labels, int64 `[n]`, without replacement from the training part.
 
     Raises:
         UserError: If the part has too few images.

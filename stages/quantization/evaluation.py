@@ -27,7 +27,7 @@ class Evaluator:
         classifier: Takes uint8 pixels and has float weights; it stays as it is.
         layers: Names of layers of `classifier.network`, in the order of execution.
         rounded: The integers of each layer by name and number of bits.
-        images: uint8 `[n, H, W, 3]`.
+        images: uint8 `[n, H, W, C]`.
         labels: int64 `[n]`.
     """
 

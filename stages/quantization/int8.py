@@ -54,7 +54,7 @@ def int8_static(
 
     Args:
         classifier: Float; it stays as it is.
-        images: uint8 `[n, H, W, 3]`, the calibration images.
+        images: uint8 `[n, H, W, C]`, the calibration images.
 
     Returns:
         The classifier, the storage of each int8 layer, the names of the layers in float, and the network's

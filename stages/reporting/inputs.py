@@ -70,6 +70,8 @@ class ProfileFile(StoredFile):
     scale_bytes: int
     graph_bytes: int
     image_size: int
+    geometry: Text
+    channels: int
     onnx_sha256: Text
     data_sha256: Text
     data_name: Text

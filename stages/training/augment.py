@@ -51,14 +51,14 @@ class Augmentation:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            pixels: uint8 `[N, H, W, 3]`: this process's part of the batch, with its labels int64 `[N]`.
+            pixels: uint8 `[N, H, W, C]`: this process's part of the batch, with its labels int64 `[N]`.
             index: int64 `[B]`: the images of the whole batch, as numbers in the training part.
             positions: int64 `[N]`: the positions of this process's images in the batch.
             epoch: counted from 0.
             generator: on the CPU, in the same state in every process. timm's mixing uses NumPy's global one.
 
         Returns:
-            Normalized images `[N, 3, H, W]`, and labels int64 `[N]` or mixed `[N, classes]`.
+            Normalized images `[N, C, H, W]`, and labels int64 `[N]` or mixed `[N, classes]`.
         """
         recipe, batch = self.recipe, len(index)
         padding = 0 if recipe.random_resized_crop else recipe.crop_padding
@@ -103,17 +103,17 @@ def flip_and_crop(pixels: torch.Tensor, flips: torch.Tensor, shifts: torch.Tenso
     """Mirror the images that `flips` marks and shift every image, with reflection at the border.
 
     Args:
-        pixels: uint8 `[N, H, W, 3]`.
+        pixels: uint8 `[N, H, W, C]`.
         flips: bool `[N]`.
         shifts: int64 `[2, N, 1]` in pixels: down and to the right.
     """
-    n, height, width, _ = pixels.shape
+    n, height, width, channels = pixels.shape
     flips, shifts = (tensor.to(pixels.device, non_blocking=True) for tensor in (flips, shifts))
     image, row, column = (torch.arange(size, device=pixels.device) for size in (n, height, width))
     rows, columns = _reflect(row + shifts[0], height), _reflect(column + shifts[1], width)
     columns = torch.where(flips[:, None], width - 1 - columns, columns)
     flat = (image[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
-    return pixels.reshape(-1, 3).index_select(0, flat.flatten()).view(n, height, width, 3)
+    return pixels.reshape(-1, channels).index_select(0, flat.flatten()).view(pixels.shape)
 
 
 def _reflect(index: torch.Tensor, size: int) -> torch.Tensor:
@@ -160,7 +160,7 @@ def crop_and_resize(pixels: torch.Tensor, rectangles: torch.Tensor, size: int) -
 
 
 def erase(x: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
-    """Set `rectangles` (int64 `[N, 4]`) of normalized images `[N, 3, H, W]` to 0, the mean of the data."""
+    """Set `rectangles` (int64 `[N, 4]`) of normalized images `[N, C, H, W]` to 0, the mean of the data."""
     top, left, bottom, right = rectangles.t()[:, :, None, None]
     row = torch.arange(x.shape[2], device=x.device).view(1, -1, 1)
     column = torch.arange(x.shape[3], device=x.device).view(1, 1, -1)

@@ -43,7 +43,7 @@ class Images:
             self._on_device = tuple(copy_in_chunks(array, device) for array in (part.images, part.labels))
 
     def batches(self, indices: Iterable[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """For each index int64 `[B]`: images uint8 `[B, H, W, 3]` and labels int64 `[B]` in its order."""
+        """For each index int64 `[B]`: images uint8 `[B, H, W, C]` and labels int64 `[B]` in its order."""
         if self._on_device is not None:
             for index in indices:
                 index = torch.from_numpy(index).to(self.device, non_blocking=True)

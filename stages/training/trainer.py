@@ -24,7 +24,7 @@ from stages.common.errors import Interruption, UserError
 from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.architectures import more_than_logits
-from stages.networks.modules import load_tensors
+from stages.networks.modules import channels_of, load_tensors
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.params.finetune import Finetune
@@ -72,7 +72,7 @@ class Trainer:
     """Trains a network in place: the network, the optimizers that move it, and the batches that it sees.
 
     Args:
-        network: maps `[N, 3, S, S]` to logits `[N, classes]`; it is moved to `device`.
+        network: maps `[N, C, S, S]` to logits `[N, classes]`; it is moved to `device`.
         constraint: a pruner's; only an epoch at whose end it is met may be chosen.
         distillation: its teacher shares no parameter with the network. It is moved to `device`, frozen, and sees the
             same batches as the network.
@@ -234,7 +234,7 @@ class Trainer:
     def batches_of(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's part of every batch of an epoch, augmented, in the random order of that epoch.
 
-        Images `[N, 3, H, W]`, and labels `[N]` or mixed `[N, classes]`; N is the batch size over the world size.
+        Images `[N, C, H, W]`, and labels `[N]` or mixed `[N, classes]`; N is the batch size over the world size.
         """
         generator = seed_epoch(self.seed, epoch)
         order, size = torch.randperm(len(self.data.train), generator=generator).numpy(), self.recipe.batch_size
@@ -344,8 +344,9 @@ def _count_classes(network: nn.Module, input_size: int, title: str, key: str) ->
         UserError: if the network does not take images of this size, or does not return logits.
     """
     network.eval()
+    device = next(network.parameters()).device
     try:
-        logits = network(torch.zeros(2, 3, input_size, input_size, device=next(network.parameters()).device))
+        logits = network(torch.zeros(2, channels_of(network), input_size, input_size, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{title}: the network does not take {key} {input_size} ({reason}): choose another") from None

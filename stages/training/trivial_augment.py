@@ -40,7 +40,7 @@ def draw(images: int, fraction: float, generator: torch.Generator) -> Draws:
 
 
 def trivial_augment(pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Apply the drawn operation to each image of `pixels`, uint8 `[N, 3, S, S]` on any device."""
+    """Apply the drawn operation to each image of `pixels`, uint8 `[N, C, S, S]` on any device."""
     out = pixels.clone()
     moved = (draws.operation < len(MOVES)).nonzero()[:, 0]
     if len(moved):
@@ -80,16 +80,18 @@ def _blend(pixels: torch.Tensor, other: torch.Tensor, strength: torch.Tensor) ->
 
 
 def _gray(pixels: torch.Tensor) -> torch.Tensor:
+    if pixels.shape[1] == 1:
+        return pixels.float()
     red, green, blue = (weight * pixels[:, [channel]] for channel, weight in enumerate(GRAY))
     return (red + green + blue).floor()
 
 
 def _blur(pixels: torch.Tensor) -> torch.Tensor:
     """Apply a 3x3 kernel with weight 5 in the middle; border pixels stay."""
-    kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
+    kernel = torch.ones(pixels.shape[1], 1, 3, 3, device=pixels.device)
     kernel[:, :, 1, 1] = 5
     blurred = pixels.float()
-    blurred[:, :, 1:-1, 1:-1] = F.conv2d(blurred, kernel / 13, groups=3).round()
+    blurred[:, :, 1:-1, 1:-1] = F.conv2d(blurred, kernel / 13, groups=pixels.shape[1]).round()
     return blurred
 
 
@@ -105,7 +107,7 @@ def _solarize(pixels: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 COLORS = {
     "brightness": lambda x, strength: _blend(x, torch.zeros_like(x), strength),
-    "color": lambda x, strength: _blend(x, _gray(x), strength),
+    "color": lambda x, strength: x if x.shape[1] == 1 else _blend(x, _gray(x), strength),
     "contrast": lambda x, strength: _blend(x, _gray(x).mean((1, 2, 3), keepdim=True), strength),
     "sharpness": lambda x, strength: _blend(x, _blur(x), strength),
     "posterize": _posterize,

@@ -28,6 +28,7 @@ def describe(**changes):
         "network": SPEC,
         "classes": ["a", "b", "c", "d"],
         "image_size": 24,
+        "geometry": "crop",
         "input_size": 32,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],

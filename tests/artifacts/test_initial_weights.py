@@ -40,6 +40,7 @@ def artifact(tmp_path: Path) -> Path:
         network=SPEC,
         classes=CLASSES,
         image_size=24,
+        geometry="crop",
         input_size=32,
         mean=[0.7, 0.7, 0.7],
         std=[0.2, 0.2, 0.2],

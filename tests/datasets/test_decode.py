@@ -1,12 +1,15 @@
+import functools
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
-from stages.datasets.decode import decode, to_rgb
+from stages.datasets import decode as module
+from stages.datasets.decode import to_rgb
 
+decode = functools.partial(module.decode, geometry="stretch", channels=3)
 RED = (255, 0, 0)
 
 
@@ -86,6 +89,62 @@ def test_transparent_pixels_become_white_for_any_hidden_color() -> None:
         with Image.open(io.BytesIO(content)) as image:
             assert np.asarray(to_rgb(image))[0].tolist() == [[255, 255, 255], [255, 0, 0]]
     assert to_rgb(Image.new("LA", (1, 1), (0, 128))).getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_the_geometries_crop_the_middle_pad_with_gray_or_change_the_proportions() -> None:
+    tall = np.random.default_rng(0).integers(0, 256, (48, 24, 3), dtype=np.uint8)
+
+    cropped, padded, stretched = (module.decode(tall, 12, g, 3)[0] for g in ("crop", "letterbox", "stretch"))
+
+    small = Image.fromarray(tall).resize((6, 12), Image.Resampling.BILINEAR)
+    scaled = np.asarray(Image.fromarray(tall).resize((12, 24), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(cropped.astype(int), scaled[6:18].astype(int), atol=1)  # rounding
+    np.testing.assert_array_equal(padded[:, 3:9], np.asarray(small))
+    assert (np.delete(padded, range(3, 9), axis=1) == 127).all()
+    np.testing.assert_array_equal(
+        stretched, np.asarray(Image.fromarray(tall).resize((12, 12), Image.Resampling.BILINEAR))
+    )
+
+
+@pytest.mark.parametrize("geometry", ["crop", "letterbox", "stretch"])
+@pytest.mark.parametrize("side", [1, 5, 12, 33, 200])
+def test_a_square_image_has_the_pixels_of_a_plain_resize_in_every_geometry(geometry: str, side: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    resized = np.asarray(Image.fromarray(image).resize((12, 12), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(module.decode(image, 12, geometry, 3)[0], resized)
+
+
+@pytest.mark.parametrize("shape", [(13, 24), (24, 13), (33, 32), (2, 3), (1, 500), (4000, 1), (1, 1)])
+def test_pillows_functions_give_the_same_squares_where_they_take_the_shape(shape: tuple[int, int]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    for channels in (1, 3):
+        image = Image.fromarray(array).convert("L" if channels == 1 else "RGB")
+        color = 127 if channels == 1 else (127, 127, 127)
+        expected = {"crop": ImageOps.fit(image, (12, 12), Image.Resampling.BILINEAR)}
+        if min(shape) / max(shape) * 12 > 0.5:
+            expected["letterbox"] = ImageOps.pad(image, (12, 12), Image.Resampling.BILINEAR, color)
+        for geometry in ("crop", "letterbox", "stretch"):
+            pixels, _ = module.decode(array, 12, geometry, channels)
+            assert (pixels.shape, pixels.dtype) == ((12, 12, channels), np.uint8)
+            if geometry in expected:
+                np.testing.assert_array_equal(pixels.squeeze(), np.asarray(expected[geometry]))
+    with pytest.raises(ValueError, match="geometry 'squash' is unknown"):
+        module.decode(array, 12, "squash", 3)
+
+
+def test_a_circle_stays_a_circle_unless_the_image_is_stretched() -> None:
+    rows, columns = np.mgrid[:90, :120]
+    circle = np.where((rows - 44.5) ** 2 + (columns - 59.5) ** 2 < 30**2, 255, 0).astype(np.uint8)
+    for geometry, ratio in [("crop", 1), ("letterbox", 1), ("stretch", 4 / 3)]:
+        white = module.decode(circle, 60, geometry, 1)[0][..., 0] > 191
+        assert white.any(1).sum() / white.any(0).sum() == pytest.approx(ratio, abs=0.06)
+
+
+def test_one_channel_is_the_luma_of_the_colors_and_gray_stays_as_it_is() -> None:
+    colors = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], dtype=np.uint8)
+    assert module.decode(colors, 2, "crop", 1)[0][..., 0].tolist() == [[76, 150], [29, 9]]
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(module.decode(gray, 16, "crop", 1)[0][..., 0], gray)
 
 
 def test_the_whole_image_is_stretched_and_averaged_over_all_source_pixels() -> None:

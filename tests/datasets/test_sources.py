@@ -314,7 +314,7 @@ def test_an_archive_with_one_folder_around_the_rest(tmp_path: Path) -> None:
 
     assert source.classes == CAT_DOG
     assert [image.name for image in source.images("train")] == ["train/cat/1.png", "train/dog/1.png"]
-    assert decode(next(source.images("train")).content, 4)[1] == "PNG"
+    assert decode(next(source.images("train")).content, 4, "crop", 3)[1] == "PNG"
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:

@@ -125,9 +125,18 @@ def test_allowed_unreadable_images_are_listed_and_leave_no_holes(tmp_path: Path)
     assert set(found_in(folder)) == {PIXELS[index].tobytes() for index in range(100) if index not in (3, 41)}
 
 
+def test_geometry_and_channels_are_those_of_the_params_and_are_recorded(tmp_path: Path) -> None:
+    data = DATA.model_copy(update={"geometry": "letterbox", "channels": 1, "image_size": 6})
+    folder = written(tmp_path, toy(), data)
+    info, part = read_info(folder), open_part(folder, "train")
+    assert (info.geometry, info.channels, part.images.shape[1:]) == ("letterbox", 1, (6, 6, 1))
+    assert info.mean == pytest.approx([part.images.mean() / 255], abs=1e-6)
+    assert info.std == pytest.approx([part.images.std() / 255], abs=1e-6)
+
+
 @pytest.mark.parametrize("length", [0, 9, 10, 101])
 def test_a_growing_file_is_a_valid_array_at_any_length(length: int, tmp_path: Path) -> None:
-    file = PartFile(tmp_path / "images.npy", 4)
+    file = PartFile(tmp_path / "images.npy", 4, 3)
     for index in range(length):
         file.append(PIXELS[index % 100], 0)
     file.finish(tmp_path / "labels.npy")

@@ -94,7 +94,9 @@ def test_scripts_import_only_packages_of_the_requirements():
         assert found - set(sys.stdlib_module_names) - own <= allowed, path.name
 
 
-def test_the_device_decodes_the_same_pixels_as_the_download_stage(tmp_path):
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("geometry", ["crop", "letterbox", "stretch"])
+def test_the_device_decodes_the_same_pixels_as_the_download_stage(tmp_path, geometry, channels):
     generator = np.random.default_rng(0)
     rgb = Image.fromarray(generator.integers(0, 256, (37, 50, 3), np.uint8))
     exif = Image.Exif()
@@ -104,15 +106,20 @@ def test_the_device_decodes_the_same_pixels_as_the_download_stage(tmp_path):
     Image.fromarray(generator.integers(0, 256, (20, 30, 4), np.uint8), "RGBA").save(tmp_path / "transparent.png")
     Image.fromarray(generator.integers(0, 65536, (20, 30), np.uint16)).save(tmp_path / "deep.png")
     rgb.convert("CMYK").save(tmp_path / "print.tif")
+    for number, (width, height) in enumerate([(30, 90), (33, 24), (24, 24), (1, 1), (2, 400)]):
+        pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     images = sorted(tmp_path.iterdir())
     code = (
         f"import sys; sys.modules['stages'] = None; sys.path.insert(0, {str(toy_bundle())!r})\n"
         "from edgewise_decode import decode\n"
-        "for path in sys.argv[1:]: sys.stdout.buffer.write(decode(__import__('pathlib').Path(path), 24)[0].tobytes())"
+        "from pathlib import Path\n"
+        "for path in sys.argv[1:]:\n"
+        f"    sys.stdout.buffer.write(decode(Path(path), 24, {geometry!r}, {channels})[0].tobytes())"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code, *map(str, images)], capture_output=True, check=True)
-    stored = b"".join(decode(path.read_bytes(), 24)[0].tobytes() for path in images)
-    assert len(stored) == len(images) * 24 * 24 * 3
+    stored = b"".join(decode(path.read_bytes(), 24, geometry, channels)[0].tobytes() for path in images)
+    assert len(stored) == len(images) * 24 * 24 * channels
     assert done.stdout == stored
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from stages.common.errors import UserError
 from stages.edge import printing
-from stages.edge.device.edgewise_frames import CROP, center_square
+from stages.edge.device.edgewise_frames import center
 from stages.edge.printing import (
     Strengths,
     blur,
@@ -53,10 +53,10 @@ def test_a_step_changes_the_picture_in_proportion_to_its_strength(step):
 def test_the_print_fills_the_square_that_the_camera_classifies():
     enlarged = enlarge(IMAGE, STRENGTHS.print_px)
     seen = lay_on_table(enlarged, NONE, generator())
-    square = seen[center_square(seen, CROP)]
+    square = seen[center(seen, STRENGTHS.print_px / STRENGTHS.frame_px)]
     np.testing.assert_allclose(square, enlarged, atol=1e-2)
     slanted = lay_on_table(enlarged, STRENGTHS, generator())
-    assert np.abs(slanted[center_square(seen, CROP)] - enlarged).mean() > 1
+    assert np.abs(slanted[center(seen, STRENGTHS.print_px / STRENGTHS.frame_px)] - enlarged).mean() > 1
     assert len(np.unique(slanted[:20].reshape(-1, 3), axis=0)) == 1  # the table is plain
 
 

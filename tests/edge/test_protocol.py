@@ -131,10 +131,10 @@ def test_the_bootstrap_interval_covers_the_median_at_its_level():
 
 
 def test_pixels_are_one_seeded_batch_of_uint8_images():
-    assert random_pixels(2, 24, 0).shape == (2, 24, 24, 3)
-    assert random_pixels(1, 24, 0).dtype == np.uint8
-    assert np.array_equal(random_pixels(1, 24, 0), random_pixels(1, 24, 0))
-    assert not np.array_equal(random_pixels(1, 24, 0), random_pixels(1, 24, 1))
+    assert random_pixels(2, (24, 24, 3), 0).shape == (2, 24, 24, 3)
+    assert random_pixels(1, (24, 24, 3), 0).dtype == np.uint8
+    assert np.array_equal(random_pixels(1, (24, 24, 3), 0), random_pixels(1, (24, 24, 3), 0))
+    assert not np.array_equal(random_pixels(1, (24, 24, 3), 0), random_pixels(1, (24, 24, 3), 1))
 
 
 def test_throughput_and_energy_are_per_image_and_not_per_batch():

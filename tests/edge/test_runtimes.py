@@ -99,6 +99,6 @@ def test_the_new_process_for_onnx_runtime_imports_no_torch():
 
 
 def test_a_model_that_does_not_run_in_a_new_process_is_named_with_the_reason(tmp_path):
-    (tmp_path / "model.json").write_text('{"image_size": 24}')
+    (tmp_path / "model.json").write_text('{"image_size": 24, "network": {"channels": 3}}')
     with pytest.raises(UserError, match=r"under onnxruntime .* new process: .*model\.onnx is missing"):
         measure_fresh(ONNXRUNTIME, tmp_path, 1, 1, 1)

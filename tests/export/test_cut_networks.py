@@ -37,8 +37,8 @@ def cut(architecture: str, form: str) -> tuple[nn.Module, NetworkSpec]:
 def describe(spec: NetworkSpec) -> Description:
     return Description(
         name="toy", stage="prune", model="toy", network=spec, classes=["a", "b", "c", "d"], image_size=24,
-        input_size=32, mean=[0.5] * 3, std=[0.25] * 3, data={"name": "noise", "sha256": "0" * 64}, parameters={},
-        seed=0,
+        geometry="crop", input_size=32, mean=[0.5] * 3, std=[0.25] * 3, data={"name": "noise", "sha256": "0" * 64},
+        parameters={}, seed=0,
     )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from stages.common.errors import UserError
 from stages.networks import architectures
 from stages.networks.build import build_network, spec_of
+from stages.networks.modules import channels_of, output_positions
 from stages.networks.reparameterize import PointwiseLinear
 from stages.networks.spec import NetworkSpec
 from stages.params.models import Model
@@ -44,6 +46,7 @@ def test_the_spec_of_a_model_is_its_entry_in_the_params():
     [
         ("timm", "convnext_atto", {"dephts": [1, 1, 1, 1]}, "timm convnext_atto does not take arguments"),
         ("torchvision", "squeezenet1_1", {"width": 3}, "torchvision squeezenet1_1 does not take arguments"),
+        ("timm", "convnext_atto", {"in_chans": 1}, "in_chans = 1: is set from .*: set data.channels"),
         ("timm", "convnext_atto", {"num_classes": 10}, "num_classes is set from the images' classes"),
         *(
             ("timm", "convnext_atto", {"drop_path_rate": rate}, "drop_path_rate = .*: must be")
@@ -80,6 +83,45 @@ def test_a_network_of_the_users_own_file_is_built(tmp_path, monkeypatch):
     model = Model(library="custom", architecture="own.py", input_size=8)
     assert build_network(spec_of(model, 4))(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
     assert architectures.refused("custom", "own.py", {}, {"input_size": 8}) is None
+
+
+@pytest.mark.parametrize(
+    ("library", "architecture", "arguments"),
+    [
+        ("timm", "convnext_atto", ARGUMENTS),
+        ("torchvision", "resnet18", {}),
+        ("torchvision", "vit_b_16", {"image_size": 32}),
+        ("custom", "cifar_resnet.py", {"depth": 20}),
+    ],
+)
+def test_a_network_for_gray_images_has_one_channel_in_its_stem_and_nothing_else_is_changed(
+    library, architecture, arguments
+):
+    spec = NetworkSpec(library, architecture, arguments, 4)
+    gray, color = (build_network(replace(spec, channels=channels)).eval() for channels in (1, 3))
+    assert gray(torch.zeros(2, 1, 32, 32)).shape == (2, 4)
+    assert (channels_of(gray), channels_of(color)) == (1, 3)
+    shapes = {name: (tensor.shape, color.state_dict()[name].shape) for name, tensor in gray.state_dict().items()}
+    changed = [(one[1], three[1]) for one, three in shapes.values() if one != three]
+    assert changed == [(1, 3)]
+    assert output_positions(gray, 32) == output_positions(color, 32)
+
+
+def test_a_fresh_network_of_torchvision_gives_a_gray_image_the_output_that_it_has_as_rgb():
+    spec, outputs = NetworkSpec("torchvision", "resnet18", {}, 4), []
+    gray = torch.rand(2, 1, 32, 32)
+    for channels in (1, 3):
+        torch.manual_seed(0)
+        outputs.append(build_network(replace(spec, channels=channels)).eval()(gray.expand(-1, channels, -1, -1)))
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_network_that_takes_no_gray_images_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "CUSTOM", tmp_path)
+    own_network(tmp_path, OWN.format("3 * 64", "classes"))
+    assert architectures.refused("custom", "own.py", {}, {"input_size": 8}, 3) is None
+    _, reason = architectures.refused("custom", "own.py", {}, {"input_size": 8}, 1)
+    assert "takes no gray images of 8 pixels" in reason
 
 
 def test_a_changed_file_does_not_build_an_older_network(tmp_path, monkeypatch):

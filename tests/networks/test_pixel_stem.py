@@ -35,7 +35,7 @@ class Convolution(nn.Module):
 
 
 def test_the_preprocessing_of_a_pixel_stem_does_not_change_pixels():
-    preprocess = Preprocess(PIXEL_MEAN, PIXEL_STD, 6)
+    preprocess = Preprocess([PIXEL_MEAN] * 3, [PIXEL_STD] * 3, 6)
     assert torch.equal(preprocess(pixels(6)), pixels(6).permute(0, 3, 1, 2).float())
 
 

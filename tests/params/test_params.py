@@ -363,7 +363,7 @@ def test_a_stage_checks_only_the_sections_that_it_reads(raw, tmp_path):
     [
         ({"architecture": "convnext_ato"}, "models.convnext.architecture = 'convnext_ato'"),
         ({"arguments": {"dephts": [1, 1, 1, 1]}}, "unexpected keyword argument 'dephts'"),
-        ({"arguments": {"in_chans": 1}}, "timm convnext_atto with arguments {'in_chans': 1} takes no RGB images of 32"),
+        ({"arguments": {"in_chans": 1}}, "models.convnext.arguments: timm convnext_atto: in_chans = 1: is set from"),
         ({"arguments": {"patch_size": 0}}, "with arguments {'patch_size': 0} takes no RGB images of 32 pixels"),
         ({"arguments": {}, "input_size": 8}, "models.convnext: timm convnext_atto takes no RGB images of 8 pixels"),
         ({"arguments": {}, "architecture": "vit_tiny_patch16_224"}, "takes no RGB images of 32 pixels"),

@@ -20,6 +20,15 @@ def test_every_corruption_comes_in_three_severities_each_further_from_the_image(
     assert {(images.dtype.name, images.shape) for images in found.values()} == {("uint8", IMAGES.shape)}
 
 
+def test_gray_images_stay_gray_and_are_corrupted_like_those_with_equal_colors():
+    gray = IMAGES[..., :1]
+    colors, found = by_name(np.repeat(gray, 3, -1)), by_name(gray)
+    assert {(images.dtype.name, images.shape) for images in found.values()} == {("uint8", gray.shape)}
+    for key, images in found.items():
+        if key[0] != "noise":  # it is drawn for each channel
+            assert np.abs(images.astype(float) - colors[key][..., :1]).mean() < (3 if key[0] == "JPEG" else 1e-6)
+
+
 def test_the_same_seed_gives_the_same_pixels_and_an_image_is_left_as_it_is():
     before = IMAGES.copy()
     first, again, other = by_name(IMAGES), by_name(IMAGES), by_name(IMAGES, 1)

@@ -35,8 +35,8 @@ def randomize(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def folded(library: str, architecture: str, arguments: dict) -> tuple[nn.Module, NetworkSpec]:
-    spec = NetworkSpec(library, architecture, arguments, classes=5)
+def folded(library: str, architecture: str, arguments: dict, channels: int = 3) -> tuple[nn.Module, NetworkSpec]:
+    spec = NetworkSpec(library, architecture, arguments, classes=5, channels=channels)
     network = randomize(build_network(spec))
     fold_layer_scale(network)
     return network, replace(spec, layer_scale_folded=True)

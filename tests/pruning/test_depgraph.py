@@ -56,6 +56,13 @@ def test_group_sparsity_is_the_fraction_that_goes_in_every_layer(convnext):
     assert channels["channels"] == 0.75 * channels["channels_dense"]
 
 
+def test_a_network_for_gray_images_is_cut():
+    network, spec = folded("timm", "convnext_atto", SMALL, channels=1)
+    subnet, channels = pruned(network, spec, group_sparsity=0.25)
+    assert subnet(torch.zeros(1, 1, 32, 32)).shape == (1, 5)
+    assert channels["group_sparsity"] == 0.25
+
+
 @pytest.mark.parametrize(
     "settings", [{"minimum_width": 7}, {"divisible_by": 8}, {"minimum_width": 7, "divisible_by": 4}]
 )

@@ -45,6 +45,7 @@ def session_of(
         network=spec,
         classes=["zero", "one"],
         image_size=SIZE,
+        geometry="crop",
         input_size=input_size,
         mean=[0.5] * 3,
         std=[0.25] * 3,

@@ -158,7 +158,7 @@ def write_run(
             "data_source": "digits",
             "data_licence": "CC0",
             "data_sha256": "d" * 64,
-            "image_size": 16,
+            **{"image_size": 16, "geometry": "crop", "channels": 3},
             "input_size": 16,
             "classes": classes,
         }

@@ -85,19 +85,26 @@ def test_the_loading_code_is_ten_lines_that_parse_and_feed_pixels(run: Completed
         assert "(16, 16)" in code
 
 
-def test_the_loading_code_runs_on_a_real_model(run: CompletedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("geometry", ["crop", "letterbox", "stretch"])
+def test_the_loading_code_runs_on_a_real_model(
+    run: CompletedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str, channels: int
+):
     monkeypatch.chdir(tmp_path)
+    measured = run.variants["atto-oto50-int8"]
+    profile = measured.profile.model_copy(update={"geometry": geometry, "channels": channels})
+    run = replace(run, variants=run.variants | {"atto-oto50-int8": replace(measured, profile=profile)})
     nodes = [
         helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["floats", "axes"], ["means"], keepdims=0),
         helper.make_node("MatMul", ["means", "weight"], ["logits"]),
     ]
-    weight = np.zeros((3, 5), np.float32)
+    weight = np.zeros((channels, 5), np.float32)
     weight[:, 3] = 1  # whatever is bright is a cat
     graph = helper.make_graph(
         nodes,
         "toy",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 16, 16, 3])],
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 16, 16, channels])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 5])],
         [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(np.array([1, 2]), "axes")],
     )
@@ -113,7 +120,7 @@ def test_the_loading_code_runs_on_a_real_model(run: CompletedRun, tmp_path: Path
         names = {"print": printed.append}
         exec(compile(code, "card", "exec"), names)
         assert printed == ["cat"]
-        expected, _ = decode(Path("picture.jpg"), 16)
+        expected, _ = decode(Path("picture.jpg"), 16, geometry, channels)
         assert np.array_equal(names["pixels"][0], expected)
 
 

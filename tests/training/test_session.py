@@ -18,8 +18,8 @@ CONTINUED = Continued(method="continued", epochs=3, learning_rate_factor=0.5)
 @pytest.fixture
 def session() -> Session:
     parent = Description(
-        name="toy", stage="finetune", model="toy", network=None, classes=["zero", "one"], image_size=8, input_size=8,
-        mean=[0.5] * 3, std=[0.2] * 3, data={"sha256": "1"}, parameters={}, seed=7,
+        name="toy", stage="finetune", model="toy", network=None, classes=["zero", "one"], image_size=8, geometry="crop",
+        input_size=8,        mean=[0.5] * 3, std=[0.2] * 3, data={"sha256": "1"}, parameters={}, seed=7,
     )  # fmt: skip
     part = Part(np.zeros((10, 8, 8, 3), np.uint8), np.zeros(10, np.int64))
     return Session("prune", "toy-c", nn.Identity(), parent, CONTINUED, "pruners.c", Base(), FINETUNE, part, part)

@@ -25,7 +25,7 @@ WARMUP_RUNS, WINDOWS = 20, 10
 
 def bench(model: Model, threads: int, seconds: float) -> dict[str, object]:
     protocol = Protocol(threads, WARMUP_RUNS, WINDOWS, seconds / WINDOWS, seed=0)
-    pixels = random_pixels(protocol.batch, model.bundle.image_size, protocol.seed)
+    pixels = random_pixels(protocol.batch, model.image_shape, protocol.seed)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     start = start_up(model.run, pixels, model.import_ms, model.load_ms)
     from edgewise_machine import EnergyMeter, RunWatch, describe_machine  # here, or psutil's memory would be counted

@@ -2,9 +2,10 @@
 
     python camera.py [--camera 0 | --video file | --folder dir] [--headless] [--save out.mp4]
 
-The script classifies the square in the middle of a frame, or the whole image with --folder, as predict.py does. It
-drops and counts the camera frames that arrive while it is busy. It drops no frame of a video or a folder, unless
---realtime plays the video at its own rate. Ctrl-C, q or Escape end the script, and it prints a summary.
+The script brings whole frames to the model's input as predict.py does, with the geometry in `bundle.json`; its first
+line and each drawn frame name it. To point at something, --crop 0.7 takes the middle of a frame alone. The script drops
+and counts the camera frames that arrive while it is busy. It drops no frame of a video or a folder, unless --realtime
+plays the video at its own rate. Ctrl-C, q or Escape end the script, and it prints a summary.
 """
 
 import argparse
@@ -19,7 +20,7 @@ try:
     import cv2
     import numpy as np
     from edgewise_decode import decode, to_rgb
-    from edgewise_frames import CROP, Frame, NewestFrames, NoFrames, center_square, frames_of, open_video
+    from edgewise_frames import Frame, NewestFrames, NoFrames, center, frames_of, open_video
     from edgewise_model import Answer, Model, open_model, reason_of, run_script, stop, threads_argument
     from PIL import Image, ImageOps
 except ImportError as missing:
@@ -90,16 +91,22 @@ def folder_frames(folder: Path, left_out: list[Path]) -> Iterator[Frame]:
         yield Frame(np.ascontiguousarray(rgb[..., ::-1]), (time.perf_counter_ns() - started) / 1e6)
 
 
-def draw(pixels: np.ndarray, square: tuple[slice, slice], answer: Answer) -> np.ndarray:
-    """A copy of a frame with the label and the classified square."""
+def view_of(model: Model, crop: float) -> str:
+    """What the model sees of a frame."""
+    return model.bundle.geometry + ("" if crop == 1 else f" of the middle {100 * crop:g} %")
+
+
+def draw(pixels: np.ndarray, seen: tuple[slice, slice], view: str, answer: Answer) -> np.ndarray:
+    """A copy of a frame with the label, a rectangle around what the model sees, and the name of that view."""
     drawn, colour = pixels.copy(), SURE if answer.sure else UNSURE
-    rows, columns = square
+    rows, columns = seen
     cv2.rectangle(drawn, (columns.start, rows.start), (columns.stop - 1, rows.stop - 1), colour, 1)
     text = f"{answer.label if answer.sure else f'{answer.label}?'} {answer.confidence:.2f}"
     scale = max(0.4, min(pixels.shape[:2]) / 600)
-    place = (max(2, columns.start), max(round(24 * scale), rows.start - 4))
-    for thick, ink in ((round(4 * scale) + 1, (0, 0, 0)), (round(2 * scale), colour)):  # outlined
-        cv2.putText(drawn, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, ink, max(1, thick), cv2.LINE_AA)
+    left, lowest = max(2, columns.start), len(pixels) - 4
+    for line, place in ((text, (left, max(round(24 * scale), rows.start - 4))), (view, (left, lowest))):
+        for thick, ink in ((round(4 * scale) + 1, (0, 0, 0)), (round(2 * scale), colour)):  # outlined
+            cv2.putText(drawn, line, place, cv2.FONT_HERSHEY_SIMPLEX, scale, ink, max(1, thick), cv2.LINE_AA)
     return drawn
 
 
@@ -139,15 +146,18 @@ class Screen:
             cv2.destroyAllWindows()
 
 
-def classify(model: Model, frame: Frame, crop: float | None, screen: Screen, tally: Tally) -> bool:
+def classify(model: Model, frame: Frame, crop: float, screen: Screen, tally: Tally) -> bool:
     """Classify a frame, show and count it; returns False if the user wants to stop."""
-    times = [time.perf_counter_ns()]
-    square = center_square(frame.pixels, crop)
-    pixels, _ = decode(np.ascontiguousarray(frame.pixels[square][..., ::-1]), model.bundle.image_size)
+    times, bundle = [time.perf_counter_ns()], model.bundle
+    part = cv2.cvtColor(frame.pixels[center(frame.pixels, crop)], cv2.COLOR_BGR2RGB)
+    pixels, _ = decode(part, bundle.image_size, bundle.geometry, bundle.channels)
     times.append(time.perf_counter_ns())
     answer = model.answer(pixels)
     times.append(time.perf_counter_ns())
-    keep_going = screen.show(draw(frame.pixels, square, answer)) if screen.wanted else True
+    keep_going = True
+    if screen.wanted:
+        seen = center(frame.pixels, crop, square=bundle.geometry == "crop")
+        keep_going = screen.show(draw(frame.pixels, seen, view_of(model, crop), answer))
     times.append(time.perf_counter_ns())
     resize_ms, inference_ms, drawing_ms = (np.diff(times) / 1e6).tolist()
     drawing = {"drawing": drawing_ms} if screen.wanted else {}
@@ -163,7 +173,7 @@ def run(arguments: argparse.Namespace) -> str | None:
     left_out: list[Path] = []
     capture = None if arguments.folder else open_video(source)
     if capture is not None:
-        rate, crop = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE, crop or CROP
+        rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
     screen = Screen(not arguments.headless, arguments.save, rate)
     if capture is None:
         frames: Iterable[Frame] = folder_frames(arguments.folder, left_out)
@@ -175,6 +185,8 @@ def run(arguments: argparse.Namespace) -> str | None:
     try:
         for frame in frames:
             keep_going = classify(model, frame, crop, screen, tally)
+            if tally.frames == 1:
+                print(f"{model.bundle.variant}: geometry {view_of(model, crop)}", flush=True)
             if arguments.headless:
                 tally.print_line(live.dropped if live else 0)
             if not keep_going or tally.frames == arguments.max_frames:
@@ -207,13 +219,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--headless", action="store_true", help="print one line each second instead of a window")
     parser.add_argument("--save", type=Path, metavar="out.mp4", help="write the labeled frames to a video")
     parser.add_argument("--max-frames", type=int, metavar="n", help="end after this number of frames")
-    text = f"side of the classified square over the shorter side (default: {CROP}; with --folder: the whole image)"
-    parser.add_argument("--crop", type=float, metavar="fraction", help=text)
+    text = "use the middle of each frame alone, with this fraction of its sides (default: 1, the whole frame)"
+    parser.add_argument("--crop", type=float, default=1.0, metavar="fraction", help=text)
     parser.add_argument("--threads", type=threads_argument, default=1, help="threads of ONNX Runtime (default: 1)")
     arguments = parser.parse_args()
     if arguments.realtime and not arguments.video:
         parser.error("--realtime needs --video")
-    if arguments.crop is not None and not 0 < arguments.crop <= 1:
+    if not 0 < arguments.crop <= 1:
         parser.error("--crop: give more than 0 and at most 1")
     if arguments.save and arguments.video and arguments.save.resolve() == arguments.video.resolve():
         parser.error("--save would overwrite the input video")

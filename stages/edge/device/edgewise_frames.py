@@ -10,8 +10,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CROP = 0.7  # side of the classified square, as a fraction of the shorter side of the frame
-
 
 @dataclass(frozen=True)
 class Frame:
@@ -23,14 +21,14 @@ class NoFrames(Exception):
     """There is nothing to classify; the message tells the user why."""
 
 
-def center_square(pixels: np.ndarray, fraction: float | None) -> tuple[slice, slice]:
-    """Rows and columns of the middle square whose side is `fraction` of the shorter side; of all pixels if None."""
+def center(pixels: np.ndarray, fraction: float, square: bool = False) -> tuple[slice, slice]:
+    """Rows and columns of the middle part whose sides are `fraction` of the frame's, or of the square in its middle."""
     height, width = pixels.shape[:2]
-    if fraction is None:
-        return slice(0, height), slice(0, width)
-    side = max(1, round(fraction * min(height, width)))
-    top, left = (height - side) // 2, (width - side) // 2
-    return slice(top, top + side), slice(left, left + side)
+    tall, wide = max(1, round(fraction * height)), max(1, round(fraction * width))
+    if square:
+        tall = wide = min(tall, wide)
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return slice(top, top + tall), slice(left, left + wide)
 
 
 def open_video(source: int | Path) -> cv2.VideoCapture:

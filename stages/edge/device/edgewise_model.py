@@ -24,14 +24,16 @@ class Bundle:
     variant: str
     classes: list[str]
     image_size: int  # side in pixels of the model's input images
+    geometry: str  # how a picture of other proportions becomes that square: see edgewise_decode.py
+    channels: int  # 3 is RGB, 1 is gray
     onnx_sha256: str
     confidence_threshold: float
     onnxruntime: str  # the version with which the bundle was made
 
 
 TYPES: dict[str, Any] = {
-    **{"variant": str, "classes": list, "image_size": int, "onnx_sha256": str},
-    **{"confidence_threshold": (int, float), "onnxruntime": str},
+    **{"variant": str, "classes": list, "image_size": int, "geometry": str, "channels": int},
+    **{"onnx_sha256": str, "confidence_threshold": (int, float), "onnxruntime": str},
 }
 
 
@@ -56,8 +58,8 @@ class Answer:
 class Loaded:
     """A `model.onnx` in ONNX Runtime."""
 
-    run: Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, 3]` to float32 logits `[B, classes]`
-    image_size: int
+    run: Callable[[np.ndarray], np.ndarray]  # uint8 pixels `[B, H, W, C]` to float32 logits `[B, classes]`
+    image_shape: tuple[int, int, int]  # height, width, channels
     classes: int
     import_ms: float  # time to import ONNX Runtime
     load_ms: float  # time from the file to a session that can run
@@ -70,7 +72,7 @@ class Model(Loaded):
     bundle: Bundle
 
     def answer(self, pixels: np.ndarray) -> Answer:
-        """Classify one image, uint8 RGB `[image_size, image_size, 3]`."""
+        """Classify one image, uint8 in `image_shape`."""
         started = time.perf_counter_ns()
         logits = self.run(pixels[None])
         inference_ms = (time.perf_counter_ns() - started) / 1e6
@@ -147,8 +149,11 @@ def open_model(folder: Path, threads: int) -> Model:
     """Open the model of the bundle in ONNX Runtime; ends the program if that fails."""
     bundle = read_bundle(folder)
     loaded = load_onnx(folder / MODEL, threads)
-    sizes = {"image size": (loaded.image_size, bundle.image_size)}
-    sizes["number of classes"] = loaded.classes, len(bundle.classes)
+    sizes = {
+        "image size": (loaded.image_shape[0], bundle.image_size),
+        "number of channels": (loaded.image_shape[2], bundle.channels),
+        "number of classes": (loaded.classes, len(bundle.classes)),
+    }
     for name, (found, wanted) in sizes.items():
         if found != wanted:
             stop(f"{folder / MODEL}: its {name} is {found}, but {BUNDLE} has {wanted}: copy the whole bundle again")
@@ -188,7 +193,7 @@ def load_onnx(path: Path, threads: int) -> Loaded:
     def run(images: np.ndarray) -> np.ndarray:
         return session.run([logits.name], {pixels.name: images})[0]
 
-    return Loaded(run, pixels.shape[1], logits.shape[1], *(np.diff(times) / 1e6).tolist())
+    return Loaded(run, tuple(pixels.shape[1:]), logits.shape[1], *(np.diff(times) / 1e6).tolist())
 
 
 def threads_argument(text: str) -> int:

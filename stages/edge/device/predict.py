@@ -26,7 +26,8 @@ except ImportError as missing:
 def answer_line(model: Model, path: Path) -> str:
     """Raises the exceptions of Pillow if the file is broken or not an image."""
     started = time.perf_counter_ns()
-    pixels, _ = decode(path, model.bundle.image_size)
+    bundle = model.bundle
+    pixels, _ = decode(path, bundle.image_size, bundle.geometry, bundle.channels)
     preprocess_ms = (time.perf_counter_ns() - started) / 1e6
     answer = model.answer(pixels)
     return f"{path}: {answer}, {preprocess_ms:.2f} ms preprocess, {answer.inference_ms:.2f} ms inference"
@@ -38,8 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=threads_argument, default=1, help="threads of ONNX Runtime (default: 1)")
     arguments = parser.parse_args()
     model = open_model(Path(__file__).parent, arguments.threads)
-    size = model.bundle.image_size
-    model.answer(np.zeros((size, size, 3), np.uint8))  # the first inference is slower
+    model.answer(np.zeros(model.image_shape, np.uint8))  # the first inference is slower
     Image.preinit()  # so is the first image, because Pillow then loads its formats
     warnings.simplefilter("ignore")  # warnings of Pillow about large or unusual images
     failed = False

@@ -3,7 +3,7 @@
     python timing.py plan.json result.json
 
 The script ends when its input is closed, so nothing keeps running after the connection is lost. With `--fresh` and a
-model, threads, batch and image size, it loads the model, classifies once, and prints the start-up cost.
+model, threads and batch, it loads the model, classifies once, and prints the start-up cost.
 """
 
 import json
@@ -43,18 +43,19 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
         if plan["affinity"] is not None:
             keep_to_cores(plan["affinity"])
         for model in models:
-            settings = [model["file"], protocol.threads, protocol.batch, model["image_size"]]
+            settings = [model["file"], protocol.threads, protocol.batch]
             command = [sys.executable, __file__, "--fresh", *map(str, settings)]
             start = median_start(model["variant"], command, protocol.start_up_runs)
             starts.append(start | {"onnx_sha256": model["onnx_sha256"]})
     except ValueError as error:
         stop(error)
-    runs = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads).run for model in models}
+    opened = {model["variant"]: load_onnx(Path(model["file"]), protocol.threads) for model in models}
     contenders = []
     for model in models:
-        pixels = random_pixels(protocol.batch, model["image_size"], protocol.seed)
-        baseline = list(runs).index(model["baseline"])
-        contenders.append(Contender(model["variant"], "onnxruntime", runs[model["variant"]], pixels, baseline))
+        loaded = opened[model["variant"]]
+        pixels = random_pixels(protocol.batch, loaded.image_shape, protocol.seed)
+        baseline = list(opened).index(model["baseline"])
+        contenders.append(Contender(model["variant"], "onnxruntime", loaded.run, pixels, baseline))
     watch = RunWatch(protocol.quiet_seconds)
     timed, state, windows = timed_run(contenders, starts, protocol, watch, EnergyMeter(), log)
     result = {"started": started, **timed, "machine": describe_machine(("onnxruntime", "numpy")) | state}
@@ -62,7 +63,7 @@ def time_models(plan: dict, log: Callable[[str], None]) -> dict:
     if plan["soak"] is not None:
         images, wanted = np.load(plan["soak"]["file"]), SoakPlan(**plan["soak"]["plan"])
         log(f"soak: {plan['soak']['variant']}, {wanted.seconds / 60:g} minutes")
-        soaked = soak(runs[plan["soak"]["variant"]], list(images[:, None]), wanted, process_state)
+        soaked = soak(opened[plan["soak"]["variant"]].run, list(images[:, None]), wanted, process_state)
     return {"result": result, "windows": windows, "soak": soaked}
 
 
@@ -79,9 +80,10 @@ def end_with_the_connection() -> None:
 
 def main() -> None:
     if sys.argv[1] == "--fresh":
-        path, (threads, batch, image_size) = Path(sys.argv[2]), map(int, sys.argv[3:])
+        path, (threads, batch) = Path(sys.argv[2]), map(int, sys.argv[3:])
         loaded = load_onnx(path, threads)
-        print(json.dumps(start_up(loaded.run, random_pixels(batch, image_size, 0), loaded.import_ms, loaded.load_ms)))
+        pixels = random_pixels(batch, loaded.image_shape, 0)
+        print(json.dumps(start_up(loaded.run, pixels, loaded.import_ms, loaded.load_ms)))
         return
     plan, out = map(Path, sys.argv[1:])
     end_with_the_connection()

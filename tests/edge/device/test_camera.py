@@ -1,12 +1,17 @@
 import re
 import signal
 import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 from toy_bundle import device_command, on_device, toy_bundle, write_video
+
+from stages.datasets.decode import decode
+from stages.edge.device.edgewise_model import confidences
+from stages.export.session import open_session, session_logits
 
 SUMMARY = r"(\d+) frames in [\d.]+ s, [\d.]+ frames/s, (\d+) dropped, (\d+) unsure\np50 of each part: (.*)\n"
 
@@ -63,13 +68,48 @@ def test_realtime_plays_a_video_at_its_rate_and_prints_a_line_each_second(tmp_pa
     assert len(lines) == 1
 
 
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+def test_a_frame_is_classified_whole_in_the_recorded_geometry_or_by_its_middle(crop):
+    frame = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    code = (
+        f"import sys; sys.path.insert(0, {str(toy_bundle())!r})\n"
+        "import numpy as np\nfrom pathlib import Path\nfrom camera import Frame, Screen, Tally, classify, open_model\n"
+        "frame = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(64, 96, 3)\n"
+        f"model, tally = open_model(Path({str(toy_bundle())!r}), 1), Tally()\n"
+        f"classify(model, Frame(frame, 0.0), {crop}, Screen(False, None, 25.0), tally)\n"
+        "print(tally.last.label, tally.last.confidence)\n"
+    )
+    bgr = np.ascontiguousarray(frame[..., ::-1])
+    done = subprocess.run([sys.executable, "-I", "-c", code], input=bgr.tobytes(), capture_output=True, check=True)
+    part = frame if crop == 1 else frame[16:48, 24:72]
+    pixels, _ = decode(np.ascontiguousarray(part), 24, "crop", 3)
+    logits = session_logits(open_session(toy_bundle() / "model.onnx", 1), pixels[None], 1)
+    label, confidence = done.stdout.decode().split()
+    assert label == ["zero", "one", "two", "three", "four"][logits.argmax()]
+    assert float(confidence) == pytest.approx(confidences(logits)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "view", "shown"), [([], "crop", (64, 64)), (["--crop", 0.5], "crop of the middle 50 %", (32, 32))]
+)
+def test_the_first_line_and_the_drawn_frame_say_what_is_classified(tmp_path, options, view, shown):
+    video, out = write_video(tmp_path / "a.mp4", 2), tmp_path / "out.mp4"
+    done = on_device(toy_bundle(), "camera.py", "--headless", "--video", video, "--save", out, *options)
+    assert done.stdout.splitlines()[0] == f"toy-none-int8: geometry {view}"
+    drawn = cv2.VideoCapture(str(out)).read()[1].astype(int)
+    rectangle = np.abs(drawn[32] - drawn[32, 48]).max(1) > 40  # the row in the middle crosses its two sides
+    sides = np.flatnonzero(rectangle)
+    assert (sides.max() - sides.min(), shown[0]) == (pytest.approx(shown[1], abs=3), shown[1])
+
+
 def test_an_interruption_prints_the_summary(tmp_path):
     video = write_video(tmp_path / "a.mp4", 100, rate=5)
     command = device_command(toy_bundle(), "camera.py", "--headless", "--realtime", "--video", video)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        first = process.stdout.readline()
+        geometry, first = process.stdout.readline(), process.stdout.readline()
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=20)
+    assert geometry == "toy-none-int8: geometry crop\n"
     assert first.startswith("1 s: ")
     assert (process.returncode, errors) == (0, "")
     assert 1 <= int(re.search(SUMMARY, rest)[1]) < 100

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from toy_bundle import write_video
 
-from stages.edge.device.edgewise_frames import NewestFrames, NoFrames, center_square, frames_of, open_video
+from stages.edge.device.edgewise_frames import NewestFrames, NoFrames, center, frames_of, open_video
 
 
 class Camera:
@@ -63,12 +63,19 @@ def test_close_ends_the_thread():
 
 
 @pytest.mark.parametrize(
-    ("fraction", "rows", "columns"), [(1.0, (0, 40), (10, 50)), (0.5, (10, 30), (20, 40)), (0.01, (19, 20), (29, 30))]
+    ("fraction", "square", "rows", "columns"),
+    [
+        (1.0, False, (0, 40), (0, 60)),
+        (0.5, False, (10, 30), (15, 45)),
+        (0.01, False, (19, 20), (29, 30)),
+        (1.0, True, (0, 40), (10, 50)),
+        (0.5, True, (10, 30), (20, 40)),
+    ],
 )
-def test_the_square_is_in_the_middle(fraction, rows, columns):
-    found = center_square(np.zeros((40, 60, 3), np.uint8), fraction)
+def test_the_part_is_in_the_middle_with_the_proportions_of_the_frame_or_a_square(fraction, square, rows, columns):
+    found = center(np.zeros((40, 60, 3), np.uint8), fraction, square)
     assert [(part.start, part.stop) for part in found] == [rows, columns]
-    turned = center_square(np.zeros((60, 40, 3), np.uint8), fraction)
+    turned = center(np.zeros((60, 40, 3), np.uint8), fraction, square)
     assert [(part.start, part.stop) for part in turned] == [columns, rows]
 
 

@@ -38,7 +38,8 @@ def rewrite(folder, **changes):
 def expected_answer(path):
     folder = toy_bundle()
     content = json.loads((folder / "bundle.json").read_text())
-    logits = session_logits(open_session(folder / "model.onnx", 1), decode(path, content["image_size"])[0][None], 1)[0]
+    pixels, _ = decode(path, content["image_size"], content["geometry"], content["channels"])
+    logits = session_logits(open_session(folder / "model.onnx", 1), pixels[None], 1)[0]
     softmax = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     return content["classes"][logits.argmax()], softmax.max()
 
@@ -104,6 +105,8 @@ def test_every_script_refuses_another_model_than_bundle_json_describes(changeabl
         ({"classes": [1, 2, 3, 4, 5]}, "classes has a wrong type"),
         ({"image_size": 16}, "image size is 24, but bundle.json has 16"),
         ({"image_size": "24"}, "image_size has a wrong type"),
+        ({"channels": 1}, "number of channels is 3, but bundle.json has 1"),
+        ({"geometry": None}, "geometry has a wrong type"),
         ({"confidence_threshold": None}, "confidence_threshold has a wrong type"),
         ({"versions": {}}, "bundle.json is damaged"),
         (None, "model.onnx: No such file"),
