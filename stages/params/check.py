@@ -111,11 +111,11 @@ def bad_networks(params: Params, path: Path) -> Iterator[str]:
         elif found := refused(model.library, model.architecture, model.arguments, sizes, params.data.channels):
             key, reason = found
             yield f"models.{name}{key}: {reason}"
-        elif problem := bad_weights(model, path):
+        elif problem := bad_weights(model, path, params.data.channels):
             yield f"models.{name}.{problem}"
 
 
-def bad_weights(model: Model, path: Path) -> str | None:
+def bad_weights(model: Model, path: Path, channels: int) -> str | None:
     """What is wrong with the weights of a model whose network is sound; weights of a hub are not downloaded."""
     from stages.artifacts.initial_weights import load_weights, statistics, unknown_tag
     from stages.networks.architectures import CLASSES
@@ -129,9 +129,9 @@ def bad_weights(model: Model, path: Path) -> str | None:
     if local:
         model = model.model_copy(update={"weights": str(path.parent / model.weights)})
     try:
-        statistics(model, ([0.5] * 3, [0.5] * 3))
+        statistics(model, ([0.5] * channels, [0.5] * channels))
         if local:
-            spec = spec_of(model, CLASSES)
+            spec = spec_of(model, CLASSES, channels)
             load_weights(build_network(spec), spec, model, [])
     except UserError as error:
         return str(error)

@@ -391,6 +391,18 @@ def test_a_network_that_cannot_be_built_is_refused(raw, tmp_path, change, reason
         assert "is not of this network" in refusal(raw, tmp_path)
 
 
+def test_the_networks_and_weights_are_checked_with_the_channels_of_the_images(raw, tmp_path):
+    raw["data"]["channels"] = 1
+    model = Model(**raw["models"]["convnext"])
+    for channels in (1, 3):  # the filters for colors are summed
+        torch.save(build_network(spec_of(model, 10, channels)).state_dict(), tmp_path / f"atto{channels}.pth")
+        raw["models"]["convnext"] |= {"weights": f"atto{channels}.pth", "normalization": [0.5, 0.25]}
+        assert ", crop, gray" in plan(check(written(raw, tmp_path)))
+    raw["data"]["channels"] = 3
+    raw["models"]["convnext"]["weights"] = "atto1.pth"
+    assert "has shape" in refusal(raw, tmp_path)
+
+
 def test_a_network_that_takes_no_images_of_the_first_size_is_refused(raw, tmp_path):
     raw["finetune"]["progressive_resize"] = {"input_size": 8}
     assert "change finetune.progressive_resize.input_size, or the arguments" in refusal(raw, tmp_path)
