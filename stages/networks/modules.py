@@ -45,6 +45,26 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor], strict
     network.load_state_dict(state, strict)
 
 
+@torch.no_grad()
+def norms_of_one_value(network: nn.Module, input_size: int) -> list[str]:
+    """Names of the batch norms that see one value of each channel of an image, as after global pooling.
+
+    They cannot train on batches of one image. A copy of the network runs once in evaluation mode.
+    """
+    network = copy.deepcopy(network).eval()
+    found: list[str] = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(
+                lambda norm, inputs, name=name: (
+                    found.append(name) if inputs[0][0].numel() == norm.num_features else None
+                )
+            )
+    first = next(network.parameters())
+    network(torch.zeros(1, channels_of(network), input_size, input_size, device=first.device, dtype=first.dtype))
+    return found
+
+
 def along_outputs(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """View `values` `[out]` in a shape that broadcasts over a weight `[out, ...]`."""
     return values.view(-1, *[1] * (weight.dim() - 1))

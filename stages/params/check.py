@@ -111,8 +111,22 @@ def bad_networks(params: Params, path: Path) -> Iterator[str]:
         elif found := refused(model.library, model.architecture, model.arguments, sizes, params.data.channels):
             key, reason = found
             yield f"models.{name}{key}: {reason}"
+        elif params.finetune.batch_size == 1 and (norms := _norms_of_one_value(params, name)):
+            yield (
+                f"finetune.batch_size = 1: batch norm ({norms[0]}) of models.{name} sees one value of each channel and"
+                " cannot train on one image: use 2 or more"
+            )
         elif problem := bad_weights(model, path, params.data.channels):
             yield f"models.{name}.{problem}"
+
+
+def _norms_of_one_value(params: Params, model: str) -> list[str]:
+    from stages.networks.architectures import CLASSES
+    from stages.networks.build import build_network, spec_of
+    from stages.networks.modules import norms_of_one_value
+
+    spec = spec_of(params.models[model], CLASSES, params.data.channels)
+    return norms_of_one_value(build_network(spec), params.models[model].input_size)
 
 
 def bad_weights(model: Model, path: Path, channels: int) -> str | None:

@@ -24,7 +24,7 @@ from stages.common.errors import Interruption, UserError
 from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.architectures import more_than_logits
-from stages.networks.modules import channels_of, load_tensors
+from stages.networks.modules import channels_of, load_tensors, norms_of_one_value
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.params.finetune import Finetune
@@ -123,6 +123,7 @@ class Trainer:
         if small:
             _count_classes(network, small.input_size, self.title, "finetune.progressive_resize.input_size")
         self.classes = _count_classes(network, self.preprocess.input_size, self.title, "input_size")
+        self._refuse_batches_of_one()
         self.augment = Augmentation(recipe, len(self.data.train), self.classes, self.seed)
         self.call = distributed.data_parallel(network, device)
         if recipe.compile:
@@ -274,6 +275,16 @@ class Trainer:
             return loss
         soft = soft_loss(logits, teacher_logits, distillation.temperature)
         return (1 - distillation.weight) * loss + distillation.weight * soft
+
+    def _refuse_batches_of_one(self) -> None:
+        """Raise a `UserError` if each process trains on one image and batch norm sees one value of each channel."""
+        if self.recipe.batch_size > distributed.world_size() or self.frozen_batch_norm:
+            return
+        if norms := norms_of_one_value(self.network, self.preprocess.input_size):
+            raise UserError(
+                f"{self.title}: finetune.batch_size = {self.recipe.batch_size}: batch norm ({norms[0]}) sees one value"
+                " of each channel and cannot train on one image: use 2 or more"
+            )
 
     def _set_training_mode(self) -> None:
         self.network.train()

@@ -403,6 +403,15 @@ def test_the_networks_and_weights_are_checked_with_the_channels_of_the_images(ra
     assert "has shape" in refusal(raw, tmp_path)
 
 
+def test_a_batch_of_one_image_is_refused_where_batch_norm_would_see_one_value(raw, tmp_path):
+    raw["finetune"]["batch_size"] = 1
+    check(written(raw, tmp_path))  # a ConvNeXt has no batch norm
+    raw["models"]["convnext"] |= {"architecture": "resnet10t", "arguments": {}, "input_size": 32}
+    assert "finetune.batch_size = 1: batch norm (layer4.0.bn1) of models.convnext" in refusal(raw, tmp_path)
+    raw["models"]["convnext"]["input_size"] = 64
+    check(written(raw, tmp_path))
+
+
 def test_a_network_that_takes_no_images_of_the_first_size_is_refused(raw, tmp_path):
     raw["finetune"]["progressive_resize"] = {"input_size": 8}
     assert "change finetune.progressive_resize.input_size, or the arguments" in refusal(raw, tmp_path)

@@ -218,6 +218,14 @@ def test_an_input_size_that_the_network_does_not_take_is_a_clear_error(network, 
             fit(network, preprocess=Preprocess([0.5] * 3, [0.25] * 3, 8))
 
 
+def test_a_batch_of_one_image_is_refused_where_batch_norm_would_see_one_value(fit, recipe):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    recipe = recipe.model_copy(update={"batch_size": 1, "epochs": 1, "mixup": 0.0})
+    with pytest.raises(UserError, match=r"finetune\.batch_size = 1: batch norm \(1\) sees one value"):
+        fit(network, recipe)
+    fit(network, recipe, frozen_batch_norm=True)
+
+
 def test_a_network_with_a_three_dimensional_convolution_trains(fit, recipe):
     class Volume(nn.Module):
         def __init__(self) -> None:
