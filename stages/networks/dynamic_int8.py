@@ -4,6 +4,7 @@ torch deprecates these modules; only this file uses them.
 """
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObser
 from stages.networks.modules import with_twins
 
 
-def quantize_linears(network: nn.Module, per_channel: bool) -> nn.Module:
-    """A copy whose Linear layers are PyTorch's dynamic int8 layers.
+def quantize_linears(network: nn.Module, per_channel: bool, floats: Iterable[str] = ()) -> nn.Module:
+    """A copy whose Linear layers, except those named in `floats`, are PyTorch's dynamic int8 layers.
 
     Weights are symmetric integers in [-127, 127] with scale = largest magnitude / 127, for each output channel or for
     the whole tensor, which are the integers that ONNX Runtime's quantizer finds too.
@@ -28,7 +29,7 @@ def quantize_linears(network: nn.Module, per_channel: bool) -> nn.Module:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return quantize_dynamic(network.eval(), {nn.Linear: config}, dtype=torch.qint8)
+        return quantize_dynamic(network.eval(), {nn.Linear: config} | dict.fromkeys(floats), dtype=torch.qint8)
 
 
 def dynamic_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -1,11 +1,15 @@
 """Operations on any network: replace modules, load tensors by name, count how often each weight is applied."""
 
 import copy
+import difflib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+
+from stages.common.errors import UserError
 
 MULTIPLYING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose weight is multiplied with the activations."""
@@ -20,6 +24,27 @@ def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name`; it takes over the training mode of the module that it replaces."""
     module.train(network.get_submodule(name).training)
     network.set_submodule(name, module)
+
+
+def excluded_modules(network: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the modules that a pattern names or that lie inside one that it names.
+
+    Raises:
+        UserError: If a pattern names no module that holds weights.
+    """
+    names = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
+    found: set[str] = set()
+    for pattern in patterns:
+        roots = [name for name in names if fnmatchcase(name, pattern)]
+        if not any(list(network.get_submodule(root).parameters()) for root in roots):
+            problem = f"{roots[0]} has no weights" if roots else "names no module of this network"
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
+            choice = (
+                f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(dict(network.named_children()))}"
+            )
+            raise UserError(f"exclude = {pattern!r}: {problem}; {choice}")
+        found |= {name for name in names if any(name == root or name.startswith(f"{root}.") for root in roots)}
+    return found
 
 
 def with_twins(network: nn.Module, kind: type, twin_of: Callable[[nn.Module], nn.Module]) -> nn.Module:

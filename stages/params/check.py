@@ -13,6 +13,7 @@ from stages.params.budget import Budget
 from stages.params.load import load_params, refuse
 from stages.params.models import Model
 from stages.params.pruners import Continued, SmallDense
+from stages.params.section import Excluding
 from stages.params.whole import Params
 
 
@@ -118,6 +119,30 @@ def bad_networks(params: Params, path: Path) -> Iterator[str]:
             )
         elif problem := bad_weights(model, path, params.data.channels):
             yield f"models.{name}.{problem}"
+        else:
+            yield from bad_excludes(params, name)
+
+
+def bad_excludes(params: Params, model: str) -> Iterator[str]:
+    """Names under `exclude` that a model's network does not have."""
+    from stages.networks.architectures import CLASSES
+    from stages.networks.build import build_network, spec_of
+    from stages.networks.modules import excluded_modules
+
+    pruned = {key: entry.pruner for key, entry in params.pruned.items() if entry.model == model}
+    quantizers = [variant.quantizer for variant in params.variants.values() if variant.pruned in pruned]
+    methods = {f"pruners.{name}": params.pruners[name] for name in pruned.values()}
+    excluding = {
+        key: method
+        for key, method in (methods | {f"quantizers.{name}": params.quantizers[name] for name in quantizers}).items()
+        if isinstance(method, Excluding) and method.exclude
+    }
+    network = build_network(spec_of(params.models[model], CLASSES, params.data.channels)) if excluding else None
+    for key, method in excluding.items():
+        try:
+            excluded_modules(network, method.exclude)
+        except UserError as error:
+            yield f"{key}.{error} (model {model})"
 
 
 def _norms_of_one_value(params: Params, model: str) -> list[str]:

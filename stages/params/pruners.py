@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stages.params.budget import Budget
-from stages.params.section import Count, Fraction, Positive, Section
+from stages.params.section import Count, Excluding, Fraction, Positive, Section
 
 Width = Annotated[int, Field(ge=1, le=65536)]
 
@@ -41,7 +41,7 @@ class Importance(Section):
 ALL_SCORES = Importance(**dict.fromkeys(Importance.model_fields, 0.2))
 
 
-class Structured(Budget):
+class Structured(Budget, Excluding):
     """Pruners that remove whole channels. Each takes exactly one of the three targets."""
 
     group_sparsity: Fraction | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stages.params.budget import Budget
-from stages.params.section import Count, Positive, Section, Seed
+from stages.params.section import Count, Excluding, Positive, Section, Seed
 
 
 class Fp32(Section):
@@ -14,7 +14,7 @@ class Fp32(Section):
     method: Literal["fp32"]
 
 
-class Int8Dynamic(Section):
+class Int8Dynamic(Excluding):
     """PyTorch's dynamic quantization of Linear layers; 1x1 convolutions are treated as Linear layers."""
 
     method: Literal["int8_dynamic"]
@@ -22,7 +22,7 @@ class Int8Dynamic(Section):
     """Use one scale for each output channel instead of one for each layer."""
 
 
-class Calibrated(Section):
+class Calibrated(Excluding):
     """Quantizers that look at images, which come from the training part."""
 
     calibration_images: Count = 256

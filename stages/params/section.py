@@ -23,3 +23,13 @@ class Section(BaseModel):
     """A mapping with known keys and strict types. Rules that join several keys are in `stages.params.rules`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Excluding(Section):
+    """A method that can leave layers of the network as they are."""
+
+    exclude: list[str] = []
+    """Modules that stay as they are, by name or by a pattern such as `stages.0.*`, as PyTorch's `named_modules` names
+    them; a name covers all modules inside it. A quantizer leaves them in float. A structured pruner removes none of
+    their output channels, nor channels that these are added to; their inputs still follow the cuts of other layers, as
+    with Torch-Pruning's `ignored_layers`."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import build_network
-from stages.networks.modules import channels_of, output_positions
+from stages.networks.modules import channels_of, excluded_modules, output_positions
 from stages.networks.reshape import widths_of
 from stages.networks.spec import NetworkSpec
 from stages.params.pruners import Depgraph
@@ -143,7 +143,8 @@ class TorchPruning:
             [least] = least_widths(torch.tensor([channels]), self.pruner).tolist()
             layers.append(Layer(names[modules[0]], channels, unit, min(channels, -(-least // unit) * unit)))
         if not layers:
-            raise self._unfit("it finds no layer whose channels could go")
+            also = " outside exclude" if self.pruner.exclude else ""
+            raise self._unfit(f"it finds no layer{also} whose channels could go")
         return layers
 
     def _require_regularizable(self, dense: nn.Module) -> None:
@@ -235,7 +236,10 @@ def _library_pruner(
             importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=ratio,
             pruning_ratio_dict={network.get_submodule(layer.name): layer.ratio(ratio) for layer in layers},
-            ignored_layers=[network.get_submodule(weights[-1].removesuffix(".weight"))],  # makes the logits
+            ignored_layers=[
+                network.get_submodule(weights[-1].removesuffix(".weight")),  # makes the logits
+                *map(network.get_submodule, sorted(excluded_modules(network, pruner.exclude))),
+            ],
             in_channel_groups={},  # all its pruners share the defaults, which would keep every network alive
             out_channel_groups={},
             num_heads={},

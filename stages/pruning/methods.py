@@ -9,6 +9,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.build import build_network
+from stages.networks.modules import excluded_modules
 from stages.networks.reparameterize import fold_layer_scale
 from stages.networks.spec import NetworkSpec
 from stages.params.pruners import (
@@ -161,6 +162,7 @@ def prune_by_depgraph(session: Session, pruner: Depgraph, network: nn.Module, sp
     lasso = pruning_schedule(pruner, session.steps, session.param) if regularized else None
     phase = session.epochs_until(lasso.end) if lasso else 0
     _require_recovery(session, pruner, phase)
+    excluded_of(session, pruner, network)
     ratio = library.find_ratio(network)
     if lasso and ratio:
         constraint = GroupLasso(network, pruner, session.input_size, lasso)
@@ -195,13 +197,26 @@ def groups_of(
     Raises:
         UserError: With the pruner's key and method, if there are none.
     """
+    excluded = excluded_of(session, pruner, network)
     try:
-        groups, whole = exact_groups(network, spec, session.input_size, pruner.allow_partial)
+        groups, whole = exact_groups(network, spec, session.input_size, pruner.allow_partial, excluded)
     except UserError as error:
         raise UserError(f"{session.param} (method {pruner.method}): {error}") from error
     if whole:
         print(f"{session.key}: left whole, since they cannot be cut exactly: {', '.join(whole)}")
     return groups, {"groups_left_whole": len(whole)}
+
+
+def excluded_of(session: Session, pruner: Structured, network: nn.Module) -> set[str]:
+    """Names of the modules whose output channels stay.
+
+    Raises:
+        UserError: With the pruner's key, if a pattern names nothing.
+    """
+    try:
+        return excluded_modules(network, pruner.exclude)
+    except UserError as error:
+        raise UserError(f"{session.param}.{error}") from None
 
 
 def _choose(

@@ -36,34 +36,36 @@ OPSET = 16  # from 17 on LayerNorm is one operator, whose parameters the package
 CUTTABLE = (nn.Conv2d, nn.Linear, _BatchNorm, nn.LayerNorm, GlobalResponseNorm)
 
 
-def channel_groups(network: nn.Module, input_size: int) -> list[ChannelGroup]:
+def channel_groups(network: nn.Module, input_size: int, excluded: Set[str] = frozenset()) -> list[ChannelGroup]:
     """Partition a classifier into groups of channels that can be removed together.
 
     Args:
         network: Layer scale folded, on any device; it stays as it is.
         input_size: Side S of its input `[N, C, S, S]`, in pixels.
+        excluded: Names of modules whose output channels stay.
 
     Returns:
-        The groups in the network's order, without those that make the logits.
+        The groups in the network's order, without those that make the logits or channels of excluded modules.
 
     Raises:
         UserError: If the graph cannot be built, a named module cannot be pruned exactly, or no group can be pruned.
     """
-    groups, refused = _partition(network, input_size)
+    groups, refused = _partition(network, input_size, excluded)
     if refused:
         raise UserError(next(iter(refused.values())) + (PARTIAL_REMEDY if groups else ""))
     if not groups:
-        raise UserError(f"{type(network).__name__}: has no channels that could be pruned (all make the logits)")
+        raise UserError(f"{type(network).__name__}: has no channels that could be pruned ({_none_left(excluded)})")
     return groups
 
 
 def exact_groups(
-    network: nn.Module, spec: NetworkSpec, input_size: int, allow_partial: bool
+    network: nn.Module, spec: NetworkSpec, input_size: int, allow_partial: bool, excluded: Set[str] = frozenset()
 ) -> tuple[list[ChannelGroup], list[str]]:
     """The groups of the network of `spec` with a proof that cutting zeroed channels changes nothing.
 
     Args:
         allow_partial: Leave whole what cannot be cut exactly, instead of refusing the network.
+        excluded: Names of modules whose output channels stay; what is whole because of them needs no exact cut.
 
     Returns:
         The groups, and the names of the layers whose channels stay whole (empty unless `allow_partial`).
@@ -72,22 +74,26 @@ def exact_groups(
         UserError: If a named layer cannot be cut exactly, or nothing can be cut.
     """
     if not allow_partial:
-        groups = channel_groups(network, input_size)
+        groups = channel_groups(network, input_size, excluded)
         check_exact(network, spec, groups, input_size)
         return groups, []
-    groups, refused = _partition(network, input_size)
+    groups, refused = _partition(network, input_size, excluded)
     culprits = inexact_groups(network, spec, groups, input_size)
     groups = [group for group in groups if group.name not in culprits]
     whole = [*refused, *culprits]
     if not groups:
-        reason = (
-            f"of {len(whole)} layers such as {whole[0]} none can be cut exactly" if whole else "all make the logits"
-        )
+        reason = f"of {len(whole)} layers such as {whole[0]} none can be cut exactly" if whole else _none_left(excluded)
         raise UserError(f"{spec.library} {spec.architecture}: has no channels that could be pruned ({reason})")
     return groups, whole
 
 
-def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup], dict[str, str]]:
+def _none_left(excluded: Set[str]) -> str:
+    return "all make the logits" + (", or channels of layers in exclude: shorten it" if excluded else "")
+
+
+def _partition(
+    network: nn.Module, input_size: int, excluded: Set[str] = frozenset()
+) -> tuple[list[ChannelGroup], dict[str, str]]:
     """The groups that can be typed, and the reasons why others cannot, by name; both in the network's order."""
     model = copy.deepcopy(network).cpu().float().eval().requires_grad_(True)
     with _library(model) as library:
@@ -102,7 +108,7 @@ def _partition(network: nn.Module, input_size: int) -> tuple[list[ChannelGroup],
                 f"{type(network).__name__}: only_train_once cannot tell which of its channels belong together"
                 f" ({_obstacle(model, error)}): only l1_unstructured and random_unstructured can prune it"
             ) from error
-    return _typed_groups(model, graph)
+    return _typed_groups(model, graph, excluded)
 
 
 def _obstacle(model: nn.Module, error: Exception) -> str:
@@ -217,10 +223,12 @@ class _Union:
     problem: str | None
 
 
-def _typed_groups(model: nn.Module, graph: Any) -> tuple[list[ChannelGroup], dict[str, str]]:
+def _typed_groups(model: nn.Module, graph: Any, excluded: Set[str]) -> tuple[list[ChannelGroup], dict[str, str]]:
     order = {name: position for position, name in enumerate(model.state_dict())}
     groups, refused = [], {}
     for union in _unions(model, graph, order):
+        if any(_owner(name) in excluded for name in union.makes):
+            continue
         try:
             groups.append(_typed_group(union, model))
         except UserError as error:

@@ -121,7 +121,8 @@ def rounded_down(fraction: float) -> float:
 def what_every_layer_keeps(pruner: Structured) -> str:
     """Describe `least_widths`, for messages."""
     floor = f"{100 * KEPT_FRACTION:.0f} % of its channels and at least {pruner.minimum_width}"
-    return floor + (f", and a multiple of {pruner.divisible_by} where it is cut" if pruner.divisible_by > 1 else "")
+    floor += f", and a multiple of {pruner.divisible_by} where it is cut" if pruner.divisible_by > 1 else ""
+    return floor + (", and those in exclude keep all" if pruner.exclude else "")
 
 
 def least_widths(widths: torch.Tensor, pruner: Structured) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Int8 networks: dynamic (grids of activations are found in every call) and static (they are fixed here)."""
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from stages.artifacts.description import LayerStorage
 from stages.networks.dynamic_int8 import dynamic_layers, quantize_linears
 from stages.networks.integer_weights import KINDS, Grid, with_integers
-from stages.networks.modules import along_outputs, replace_module
+from stages.networks.modules import along_outputs, excluded_modules, replace_module
 from stages.networks.pixel_stem import on_pixels, pixel_stem
 from stages.networks.preprocess import Classifier
 from stages.networks.reparameterize import pointwise_to_linear
@@ -25,19 +26,22 @@ PIXELS = Grid(scale=1.0, zero_point=0)
 """Grid of stored pixels, which are integers from 0 to 255."""
 
 
-def int8_dynamic(network: nn.Module, per_channel: bool) -> tuple[nn.Module, dict[str, LayerStorage]]:
+def int8_dynamic(
+    network: nn.Module, per_channel: bool, exclude: Sequence[str] = ()
+) -> tuple[nn.Module, dict[str, LayerStorage]]:
     """Pack every Linear layer to int8, and every 1x1 convolution as a Linear layer; all other layers stay float.
 
     Args:
         network: Float; it stays as it is.
         per_channel: One scale for each output channel, otherwise one for the whole weight.
+        exclude: Names or patterns of modules that stay in float too.
 
     Returns:
         The packed network, and the storage of each packed layer.
     """
     linear = copy.deepcopy(network)
     pointwise_to_linear(linear)
-    packed = quantize_linears(linear, per_channel)
+    packed = quantize_linears(linear, per_channel, excluded_modules(linear, exclude))
     scheme = "symmetric_per_channel" if per_channel else "symmetric_per_tensor"
     return packed, {name: LayerStorage(8, 8, scheme) for name in dynamic_layers(packed)}
 
@@ -48,9 +52,9 @@ def int8_static(
     """Round weights for each channel, and layers' inputs (and convolutions' outputs) for each tensor.
 
     Depthwise and other grouped convolutions stay in float, where they are as fast and lose nothing. So do norms,
-    activation functions, and layers that never run, whose inputs have no range. 1x1 convolutions become Linear layers.
-    If the first convolution can take stored pixels directly with as many weights, it does: pixels are integers, so that
-    its input is not rounded at all.
+    activation functions, what `exclude` names, and layers that never run, whose inputs have no range. 1x1 convolutions
+    become Linear layers. If the first convolution can take stored pixels directly with as many weights, it does: pixels
+    are integers, so that its input is not rounded at all.
 
     Args:
         classifier: Float; it stays as it is.
@@ -64,13 +68,15 @@ def int8_static(
         UserError: If two layers share a weight.
     """
     refuse_shared_weights(classifier.network)
-    classifier, stem = _on_pixels(classifier, images.shape[1])
+    stays = excluded_modules(classifier.network, quantizer.exclude)
+    classifier, stem = _on_pixels(classifier, images.shape[1], stays)
     network = copy.deepcopy(classifier.network)
     pointwise_to_linear(network)
+    excluded = excluded_modules(network, quantizer.exclude)
     layers = {name: module for name, module in network.named_modules() if type(module) in KINDS}
-    grouped = {name for name, module in layers.items() if getattr(module, "groups", 1) > 1}
-    kept = [name for name in layers if name in grouped] + without_integer_form(network)
-    layers = {name: module for name, module in layers.items() if name not in grouped}
+    floats = {name for name, module in layers.items() if getattr(module, "groups", 1) > 1 or name in excluded}
+    kept = [name for name in layers if name in floats] + without_integer_form(network)
+    layers = {name: module for name, module in layers.items() if name not in floats}
     sides: dict[str, tuple[str, ...]] = {
         name: ("input",) if isinstance(layer, nn.Linear) else ("input", "output") for name, layer in layers.items()
     }
@@ -101,10 +107,10 @@ def _with_room_for_the_bias(layer: nn.Module, rounded: Rounded, input_scale: flo
     return Rounded(torch.where(tight, coarser, rounded.integers), scale, rounded.bits)
 
 
-def _on_pixels(classifier: Classifier, image_size: int) -> tuple[Classifier, dict[str, int]]:
+def _on_pixels(classifier: Classifier, image_size: int, excluded: set[str]) -> tuple[Classifier, dict[str, int]]:
     """The classifier whose first convolution takes stored pixels, and its `pixel_stem`; itself and {} if none can."""
     found = pixel_stem(classifier, image_size)
-    if found is None:
+    if found is None or found[0] in excluded:
         return classifier, {}
     twin = on_pixels(classifier, image_size, *found)
     if twin is None or _parameters(twin) != _parameters(classifier):

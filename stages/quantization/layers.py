@@ -1,5 +1,6 @@
 """The layers of a network that can have integer weights, and the features of each that a search uses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from stages.common.errors import UserError
 from stages.networks.integer_weights import KINDS
-from stages.networks.modules import output_positions
+from stages.networks.modules import excluded_modules, output_positions
 from stages.networks.reparameterize import is_pointwise
 
 LAYER_KINDS = ("linear", "pointwise", "depthwise", "convolution")
@@ -33,10 +34,12 @@ class Layer:
     """Positions of the kernel: 1 for linear layers."""
 
 
-def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer], list[str]]:
-    """The layers that can have integer weights, in the order of execution, and the names of those that cannot.
+def integer_candidates(
+    network: nn.Module, input_size: int, exclude: Sequence[str] = ()
+) -> tuple[list[Layer], list[str]]:
+    """The layers that get integer weights, in the order of execution, and the names of those that stay in float.
 
-    The latter have no integer form, or never run.
+    The latter have no integer form, never run, or lie in a module that `exclude` names.
 
     Raises:
         UserError: If there is none, a weight is NaN or infinite, or two layers share a weight.
@@ -47,11 +50,14 @@ def integer_candidates(network: nn.Module, input_size: int) -> tuple[list[Layer]
     found = [_describe(name, modules[name], times) for name, times in positions.items() if type(modules[name]) in KINDS]
     if not found:
         raise UserError(f"{type(network).__name__} has no Linear or Conv2d layer whose weights could be integers")
+    excluded = excluded_modules(network, exclude)
+    found = [layer for layer in found if layer.name not in excluded]
     for layer in found:
         if not torch.isfinite(modules[layer.name].weight).all():
             raise UserError(f"{layer.name}.weight holds NaN or infinite values: it cannot be rounded")
-    unused = [name for name, module in modules.items() if type(module) in KINDS and name not in positions]
-    return found, without_integer_form(network) + unused
+    taken = {layer.name for layer in found}
+    floats = [name for name, module in modules.items() if type(module) in KINDS and name not in taken]
+    return found, without_integer_form(network) + floats
 
 
 def refuse_shared_weights(network: nn.Module) -> None:

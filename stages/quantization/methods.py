@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from stages.artifacts.description import FLOAT_BITS, LayerStorage
+from stages.common.errors import UserError
 from stages.common.progress import count_progress
-from stages.networks.modules import replace_module
+from stages.networks.integer_weights import KINDS
+from stages.networks.modules import excluded_modules, replace_module
+from stages.networks.reparameterize import is_pointwise
 from stages.params.quantizers import (
     AllocatedBits,
     Bits,
@@ -22,6 +25,7 @@ from stages.params.quantizers import (
     SearchedBits,
     UniformBits,
 )
+from stages.params.section import Excluding
 from stages.quantization.calibration import calibration_images, hessians
 from stages.quantization.controller import learn_bits
 from stages.quantization.evaluation import Evaluator
@@ -65,12 +69,14 @@ def quantize(session: Session) -> Quantized:
         UserError: If the network cannot be quantized in this way, or a setting does not fit it.
     """
     network = session.network
+    if isinstance(session.settings, Excluding):
+        _check_exclude(network, session.settings, session.param)
     match session.settings:
         case Fp32():
             return Quantized(network)
-        case Int8Dynamic(per_channel=per_channel):
+        case Int8Dynamic(per_channel=per_channel, exclude=exclude):
             refuse_shared_weights(network)
-            packed, layers = int8_dynamic(network, per_channel)
+            packed, layers = int8_dynamic(network, per_channel, exclude)
             return Quantized(packed, layers, pointwise_as_linear=True, float_layers=layers_with_weights(packed))
         case Int8Static() as quantizer:
             images, _ = calibration_images(session.train_part, quantizer, session.param)
@@ -81,12 +87,30 @@ def quantize(session: Session) -> Quantized:
     raise TypeError(f"{session.param} is not a quantizer")
 
 
+def _check_exclude(network: nn.Module, quantizer: Excluding, param: str) -> None:
+    """Refuse an `exclude` that names nothing, or leaves nothing."""
+    try:
+        excluded = excluded_modules(network, quantizer.exclude)
+    except UserError as error:
+        raise UserError(f"{param}.{error}") from None
+    if isinstance(quantizer, Int8Dynamic):
+        candidates = [name for name, m in network.named_modules() if type(m) is nn.Linear or is_pointwise(m)]
+    elif isinstance(quantizer, Int8Static):
+        candidates = [n for n, m in network.named_modules() if type(m) in KINDS and getattr(m, "groups", 1) == 1]
+    else:
+        candidates = [name for name, m in network.named_modules() if type(m) in KINDS]
+    if candidates and excluded.issuperset(candidates):
+        raise UserError(
+            f"{param}.exclude = {quantizer.exclude}: leaves no layer to quantize: shorten it, or take an fp32 quantizer"
+        )
+
+
 def quantize_to_bits(session: Session, quantizer: Bits) -> Quantized:
     """Choose each layer's bits, round its weight, and train with rounded weights if the quantizer has epochs."""
     network = session.network
-    layers, kept = integer_candidates(network, session.input_size)
+    layers, kept = integer_candidates(network, session.input_size, quantizer.exclude)
     if kept:
-        print(f"{session.key}: in float, since they have no integer form or never run: {', '.join(kept)}")
+        print(f"{session.key}: in float, since they are excluded, have no integer form or never run: {', '.join(kept)}")
     search: dict[str, Any] = {}
     if isinstance(quantizer, UniformBits):
         by_bits = round_all(session, quantizer, layers, [quantizer.bits])

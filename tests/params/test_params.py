@@ -468,3 +468,17 @@ def test_dvc_changes_a_value_of_the_default_and_no_other_line(tmp_path):
 
 def test_the_page_of_parameters_is_that_of_the_sections():
     assert (TOP / document.PAGE).read_text() == document.page(), "run python -m stages.params.document"
+
+
+@pytest.mark.parametrize("section", ["pruners", "quantizers"])
+def test_an_exclude_that_names_nothing_in_the_network_is_refused_with_the_nearest_name(raw, tmp_path, section):
+    used = {
+        entry[section.removesuffix("s")] for entry in raw["pruned" if section == "pruners" else "variants"].values()
+    }
+    key = next(name for name in sorted(used) if raw[section][name]["method"] in ("oto", "int8_static", "int8_dynamic"))
+    raw[section][key]["exclude"] = ["stem", "stages.0"]
+    check(written(raw, tmp_path))
+    raw[section][key]["exclude"] = ["stem", "stagse.0"]
+    assert f"{section}.{key}.exclude = 'stagse.0': names no module of this network; did you mean stages" in refusal(
+        raw, tmp_path
+    )

@@ -538,3 +538,38 @@ def test_unfit_parent_is_refused_and_the_previous_artifact_kept(workspace, monke
     with pytest.raises(UserError, match=fault):
         run("nothing" if fault == "give one" else "none", {"method": "none"})
     assert paths.pruned("toy-none").joinpath("model.json").read_bytes() == previous
+
+
+def layer_widths(network: torch.nn.Module) -> dict[str, int]:
+    kinds = torch.nn.Conv2d | torch.nn.Linear
+    return {name: len(m.weight) for name, m in network.named_modules() if isinstance(m, kinds)}
+
+
+@pytest.mark.parametrize("pruner", ["oto", "cut_at_random", "narrow", "magnitude", "lasso"])
+def test_excluded_modules_keep_their_width_and_others_meet_the_target(workspace, dense, pruner):
+    changes = {"exclude": ["stem", "stages.2.*.fc1"], "macs_reduction": 0.3, "group_sparsity": None}
+    outcome, whole = run(pruner, changes), layer_widths(dense[0])
+    cut = {name for name, width in layer_widths(outcome.network).items() if width < whole[name]}
+    assert cut
+    assert not {
+        name for name in cut if name.startswith(("stem", "stages.0.blocks.0.conv_dw", "stages.0.blocks.0.mlp.fc2"))
+    }
+    assert "stages.2.blocks.0.mlp.fc1" not in cut
+    before, after = (costs_of(network, [], 32).macs_dense for network in (dense[0], outcome.network))
+    assert after <= 0.7 * before
+
+
+@pytest.mark.parametrize("pruner", ["oto", "cut_at_random", "narrow", "magnitude", "lasso"])
+@pytest.mark.parametrize(
+    ("exclude", "target", "reason"),
+    [
+        (["stm"], 0.3, r"pruners.\w+.exclude = 'stm': .*stem"),
+        (["stages.0.blocks.0.drop_path"], 0.3, r"pruners.\w+.exclude = .* has no weights"),
+        (["stages.*", "stem"], 0.3, "exclude"),
+        (["stages.[123]", "stem"], 0.7, r"macs_reduction = 0.7: at most .*exclude"),
+    ],
+)
+def test_an_exclude_is_checked_before_training(workspace, monkeypatch, pruner, exclude, target, reason):
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match=reason):
+        run(pruner, {"exclude": exclude, "macs_reduction": target, "group_sparsity": None})

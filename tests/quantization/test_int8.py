@@ -8,7 +8,7 @@ from stages.networks.integer_weights import Grid, dequantized, integer_layers
 from stages.networks.predict import predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.params.quantizers import Int8Static
-from stages.quantization.int8 import int8_static
+from stages.quantization.int8 import int8_dynamic, int8_static
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (48, 32, 32, 3), dtype=np.uint8)
 
@@ -88,3 +88,23 @@ def test_the_float_classifier_is_left_as_it_is(classifier):
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     int8_static(classifier, Int8Static(method="int8_static"), IMAGES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
+
+
+@pytest.mark.parametrize("exclude", [["head.fc", "stem"], ["head.*", "stem.0"]])
+def test_excluded_layers_stay_in_float(classifier, exclude):
+    plain = int8_static(classifier, Int8Static(method="int8_static"), IMAGES)[1]
+    quantizer = Int8Static(method="int8_static", exclude=exclude)
+    quantized, layers, kept, stem = int8_static(classifier, quantizer, IMAGES)
+    assert plain.keys() - layers.keys() == {"stem.0", "head.fc"}
+    assert {"stem.0", "head.fc"} <= {*kept}
+    assert stem == {}
+    for name in ("stem.0", "head.fc"):
+        float_layer = classifier.network.get_submodule(name)
+        assert torch.equal(quantized.network.get_submodule(name).weight, float_layer.weight)
+
+
+def test_excluded_layers_stay_in_float_with_dynamic_int8_also_where_they_become_linear(classifier):
+    network = classifier.network
+    plain, layers = int8_dynamic(network, True)[1], int8_dynamic(network, True, ["stages.1", "head"])[1]
+    assert plain.keys() - layers.keys() == {name for name in plain if name.startswith(("stages.1.", "head."))}
+    assert layers

@@ -249,3 +249,40 @@ def test_gptq_compensates_on_the_training_part():
         by_part.append(round_gptq(network[0].weight, 3, inverse_factor(hessian)).integers)
     assert torch.equal(found, by_part[0])
     assert not torch.equal(found, by_part[1])
+
+
+BY_METHOD = {
+    "dynamic": Int8Dynamic(method="int8_dynamic", exclude=["head"]),
+    "static": Int8Static(method="int8_static", exclude=["head"], calibration_images=4),
+    "uniform": UniformBits(method="uniform_bits", bits=4, exclude=["head"]),
+    "searched": SearchedBits(
+        method="searched_bits", search="greedy", average_bits=4, evaluations=20, exclude=["head"], calibration_images=4
+    ),
+}
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.act, self.head = nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.act(self.body(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("name", BY_METHOD)
+def test_an_excluded_layer_stays_in_float_and_is_listed(name):
+    network = TwoLayers()
+    quantized = quantizers.quantize(session_of(network, BY_METHOD[name]))
+    assert quantized.layers.keys() == {"body"}
+    assert quantized.float_layers == ["head"]
+    assert torch.equal(quantized.network.head.weight, network.head.weight)
+    assert quantized.search.get("weights", 24) == 24  # a search's budget counts the other layers alone
+
+
+@pytest.mark.parametrize("name", BY_METHOD)
+@pytest.mark.parametrize(("exclude", "reason"), [(["haed"], "head"), (["act"], "weights"), (["*"], "leaves no layer")])
+def test_an_exclude_that_names_nothing_or_leaves_nothing_is_refused(name, exclude, reason):
+    quantizer = BY_METHOD[name].model_copy(update={"exclude": exclude})
+    with pytest.raises(UserError, match=rf"^quantizers.toy.exclude = .*{reason}"):
+        quantizers.quantize(session_of(TwoLayers(), quantizer))
