@@ -13,6 +13,7 @@ from stages.common import paths
 from stages.common.cores import usable_cores
 from stages.common.errors import run_stage
 from stages.common.files import atomic_folder
+from stages.datasets.findings import lines
 from stages.datasets.source import Source
 from stages.datasets.sources.cifar10 import cifar10_source
 from stages.datasets.sources.digits import digits_source
@@ -73,7 +74,7 @@ def main() -> None:
     with atomic_folder(paths.IMAGES) as folder:
         info, remark = download(data, folder, paths.SCRATCH, min(DECODERS, usable_cores()))
         size_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    print(summary(info, remark, size_bytes))
+    print("\n".join([summary(info, remark, size_bytes), *lines(info)]))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def describe(params: Params, key: str, recipe: Finetune, spec: NetworkSpec, info
         classes=info.classes,
         image_size=info.image_size,
         geometry=info.geometry,
+        levels=info.levels,
         input_size=model.input_size,
         mean=mean,
         std=std,

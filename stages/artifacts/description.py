@@ -61,6 +61,8 @@ class Description:
     data: dict[str, str]  # `name` and `sha256` of the images that the artifact was made from
     parameters: dict[str, Any]  # parameters of the stage
     seed: int
+    levels: list[float] | None = None
+    """Gray values of more than 8 bits that became 0 and 255, as `data.levels`."""
     weights: dict[str, Any] = field(default_factory=dict)
     """The weights that the model started from, as `InitialWeights`; empty if it started from random ones."""
     parent: dict[str, Any] | None = None
@@ -92,6 +94,7 @@ class Description:
             "classes": json.dumps(self.classes, ensure_ascii=False),
             "image_size": str(self.image_size),
             "geometry": self.geometry,
+            "levels": json.dumps(self.levels),
             "channels": "gray" if self.network.channels == 1 else "RGB",
         }
 

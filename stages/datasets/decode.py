@@ -1,6 +1,7 @@
 """Decode an image of any mode and size to uint8 pixels of one square size, RGB or gray."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +11,34 @@ PADDING = 127  # of a letterboxed image in every channel: gray, which is near 0 
 
 
 def decode(
-    content: bytes | Path | np.ndarray, size: int, geometry: str, channels: int
+    content: bytes | Path | np.ndarray,
+    size: int,
+    geometry: str,
+    channels: int,
+    levels: Sequence[float] | None = None,
 ) -> tuple[np.ndarray, str | None]:
     """Pixels, uint8 `[size, size, channels]`, and Pillow's name of the file format ("JPEG"; None for pixels).
 
     The image is rotated by its EXIF orientation, converted by `to_rgb`, and to gray for one channel (Pillow's "L", the
     luma of ITU-R 601-2), and brought to the square by `to_square`. An animation gives its first frame.
 
+    Args:
+        levels: see `to_rgb`.
+
     Raises:
         Exception: any error of Pillow for a broken file (they have no common class).
     """
     if isinstance(content, np.ndarray):
-        return _pixels(Image.fromarray(content), size, geometry, channels), None
+        return _pixels(Image.fromarray(content), size, geometry, channels, levels), None
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
         image_format = image.format
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _pixels(image, size, geometry, channels), image_format
+        return _pixels(image, size, geometry, channels, levels), image_format
 
 
-def _pixels(image: Image.Image, size: int, geometry: str, channels: int) -> np.ndarray:
-    rgb = to_rgb(image)
+def _pixels(image: Image.Image, size: int, geometry: str, channels: int, levels: Sequence[float] | None) -> np.ndarray:
+    rgb = to_rgb(image, levels)
     image = rgb.convert("L") if channels == 1 else rgb
     return np.asarray(to_square(image, size, geometry)).reshape(size, size, channels)
 
@@ -55,8 +63,8 @@ def to_square(image: Image.Image, size: int, geometry: str) -> Image.Image:
     return page
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of Pillow to RGB.
+def to_rgb(image: Image.Image, levels: Sequence[float] | None = None) -> Image.Image:
+    """Convert any mode of Pillow to RGB. `levels` are the gray values of more than 8 bits that become 0 and 255.
 
     Transparent pixels are laid over white. 16-bit gray is scaled to 8 bits; 32-bit integer gray has the 16-bit range,
     since PNG files hold no more. Floating-point gray has no agreed white: if no value is above 1, the range is 0 to 1,
@@ -64,6 +72,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if levels and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        low, high = levels
+        gray = (np.nan_to_num(np.asarray(image).astype(np.float64)) - low) * (255 / (high - low))
+        return Image.fromarray(np.clip(np.rint(gray), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
         gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -4,7 +4,7 @@
 memory-mapped, so data sets larger than memory work.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,12 @@ class Info:
     """Checksum over all arrays, as `sha256sum *.npy | sha256sum` prints it. It identifies the data in artifacts."""
     unreadable: list[str]
     """Images that `data.allow_unreadable` left out."""
+    class_counts: dict[str, list[int]] = field(default_factory=dict)
+    """Images of each class in each part."""
+    findings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Images that a person should look at, by kind (`datasets.findings`): their `count` and some `examples`."""
+    levels: list[float] | None = None
+    """`data.levels`."""
 
     def as_parent(self) -> dict[str, str]:
         return {"name": self.name, "sha256": self.sha256}

@@ -15,13 +15,16 @@ from PIL import UnidentifiedImageError
 
 from stages.common.errors import UserError
 from stages.common.files import sha256_of, write_json
+from stages.datasets.copies import perceptual_hash, read_contents
 from stages.datasets.decode import decode
+from stages.datasets.findings import LOW_CONTRAST, exact_copies, near_copies_of, shortened
 from stages.datasets.source import RawImage, Source
 from stages.datasets.split import split
 from stages.datasets.store import INFO, PARTS, Info, PartName
 from stages.params.data import Data
 
 CHUNK = 64  # images decoded at once
+LEFT_OUT = -1  # in place of an index into PARTS
 
 
 class PartFile:
@@ -31,6 +34,9 @@ class PartFile:
         self.path = path
         self.shape = image_size, image_size, channels
         self.labels: list[int] = []
+        self.names: list[str] = []
+        self.contents: list[bytes] = []
+        self.perceptual: list[np.ndarray] = []
         self.histogram = np.zeros((channels, 256), dtype=np.int64)
         self.file = path.open("wb")
         self._write_header()
@@ -40,9 +46,12 @@ class PartFile:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
-    def append(self, pixels: np.ndarray, label: int) -> None:
+    def append(self, pixels: np.ndarray, label: int, name: str, content: bytes, perceptual: np.ndarray) -> None:
         self.file.write(pixels.tobytes())
         self.labels.append(label)
+        self.names.append(name)
+        self.contents.append(content)
+        self.perceptual.append(perceptual)
         for channel, counts in enumerate(self.histogram):
             counts += np.bincount(pixels[..., channel].ravel(), minlength=256)
 
@@ -56,9 +65,10 @@ class PartFile:
 def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> Info:
     """Decode, split and write all images of `source` into the empty folder `folder`, with `images.json`.
 
-    Parts of the source stay as they are. A missing test part and then a missing validation part are cut from the
-    training images, stratified by class. Images keep the order of the source. The same source and `data` give the same
-    bytes for any number of threads.
+    Parts of the source stay as they are, but for training images whose file validation or test has too. A missing test
+    part and then a missing validation part are cut from the training images, stratified by class, with identical files
+    in one part. Images keep the order of the source. The same source and `data` give the same bytes for any number of
+    threads.
 
     Raises:
         UserError: for an unreadable image (unless `data.allow_unreadable`), a class that is missing in a part, or a
@@ -70,8 +80,13 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
         )
     fractions: dict[PartName, float] = {"test": data.test_fraction, "validation": data.validation_fraction}
     cut = {part: fraction for part, fraction in fractions.items() if part not in source.labels}
+    contents = {part: read_contents(source.images(part)) for part in source.labels}
+    findings, left_out = exact_copies(contents, source.labels, source.classes)
     assignment = {part: np.full(len(labels), PARTS.index(part)) for part, labels in source.labels.items()}
-    assignment["train"] = split(source.labels["train"], source.classes, cut, data.split_seed)
+    kept = np.flatnonzero(~left_out)
+    hashes = [contents["train"][1][index] for index in kept]
+    assignment["train"][:] = LEFT_OUT
+    assignment["train"][kept] = split(source.labels["train"][kept], source.classes, cut, data.split_seed, hashes)
     _check_room(folder, sum(len(labels) for labels in source.labels.values()) * data.image_size**2 * data.channels)
 
     formats: set[str] = set()
@@ -83,25 +98,35 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
         with ThreadPoolExecutor(threads) as pool:
             for native, labels in source.labels.items():
                 decoded = _decoded(source.images(native), data, pool)
-                for part, label, (image, result) in zip(assignment[native], labels, decoded, strict=True):
+                for part, label, content, (image, result) in zip(
+                    assignment[native], labels, contents[native][1], decoded, strict=True
+                ):
+                    if part == LEFT_OUT:
+                        continue
                     if isinstance(result, Exception):
                         if not data.allow_unreadable:
                             raise _unreadable(image, result, data.location or data.name) from result
                         unreadable.append(image.name)
                         continue
-                    pixels, image_format = result
+                    pixels, image_format, seen = result
                     if image_format:
                         formats.add(image_format)
-                    files[PARTS[part]].append(pixels, int(label))
+                    files[PARTS[part]].append(pixels, int(label), image.name, content, seen)
+                    if not seen.any():
+                        findings["low_contrast"].append(image.name)
         for part, file in files.items():
             file.finish(folder / f"{part}_labels.npy")
     finally:
         for file in files.values():
             with suppress(OSError):  # closing writes what is left in the buffer: a full disk fails once more
                 file.file.close()
-    _check_filled(files, source.classes, ["train", *cut], len(unreadable))
+    _check_filled(files, source.classes, ["train", *cut], len(unreadable), int(left_out.sum()))
+    findings |= near_copies_of(
+        {part: (file.names, file.contents) for part, file in files.items()},
+        {part: np.array(file.perceptual, np.uint64).reshape(-1, 2) for part, file in files.items()},
+    )
 
-    hashes = {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))}
+    arrays = {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))}
     mean, std = mean_and_std(files["train"].histogram)
     info = Info(
         name=data.name,
@@ -112,11 +137,16 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
         channels=data.channels,
         classes=source.classes,
         counts={part: len(file.labels) for part, file in files.items()},
+        class_counts={
+            part: np.bincount(file.labels, minlength=len(source.classes)).tolist() for part, file in files.items()
+        },
         mean=mean,
         std=std,
-        files=hashes,
-        sha256=hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in hashes.items()).encode()).hexdigest(),
+        files=arrays,
+        sha256=hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in arrays.items()).encode()).hexdigest(),
         unreadable=unreadable,
+        findings=shortened(findings),
+        levels=data.levels,
     )
     write_json(folder / INFO, asdict(info))
     return info
@@ -137,16 +167,19 @@ def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
 
 def _decoded(
     images: Iterator[RawImage], data: Data, pool: ThreadPoolExecutor
-) -> Iterator[tuple[RawImage, tuple[np.ndarray, str | None] | Exception]]:
+) -> Iterator[tuple[RawImage, tuple[np.ndarray, str | None, np.ndarray] | Exception]]:
     while chunk := list(islice(images, CHUNK)):
         yield from zip(chunk, pool.map(partial(_try_decode, data=data), chunk), strict=True)
 
 
-def _try_decode(image: RawImage, data: Data) -> tuple[np.ndarray, str | None] | Exception:
+def _try_decode(image: RawImage, data: Data) -> tuple[np.ndarray, str | None, np.ndarray] | Exception:
+    """Pixels, format and perceptual hash (0 for an image without contrast), or the error."""
     if image.content is None:
         return ValueError("the source lists it but does not contain it")
     try:
-        return decode(image.content, data.image_size, data.geometry, data.channels)
+        pixels, image_format = decode(image.content, data.image_size, data.geometry, data.channels, data.levels)
+        plain = pixels.std() < LOW_CONTRAST  # its hash would be that of noise
+        return pixels, image_format, np.zeros(2, np.uint64) if plain else perceptual_hash(pixels)
     except MemoryError:
         raise
     except Exception as error:  # Pillow has no common class for broken files
@@ -171,12 +204,14 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _check_filled(files: dict[PartName, PartFile], classes: list[str], parts: list[PartName], lost: int) -> None:
-    """Check that every class still has an image in `parts` after unreadable images were left out."""
+def _check_filled(
+    files: dict[PartName, PartFile], classes: list[str], parts: list[PartName], lost: int, copies: int
+) -> None:
+    """Check that every class still has an image in `parts` after unreadable images and copies were left out."""
     for part in parts:
         counts = np.bincount(files[part].labels, minlength=len(classes))
         if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
             raise UserError(
-                f"class {empty[0]!r} has no readable image in {part} ({lost} were left out): repair some, add images,"
-                " or change data.split_seed"
+                f"class {empty[0]!r} has no image in {part} ({lost} unreadable ones and {copies} copies of held-out"
+                " images were left out): repair some, add images, or change data.split_seed"
             )

@@ -69,6 +69,7 @@ def bundle_json(description: Description, threshold: Threshold, n_validation: in
         "image_size": description.image_size,
         "geometry": description.geometry,
         "channels": description.network.channels,
+        "levels": description.levels,
         "onnx_sha256": description.onnx["sha256"],
         "confidence_threshold": threshold.confidence,
         "accuracy_asked": accuracy,

@@ -26,6 +26,9 @@ class Data(Section):
     proportions). Predictions of a bundle, its camera and the printed samples use the same geometry."""
     channels: Literal[1, 3] = 3
     """Channels of the stored images and of every network's input: 3 is RGB; 1 is gray (luma, ITU-R 601-2)."""
+    levels: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Gray values `[black, white]` of images with more than 8 bits, which become 0 and 255; values outside are clipped.
+    12-bit values in 16-bit files need `[0, 4095]`. null is the whole range of the file's type."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Fraction of the training images that becomes the validation part, stratified by class, if the source has no
     validation part of its own. It selects the best epoch and the variant to ship."""

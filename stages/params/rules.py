@@ -105,6 +105,8 @@ def _base(section: Base) -> Iterator[str]:
 def _data(section: Data) -> Iterator[str]:
     if section.source in ("parquet", "folder") and not section.location:
         yield f"source: {section.source} needs a location (a folder, a file or a URL)"
+    if section.levels and section.levels[0] >= section.levels[1]:
+        yield _Idle(f"levels = {section.levels}: black must be less than white")
     if section.source == "digits" and section.location is not None:
         yield from _idle(section, "source: digits", "location")
 

@@ -25,7 +25,8 @@ def toy(broken: tuple[int, ...] = (), **labels: np.ndarray) -> Source:
 
     def images(part: str) -> Iterator[RawImage]:
         for index in range(len(labels[part])):
-            yield RawImage(f"{part} {index}", b"no image" if index in broken else PIXELS[index])
+            pixels = PIXELS[index] if part == "train" else 255 - PIXELS[index] // PARTS.index(part)
+            yield RawImage(f"{part} {index}", b"no image %d" % index if index in broken else pixels)
 
     return Source("toy images", "none", ["even", "odd"], labels, images)
 
@@ -54,7 +55,7 @@ def test_parts_of_the_source_stay_whole_and_in_order_and_missing_ones_are_cut(tm
 
     assert read_info(folder).counts == {"train": 100, "validation": 7, "test": 9}
     np.testing.assert_array_equal(open_part(folder, "train").images, PIXELS)
-    np.testing.assert_array_equal(open_part(folder, "test").images, PIXELS[:9])
+    np.testing.assert_array_equal(open_part(folder, "test").images, 255 - PIXELS[:9] // 2)
 
     folder = written(tmp_path / "test", toy(test=LABELS[:9]))
     assert read_info(folder).counts == {"train": 80, "validation": 20, "test": 9}
@@ -105,7 +106,7 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
         (
             toy(broken=tuple(range(1, 100, 2))),
             LENIENT,
-            r"class 'odd' has no readable image in train \(50 were left out\)",
+            r"class 'odd' has no image in train \(50 unreadable ones and 0 copies",
         ),
         (replace(toy(), classes=["even"]), DATA, r"1 class.*two or more"),
     ],
@@ -138,7 +139,7 @@ def test_geometry_and_channels_are_those_of_the_params_and_are_recorded(tmp_path
 def test_a_growing_file_is_a_valid_array_at_any_length(length: int, tmp_path: Path) -> None:
     file = PartFile(tmp_path / "images.npy", 4, 3)
     for index in range(length):
-        file.append(PIXELS[index % 100], 0)
+        file.append(PIXELS[index % 100], 0, "image", b"", np.zeros(2, np.uint64))
     file.finish(tmp_path / "labels.npy")
 
     assert np.load(tmp_path / "images.npy", mmap_mode="r").shape == (length, 4, 4, 3)
@@ -162,10 +163,10 @@ def test_images_are_read_a_few_at_a_time(tmp_path: Path) -> None:
 
     def images(part: str) -> Iterator[RawImage]:
         nonlocal alive, most
-        for _ in range(1000):
+        for index in range(1000):
             alive += 1
             most = max(most, alive)
-            yield RawImage("image", PIXELS[0].view(Counted))
+            yield RawImage("image", (PIXELS[index % 100] ^ np.uint8(index // 100)).view(Counted))
 
     write_images(replace(toy(train=np.arange(1000) % 2), images=images), DATA, tmp_path)
 

@@ -26,6 +26,7 @@ class Bundle:
     image_size: int  # side in pixels of the model's input images
     geometry: str  # how a picture of other proportions becomes that square: see edgewise_decode.py
     channels: int  # 3 is RGB, 1 is gray
+    levels: list[float] | None  # gray values of more than 8 bits that become 0 and 255
     onnx_sha256: str
     confidence_threshold: float
     onnxruntime: str  # the version with which the bundle was made
@@ -33,6 +34,7 @@ class Bundle:
 
 TYPES: dict[str, Any] = {
     **{"variant": str, "classes": list, "image_size": int, "geometry": str, "channels": int},
+    "levels": (list, type(None)),
     **{"onnx_sha256": str, "confidence_threshold": (int, float), "onnxruntime": str},
 }
 

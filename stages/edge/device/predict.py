@@ -27,7 +27,7 @@ def answer_line(model: Model, path: Path) -> str:
     """Raises the exceptions of Pillow if the file is broken or not an image."""
     started = time.perf_counter_ns()
     bundle = model.bundle
-    pixels, _ = decode(path, bundle.image_size, bundle.geometry, bundle.channels)
+    pixels, _ = decode(path, bundle.image_size, bundle.geometry, bundle.channels, bundle.levels)
     preprocess_ms = (time.perf_counter_ns() - started) / 1e6
     answer = model.answer(pixels)
     return f"{path}: {answer}, {preprocess_ms:.2f} ms preprocess, {answer.inference_ms:.2f} ms inference"

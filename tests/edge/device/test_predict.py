@@ -38,7 +38,7 @@ def rewrite(folder, **changes):
 def expected_answer(path):
     folder = toy_bundle()
     content = json.loads((folder / "bundle.json").read_text())
-    pixels, _ = decode(path, content["image_size"], content["geometry"], content["channels"])
+    pixels, _ = decode(path, content["image_size"], content["geometry"], content["channels"], content["levels"])
     logits = session_logits(open_session(folder / "model.onnx", 1), pixels[None], 1)[0]
     softmax = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     return content["classes"][logits.argmax()], softmax.max()
