@@ -23,6 +23,7 @@ from stages.datasets.store import Info, open_part, read_info
 from stages.networks.build import build_network, spec_of, state_hash
 from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
 from stages.networks.preprocess import Classifier
+from stages.networks.products import count_products
 from stages.networks.spec import NetworkSpec
 from stages.params.base import Base
 from stages.params.finetune import Finetune
@@ -100,6 +101,10 @@ def finetune(params: Params, key: str, device: torch.device) -> None:
     description = describe(params, key, recipe, spec, info)
     torch.manual_seed(description.seed)
     network = build_network(spec)
+    try:
+        count_products(network, model.input_size)  # `profile` needs the counts, and would refuse the network at the end
+    except UserError as error:
+        raise UserError(f"models.{key}: {error}") from None
     validation = open_part(paths.IMAGES, "validation")
     if model.weights != "none":
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from toy_network import UNCOUNTABLE
 from toy_project import PARAMS, pruned_project
 
 import stages
@@ -15,6 +16,7 @@ from stages import finetune
 from stages.artifacts.artifact import load_artifact
 from stages.common.errors import UserError
 from stages.datasets.store import open_part
+from stages.networks import architectures
 from stages.networks.build import build_network, spec_of
 from stages.networks.predict import predict_logits, top1
 from stages.networks.preprocess import Classifier
@@ -39,6 +41,19 @@ def test_a_batch_larger_than_the_training_part_is_refused_before_any_work(folder
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.argv", ["finetune", "toy"])
     with pytest.raises(UserError, match=r"finetune\.batch_size = 5: the training part .* has only 4 images"):
+        finetune.main()
+    assert not (folder / ".scratch").exists()
+
+
+def test_a_network_that_profile_cannot_count_is_refused_before_any_work(folder: Path, monkeypatch):
+    monkeypatch.setattr(architectures, "CUSTOM", folder)
+    (folder / "pairs.py").write_text(UNCOUNTABLE)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["models"]["toy"] |= {"library": "custom", "architecture": "pairs.py", "arguments": {}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["finetune", "toy"])
+    with pytest.raises(UserError, match=r"models\.toy: pairs: Bilinear .* cannot be counted"):
         finetune.main()
     assert not (folder / ".scratch").exists()
 

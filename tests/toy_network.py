@@ -23,3 +23,24 @@ def tiny_network(spec: NetworkSpec, bias_std: float = 0.0) -> nn.Module:
             if bias_std:
                 nn.init.normal_(module.bias, std=bias_std)
     return network
+
+
+# A user's file whose bilinear layer multiplies in an operator of unknown cost
+UNCOUNTABLE = """\
+import torch
+from torch import nn
+
+
+class Pairs(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv, self.pairs = nn.Conv2d(3, 4, 3), nn.Bilinear(4, 4, classes)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        return self.pairs(x, x)
+
+
+def build(classes, channels):
+    return Pairs(classes)
+"""

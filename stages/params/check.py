@@ -100,8 +100,10 @@ def missing_files(params: Params, path: Path) -> Iterator[str]:
 
 
 def bad_networks(params: Params, path: Path) -> Iterator[str]:
-    """Networks that cannot be built, that take no images of their size, or whose weights do not fit."""
-    from stages.networks.architectures import refused, unknown
+    """Networks that cannot be built or counted, that take no images of their size, or whose weights do not fit."""
+    from stages.networks.architectures import CLASSES, refused, unknown
+    from stages.networks.build import spec_of
+    from stages.networks.products import uncountable
 
     for name, model in params.models.items():
         sizes = {"input_size": model.input_size}
@@ -117,6 +119,8 @@ def bad_networks(params: Params, path: Path) -> Iterator[str]:
                 f"finetune.batch_size = 1: batch norm ({norms[0]}) of models.{name} sees one value of each channel and"
                 " cannot train on one image: use 2 or more"
             )
+        elif problem := uncountable(spec_of(model, CLASSES, params.data.channels), model.input_size):
+            yield f"models.{name}: {model.library} {model.architecture}: {problem}"
         elif problem := bad_weights(model, path, params.data.channels):
             yield f"models.{name}.{problem}"
         else:

@@ -13,8 +13,10 @@ import yaml
 from dvc.utils.serialize import modify_yaml
 from miniature import PARAMS, committed, committed_params
 from safetensors.torch import save_file
+from toy_network import UNCOUNTABLE
 
 from stages.common.errors import UserError
+from stages.networks import architectures
 from stages.networks.build import build_network, spec_of
 from stages.params import document
 from stages.params.check import check, plan
@@ -410,6 +412,13 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_would_see_one_value(ra
     assert "finetune.batch_size = 1: batch norm (layer4.0.bn1) of models.convnext" in refusal(raw, tmp_path)
     raw["models"]["convnext"]["input_size"] = 64
     check(written(raw, tmp_path))
+
+
+def test_a_network_whose_products_cannot_be_counted_is_refused_before_any_work(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(architectures, "CUSTOM", tmp_path)
+    (tmp_path / "pairs.py").write_text(UNCOUNTABLE)
+    raw["models"]["convnext"] |= {"library": "custom", "architecture": "pairs.py", "arguments": {}}
+    assert "models.convnext: custom pairs.py: pairs: Bilinear multiplies in" in refusal(raw, tmp_path)
 
 
 def test_a_network_that_takes_no_images_of_the_first_size_is_refused(raw, tmp_path):

@@ -160,10 +160,78 @@ def test_counting_never_changes_the_network():
     assert not any(module._forward_hooks for module in packed.modules())
 
 
-def test_an_unknown_kind_that_owns_parameters_is_refused_by_name():
-    network = nn.Sequential(nn.Flatten(2), nn.LSTM(1024, 4)).eval()
-    with pytest.raises(UserError, match="1: LSTM"):
-        count_layers(network, 32, {})
+class Net(nn.Module):
+    """A convolution and a user's layer that takes its 4 channels at each of 4 positions `[N, 4, 4]`."""
+
+    def __init__(self, layer, *parameters):
+        super().__init__()
+        self.conv, self.layer, self.table = nn.Conv2d(3, 4, 1, bias=False), layer, nn.ParameterList(parameters)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        return self.layer(x, *self.table)
+
+
+CONV = 3 * 4 * 4
+TABLE = nn.Parameter(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("network", "layer_macs", "table_macs"),
+    [
+        (Net(lambda x, table: x + table, TABLE), 0, 0),  # positions
+        (Net(lambda x, table: x * table, TABLE), 0, 0),  # a scale for each element
+        (Net(lambda x, table: torch.cat([x, table[None]], 1), TABLE), 0, 0),  # tokens
+        (Net(lambda x, table: x + table[torch.tensor([0, 1, 1, 0])], TABLE), 0, 0),  # an indexed table
+        (Net(lambda x, table: nn.functional.layer_norm(x, (4, 4), table), TABLE), 0, 0),
+        (Net(lambda x, table: x @ table, TABLE), 0, 64),  # a module's own weight, in a function
+        (Net(lambda x, table: torch.einsum("npc,cd->npd", x, table), TABLE), 0, 64),
+        (Net(lambda x, table: nn.functional.linear(x, nn.functional.normalize(table)), TABLE), 0, 64),  # standardized
+        (Net(lambda x, table: x @ table[0], TABLE), 0, 16),  # a vector
+        (Net(lambda x, table: torch.baddbmm(table, x, x), TABLE), 64, 0),  # added, not multiplied
+        (Net(lambda x, table: nn.functional.scaled_dot_product_attention(x, x, x, table), TABLE), 128, 0),
+        (Net(lambda x: x @ torch.ones(4, 4)), 64, 0),  # a fixed filter
+        (Net(lambda x: x[:, :1] @ x), 16, 0),
+    ],
+)
+def test_products_are_found_wherever_a_module_computes_them(network, layer_macs, table_macs):
+    rows = {row.name: row for row in count_layers(network.eval(), 2, {})}
+    assert (rows["conv"].params, rows["conv"].macs) == (12, CONV)
+    assert ("table" in rows) == bool(len(network.table))
+    if "table" in rows:
+        assert (rows["table"].params, rows["table"].macs) == (16, table_macs)
+    assert sum(row.macs for row in rows.values()) == CONV + table_macs + layer_macs
+    assert ("" in rows) == bool(layer_macs)
+
+
+def test_recurrent_layers_and_multi_head_attention_are_counted_by_their_own_weights():
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.attention = nn.LSTM(3, 5), nn.MultiheadAttention(5, 1, batch_first=True)
+
+        def forward(self, x):
+            x = self.lstm(x[0].permute(1, 2, 0))[0]
+            return self.attention(x, x, x)[0]
+
+    rows = {row.name: row for row in count_layers(Rows().eval(), 4, {})}
+    assert rows["lstm"].macs == 16 * 4 * 5 * (3 + 5)  # four gates at 16 positions
+    assert rows["attention"].macs == 16 * 3 * 5 * 5
+    assert rows["attention.out_proj"].macs == 16 * 5 * 5
+    assert rows[""].macs == 2 * 4 * 4 * 4 * 5
+
+
+def test_weights_in_an_operator_of_unknown_cost_are_refused_by_the_name_of_their_module():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bilinear = nn.Bilinear(4, 4, 2)
+
+        def forward(self, x):
+            return self.bilinear(x[..., 0], x[..., 0])
+
+    with pytest.raises(UserError, match="bilinear: Bilinear"):
+        count_layers(Pairs().eval(), 4, {})
 
 
 def test_a_description_that_does_not_name_the_packed_layers_is_refused():
