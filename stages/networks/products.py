@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from stages.common.errors import UserError
-from stages.networks.architectures import CLASSES, construct
+from stages.networks.build import build_network
+from stages.networks.modules import channels_of
+from stages.networks.spec import NetworkSpec
 
 aten = torch.ops.aten
 
@@ -61,12 +63,12 @@ class Products:
         return self.by_parameter.total() + self.between_activations + self.with_constants
 
 
-def uncountable(library: str, architecture: str, arguments: dict[str, Any], input_size: int) -> str | None:
-    """Why the products of a classifier that can be built and run cannot be counted, else None."""
+def uncountable(spec: NetworkSpec, input_size: int) -> str | None:
+    """Why the products of a network that can be built and run cannot be counted, else None."""
     for device in ("meta", "cpu"):  # some constructors compute, which the meta device cannot
         try:
             with torch.device(device):
-                count_products(construct(library, architecture, arguments, CLASSES), input_size)
+                count_products(build_network(spec), input_size)
         except UserError as error:
             problem = str(error)
         except NotImplementedError:  # the network was built on the meta device and cannot run there
@@ -78,7 +80,7 @@ def uncountable(library: str, architecture: str, arguments: dict[str, Any], inpu
 
 
 def count_products(network: nn.Module, input_size: int) -> Products:
-    """Count the MACs of a float network for one image `[3, input_size, input_size]`.
+    """Count the MACs of a float network for one image `[C, input_size, input_size]`.
 
     A copy runs once in evaluation mode on the meta device, which computes shapes alone, or on the CPU if it uses what
     the meta device lacks.
@@ -100,7 +102,7 @@ def count_products(network: nn.Module, input_size: int) -> Products:
 @torch.no_grad()
 def _run(network: nn.Module, input_size: int) -> Products:
     device = next(network.parameters()).device
-    image = torch.zeros(1, 3, input_size, input_size, device=device)
+    image = torch.zeros(1, channels_of(network), input_size, input_size, device=device)
     counter = _Counter(network, image)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it fuses a whole encoder layer into one operator

@@ -4,8 +4,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_network import UNCOUNTABLE
 
 from stages.networks import architectures
-from stages.networks.architectures import construct
+from stages.networks.build import build_network
 from stages.networks.products import count_products, uncountable
+from stages.networks.spec import NetworkSpec
 
 FAMILIES = [
     ("timm", "inception_next_atto", {"depths": (1, 1, 1, 1)}, 32),
@@ -25,8 +26,9 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("library", "architecture", "arguments", "size"), FAMILIES, ids=lambda value: str(value))
 def test_products_are_those_of_torch_in_every_family(library, architecture, arguments, size):
+    spec = NetworkSpec(library, architecture, arguments, 7)
     with torch.device("cpu" if "regnet" in architecture else "meta"):
-        network = construct(library, architecture, arguments, 7).eval()
+        network = build_network(spec).eval()
         products = count_products(network, size)
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # FlopCounterMode does not see into it
@@ -37,7 +39,7 @@ def test_products_are_those_of_torch_in_every_family(library, architecture, argu
             torch.backends.mha.set_fastpath_enabled(fast_path)
     assert products.total == counter.get_total_flops() / 2 > 0
     assert set(products.by_parameter) <= {name for name, p in network.named_parameters() if p.ndim > 1}
-    assert uncountable(library, architecture, arguments, size) is None
+    assert uncountable(spec, size) is None
     assert torch.backends.mha.get_fastpath_enabled() == fast_path
 
 
@@ -58,4 +60,11 @@ def test_the_count_is_the_same_on_the_cpu_where_the_meta_device_lacks_an_operato
 def test_an_uncountable_network_is_named_on_either_device(monkeypatch, tmp_path):
     monkeypatch.setattr(architectures, "CUSTOM", tmp_path)
     (tmp_path / "pairs.py").write_text(UNCOUNTABLE)
-    assert str(uncountable("custom", "pairs.py", {}, 8)).startswith("pairs: Bilinear multiplies in aten._trilinear")
+    problem = uncountable(NetworkSpec("custom", "pairs.py", {}, 7), 8)
+    assert str(problem).startswith("pairs: Bilinear multiplies in aten._trilinear")
+
+
+def test_gray_images_are_counted_with_one_channel():
+    network = build_network(NetworkSpec("timm", "lcnet_035", {}, 7, channels=1))
+    stem = count_products(network, 32).by_parameter["conv_stem.weight"]
+    assert stem == 16 * 16 * network.conv_stem.weight.numel() == 16 * 16 * 8 * 9
