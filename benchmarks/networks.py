@@ -257,10 +257,13 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for library in ("timm", "torchvision"):
         own = [row for row in rows if row["family"].startswith(f"{library}/")]
+        exports = [row for row in own if "exported" in row or "export_failed" in row]
+        prunings = [row for row in own if "groups" in row or "prune_failed" in row]
         lines.append(
             f"{library} {results['versions'][library]}: {sum(map(counted, own))} of {len(own)} families are accepted"
-            f" and counted, {sum(bool(row.get('exported')) for row in own)} are exported with the same logits,"
-            f" {sum(bool(row.get('groups')) for row in own)} are pruned exactly."
+            f" and counted, {sum(bool(row.get('exported')) for row in exports)} of {len(exports)} tried are exported"
+            f" with the same logits, {sum(bool(row.get('groups')) for row in prunings)} of {len(prunings)} tried are pruned"
+            " exactly."
         )
     lines = ["\n\n".join(lines), ""]
     lines += ["| family | network | px | parameters | MACs | counts | ONNX | exact groups |"]
@@ -272,7 +275,7 @@ def table(results: dict[str, Any]) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     if not row.get("accepted"):
-        reason = row.get("reason") or row.get("count_failed") or row.get("choose_failed") or "not run"
+        reason = row.get("reason") or row.get("count_failed") or row.get("choose_failed")
         network = f"`{row['architecture']}` | {row.get('input_size', '')}" if "architecture" in row else " | "
         return f"| {row['family']} | {network} | | | {_cell(reason)} | | |"
     macs = "yes" if counted(row) else f"torch counts {row['macs_torch']:,}"
@@ -281,16 +284,19 @@ def _line(row: dict[str, Any]) -> str:
     elif "export_difference" in row:
         onnx = f"differs by {row['export_difference']:.1g}"
     else:
-        onnx = _cell(row.get("export_reason") or row.get("export_failed") or "not run")
-    groups = row.get("groups") or _cell(row.get("prune_reason") or row.get("prune_failed") or "not run")
+        onnx = _cell(row.get("export_reason") or row.get("export_failed"))
+    groups = row.get("groups") or _cell(row.get("prune_reason") or row.get("prune_failed"))
     return (
         f"| {row['family']} | `{row['architecture']}` | {row['input_size']} | {row['params']:,} | {row['macs']:,} |"
         f" {macs} | {onnx} | {groups} |"
     )
 
 
-def _cell(reason: str) -> str:
-    """A reason without its remedy, short enough for a table."""
+def _cell(reason: str | None) -> str:
+    """What a table says of a step that gave this reason, or none because it was not run."""
+    if reason is None:
+        return "not run"
+    reason = re.sub(r"\x1b\[\d*m", "", reason)  # colors of a terminal
     reason = re.sub(r"\s+", " ", reason).replace("|", "/")
     return "no: " + (reason if len(reason) <= 140 else reason[:139] + "…")
 

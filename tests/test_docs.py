@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import networks
 from stages.cli import COMMANDS
 from stages.params.load import load_params
 from stages.params.whole import Params
@@ -82,3 +83,11 @@ def test_the_example_of_a_pruner_fits_into_the_default_params(tmp_path):
     merged = raw | {section: raw[section] | entries for section, entries in example.items()}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(merged))
     assert "convnext-dhspg50-fp32" in load_params(Params, tmp_path / "params.yaml").variants
+
+
+def test_the_table_of_networks_is_that_of_the_results():
+    results = json.loads(networks.RESULTS.read_text())
+    text = networks.PAGE.read_text()
+    assert networks.page(text, results) == text
+    timm = [row for row in results["rows"] if row["family"].startswith("timm/")]
+    assert sum(map(networks.counted, timm)) >= 95 <= len(timm)
