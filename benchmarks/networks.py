@@ -259,11 +259,11 @@ def table(results: dict[str, Any]) -> str:
         own = [row for row in rows if row["family"].startswith(f"{library}/")]
         exports = [row for row in own if "exported" in row or "export_failed" in row]
         prunings = [row for row in own if "groups" in row or "prune_failed" in row]
+        exported, pruned = (sum(bool(row.get(key)) for row in own) for key in ("exported", "groups"))
         lines.append(
             f"{library} {results['versions'][library]}: {sum(map(counted, own))} of {len(own)} families are accepted"
-            f" and counted, {sum(bool(row.get('exported')) for row in exports)} of {len(exports)} tried are exported"
-            f" with the same logits, {sum(bool(row.get('groups')) for row in prunings)} of {len(prunings)} tried are pruned"
-            " exactly."
+            f" and counted, {exported} of {len(exports)} tried are exported with the same logits, {pruned} of"
+            f" {len(prunings)} tried are pruned exactly."
         )
     lines = ["\n\n".join(lines), ""]
     lines += ["| family | network | px | parameters | MACs | counts | ONNX | exact groups |"]
