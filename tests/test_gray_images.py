@@ -109,6 +109,7 @@ def test_the_file_says_how_pictures_become_its_input(project):
     assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim][1:] == [16, 16, 1]
     assert {entry.key: entry.value for entry in model.metadata_props} == {
         **{"classes": '["lower", "upper"]', "image_size": "16", "geometry": "letterbox", "channels": "gray"},
+        "levels": "null",
     }
 
 

@@ -52,7 +52,7 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
     assert (description.name, description.stage, description.model, description.seed) == (INT8, "quantize", "toy", 3)
     sha256 = sha256_of(paths.pruned("toy-none") / "model.json")
     assert description.parent == {"name": "toy-none", "sha256": sha256, "metrics": {"validation_top1": 0.2}}
-    assert description.parameters == {"method": "int8_dynamic", "per_channel": True}
+    assert description.parameters == {"method": "int8_dynamic", "per_channel": True, "exclude": []}
     assert description.onnx["sha256"] == sha256_of(folder / "model.onnx")
     assert re.search(r"validation top-1 \d+\.\d\d % \(PyTorch \d+\.\d\d %, n = 60\)$", capsys.readouterr().out.strip())
 
