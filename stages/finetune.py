@@ -1,8 +1,9 @@
 """Fine-tune a dense classifier on the images: the network with which all others are compared.
 
-In: `data/images` (train and validation parts, never test), the params sections `base`, `finetune`, `models.<model>`.
-Out: the artifact `models/dense/<model>/` with the weights of the best epoch by validation top-1, and its training
-curve `reports/curves/dense/<model>.csv`. With 0 epochs the artifact holds the given weights as they are. After a kill,
+In: `data/images` (train and validation parts, never test), the params `base`, `finetune`, `models.<model>`,
+`report.metric`.
+Out: the artifact `models/dense/<model>/` with the weights of the best epoch by that metric, and its training curve
+ `reports/curves/dense/<model>.csv`. With 0 epochs the artifact holds the given weights as they are. After a kill,
 the next run resumes from the last checkpoint.
 
     python -m stages.finetune <model>
@@ -19,28 +20,31 @@ from stages.artifacts.initial_weights import load_weights, statistics
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.datasets.store import Info, open_part, read_info
+from stages.datasets.store import Info, constant_answer, open_part, read_info
 from stages.networks.build import build_network, spec_of, state_hash
-from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
+from stages.networks.predict import EVALUATION_BATCH, accuracy_of, predict_logits
 from stages.networks.preprocess import Classifier
 from stages.networks.products import count_products
 from stages.networks.spec import NetworkSpec
 from stages.params.base import Base
 from stages.params.finetune import Finetune
 from stages.params.load import key_argument, load_params
+from stages.params.metric import Metric
 from stages.params.models import Model
 from stages.params.section import Name, Section
 from stages.training.checkpoint import checkpoint_folder
+from stages.training.class_weights import refuse_empty_classes
 from stages.training.distributed import is_main_process, launch, process_group
 from stages.training.host import prepare_host
 from stages.training.pretrained import train_from_weights
-from stages.training.trainer import CURVE_COLUMNS, Trainer, TrainingData
+from stages.training.trainer import CURVE_COLUMNS, Trained, Trainer, TrainingData
 
 
 class Params(Section):
     base: Base
     finetune: Finetune
     models: dict[Name, Model]
+    report: Metric = Metric()
 
 
 def recipe_of(params: Params, key: str) -> Finetune:
@@ -97,6 +101,9 @@ def refuse_large_batch(batch_size: int, images: int) -> None:
 def finetune(params: Params, key: str, device: torch.device) -> None:
     info, model, recipe = read_info(paths.IMAGES), params.models[key], recipe_of(params, key)
     refuse_large_batch(recipe.batch_size, info.counts["train"])
+    train, validation = (open_part(paths.IMAGES, part) for part in ("train", "validation"))
+    if recipe.class_weights == "balanced":
+        refuse_empty_classes(train.labels, info.classes)
     spec = spec_of(model, len(info.classes), info.channels)
     description = describe(params, key, recipe, spec, info)
     torch.manual_seed(description.seed)
@@ -105,7 +112,8 @@ def finetune(params: Params, key: str, device: torch.device) -> None:
         count_products(network, model.input_size)  # `profile` needs the counts, and would refuse the network at the end
     except UserError as error:
         raise UserError(f"models.{key}: {error}") from None
-    validation = open_part(paths.IMAGES, "validation")
+    most, share = constant_answer(validation.labels)
+    print(f"{key}: a constant answer, {info.classes[most]}, has validation top-1 {100 * share:.2f} %")
     if model.weights != "none":
         try:
             loaded, line = load_weights(network, spec, model, info.classes)
@@ -114,15 +122,13 @@ def finetune(params: Params, key: str, device: torch.device) -> None:
         description.weights = asdict(loaded)
         print(f"{key}: {line}")
         classifier = Classifier(description.preprocess(), network).to(device)
-        before = top1(predict_logits(classifier, validation.images, EVALUATION_BATCH, device), validation.labels)
+        logits = predict_logits(classifier, validation.images, EVALUATION_BATCH, device)
+        before = accuracy_of(logits, validation.labels)
         network.cpu()
         state = "with an untrained head" if loaded.fresh else "as loaded"
-        print(f"{key}: validation top-1 {state}: {100 * before:.2f} % (n = {len(validation)})")
-        description.metrics = {"validation_top1": before, "epoch": 0}
+        print(f"{key}: validation top-1 {state}: {100 * before.top1:.2f} % (n = {len(validation)})")
     if recipe.epochs == 0:
-        if is_main_process():
-            save_artifact(paths.dense(key), network, description)
-            write_csv(paths.dense_curve(key), [], CURVE_COLUMNS)
+        save(key, Trained(network, [], before, 0), description)
         return
     identity = {
         "network": state_hash(network),
@@ -131,21 +137,31 @@ def finetune(params: Params, key: str, device: torch.device) -> None:
         "normalization": [description.mean, description.std],
         "seed": description.seed,
         "base": params.base.model_dump(),
+        "metric": params.report.metric,
     }
     with checkpoint_folder(paths.SCRATCH / "finetune" / key, identity) as checkpoints:
-        data = TrainingData(open_part(paths.IMAGES, "train"), validation, description.preprocess())
-        options: dict[str, Any] = {"seed": description.seed, "title": f"finetune {key}"}
+        data = TrainingData(train, validation, description.preprocess())
+        options: dict[str, Any] = {"seed": description.seed, "metric": params.report.metric, "title": f"finetune {key}"}
         if description.fresh is None:
             trained = Trainer(network, data, recipe, device, **options).fit(checkpoints=checkpoints)
         else:
             trained = train_from_weights(
                 network, data, recipe, device, fresh=description.fresh, checkpoints=checkpoints, **options
             )
-        description.metrics = {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
-        if is_main_process():
-            save_artifact(paths.dense(key), trained.network, description)
-            write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
-    print(f"{key}: epoch {trained.epoch} of {recipe.epochs}, validation top-1 {100 * trained.validation_top1:.2f} %")
+        save(key, trained, description)
+    print(f"{key}: epoch {trained.epoch} of {recipe.epochs}, {trained.accuracy.text}")
+
+
+def save(key: str, trained: Trained, description: Description) -> None:
+    """Write the artifact and its curve, with a warning about classes that are never classified correctly."""
+    accuracy, names = trained.accuracy, description.classes
+    description.metrics = accuracy.metrics | {"epoch": trained.epoch}
+    description.never_right = accuracy.never_right(names)
+    if is_main_process():
+        save_artifact(paths.dense(key), trained.network, description)
+        write_csv(paths.dense_curve(key), trained.curve, CURVE_COLUMNS)
+    for line in accuracy.warnings(names):
+        print(f"{key}: warning: {line}")
 
 
 def main() -> None:

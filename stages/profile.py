@@ -50,7 +50,8 @@ def main() -> None:
         np.savez_compressed(unfinished / "corruptions.npz", **asdict(measured.corrupted))
         shutil.copyfile(folder / DESCRIPTION, unfinished / DESCRIPTION)
     print(
-        f"{variant}: top-1 {100 * row['top1']:.2f} % (n = {row['n_test']}), {row['params']:,} parameters,"
+        f"{variant}: top-1 {100 * row['top1']:.2f} % (n = {row['n_test']}), balanced accuracy"
+        f" {100 * row['balanced_accuracy']:.2f} %, {row['params']:,} parameters,"
         f" {row['macs']:,} MACs, model.onnx {row['size_bytes'] / 1e6:.2f} MB"
     )
 

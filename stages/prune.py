@@ -1,7 +1,7 @@
 """Prune: make a dense classifier smaller, or train it on without pruning (the control), for one entry of `pruned`.
 
-In:  `params.yaml` (`base`, `finetune`, `pruned.<key>`, `pruners.<pruner>`), `models/dense/<model>/`; the train and
-     validation parts of `data/images/`.
+In:  `params.yaml` (`base`, `finetune`, `pruned.<key>`, `pruners.<pruner>`, `report.metric`), `models/dense/<model>/`;
+     the train and validation parts of `data/images/`.
 Out: `models/pruned/<key>/`; the training curve `reports/curves/pruned/<key>.csv`, empty without training.
 Run: python -m stages.prune <key>
 
@@ -17,10 +17,12 @@ from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
 from stages.datasets.store import Info, open_part, read_info
+from stages.networks.predict import VALIDATION
 from stages.params.base import Base
 from stages.params.budget import Budget
 from stages.params.finetune import Finetune
 from stages.params.load import key_argument, load_params
+from stages.params.metric import Metric
 from stages.params.pruners import Pruner, Structured
 from stages.params.section import Name, Section
 from stages.params.variants import PrunedModel
@@ -37,6 +39,7 @@ class Params(Section):
     finetune: Finetune
     pruned: dict[Name, PrunedModel]
     pruners: dict[Name, Pruner]
+    report: Metric = Metric()
 
 
 def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:
@@ -45,7 +48,7 @@ def refuse_unfit(folder: Path, parent: Description, images: Info) -> None:
         state = "quantized" if parent.layers else "pruned"
         raise UserError(f"{folder}: is {state} already; pruning starts from a dense float artifact")
     parent.require_images(folder, images.sha256)
-    parent.require_metrics(folder, "validation_top1")
+    parent.require_metrics(folder, *VALIDATION)
 
 
 def prune_one(params: Params, key: str) -> None:
@@ -62,6 +65,7 @@ def prune_one(params: Params, key: str) -> None:
         param=f"pruners.{entry.pruner}",
         base=params.base,
         finetune=params.finetune,
+        metric=params.report.metric,
         train_part=open_part(paths.IMAGES, "train"),
         validation_part=open_part(paths.IMAGES, "validation"),
     )
@@ -76,14 +80,17 @@ def prune_one(params: Params, key: str) -> None:
             parameters=session.settings.model_dump(),
             parent=parent_of(folder, parent),
             metrics=pruned.metrics | {"params_dense": before, "params": after},
+            never_right=pruned.accuracy.never_right(parent.classes) if pruned.accuracy else parent.never_right,
         )
         if is_main_process():
             save_artifact(paths.pruned(key), pruned.network, description)
             write_csv(paths.pruned_curve(key), pruned.curve, CURVE_COLUMNS)
-    print(
-        f"{key}: {before:,} to {after:,} parameters, validation top-1 {100 * pruned.metrics['validation_top1']:.2f} %"
-        f" (dense {100 * parent.metrics['validation_top1']:.2f} %)"
+    top1, balanced = (
+        f"{100 * pruned.metrics[figure]:.2f} % (dense {100 * parent.metrics[figure]:.2f} %)" for figure in VALIDATION
     )
+    print(f"{key}: {before:,} to {after:,} parameters, validation top-1 {top1}, balanced accuracy {balanced}")
+    for line in pruned.accuracy.warnings(parent.classes, parent.never_right) if pruned.accuracy else ():
+        print(f"{key}: warning: {line}")
     if isinstance(session.settings, Structured) and pruned.metrics["group_sparsity"] == 0:
         [(name, target)] = session.settings.target.items()
         if target:

@@ -1,6 +1,6 @@
 """Quantize: turn a pruned artifact into the artifact that ships, for one entry of `variants`.
 
-In:  `params.yaml` (`base`, `export`, `finetune`, `variants.<variant>`, `quantizers.<quantizer>`),
+In:  `params.yaml` (`base`, `export`, `finetune`, `variants.<variant>`, `quantizers.<quantizer>`, `report.metric`),
      `models/pruned/<pruned>/`; the validation part of `data/images/`, and the training part if the quantizer calibrates
      or trains.
 Out: `models/compressed/<variant>/` with `model.onnx`, whose top-1 on the validation part (the figure for selection)
@@ -25,12 +25,13 @@ from stages.datasets.store import Part, open_part, read_info
 from stages.export.onnx_file import export_onnx
 from stages.export.session import int8_overflows, open_session, session_logits
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
-from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
+from stages.networks.predict import EVALUATION_BATCH, Accuracy, accuracy_of, predict_logits, top1
 from stages.networks.preprocess import Classifier
 from stages.params.base import Base
 from stages.params.export import Export
 from stages.params.finetune import Finetune
 from stages.params.load import key_argument, load_params
+from stages.params.metric import Metric
 from stages.params.quantizers import Bits, Quantizer
 from stages.params.section import Name, Section
 from stages.params.variants import Variant
@@ -53,21 +54,28 @@ class Params(Section):
     finetune: Finetune
     variants: dict[Name, Variant]
     quantizers: dict[Name, Quantizer]
+    report: Metric = Metric()
 
 
-def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, threads: int) -> dict[str, float]:
+def validate(
+    classifier: Classifier, onnx: Path, part: Part, batch_size: int, threads: int
+) -> tuple[Accuracy, dict[str, float]]:
     """Compare the written `model.onnx` with the PyTorch classifier on validation images.
+
+    Returns:
+        The accuracy of `model.onnx`, and the metrics of the artifact.
 
     Raises:
         UserError: If their top-1 differs by more than `LARGEST_DIFFERENCE`, and by more than `ALLOWED_IMAGES` images.
     """
     onnx_logits = session_logits(open_session(onnx, threads), part.images, batch_size)
     torch_logits = predict_logits(classifier, part.images, batch_size)
-    metrics = {
-        "validation_top1": top1(onnx_logits, part.labels),
+    accuracy = accuracy_of(onnx_logits, part.labels)
+    metrics = accuracy.metrics | {
         "validation_top1_torch": top1(torch_logits, part.labels),
         "validation_agreement": float(np.mean(onnx_logits.argmax(1) == torch_logits.argmax(1))),
         "n_validation": len(part),
+        "n_validation_smallest_class": int(accuracy.images[accuracy.images > 0].min()),
     }
     exported, original = metrics["validation_top1"], metrics["validation_top1_torch"]
     difference = abs(exported - original)
@@ -82,7 +90,7 @@ def validate(classifier: Classifier, onnx: Path, part: Part, batch_size: int, th
             f" {100 * original:.2f} %: more than {100 * LARGEST_DIFFERENCE:.1f} points apart, not saved; try another"
             f" quantizer for this network, or remove the variant from params.yaml so that the others run{overflow}"
         )
-    return metrics
+    return accuracy, metrics
 
 
 def compress(
@@ -112,6 +120,7 @@ def compress(
         param=f"quantizers.{name}",
         base=params.base,
         finetune=params.finetune,
+        metric=params.report.metric,
         train_part=open_part(images, "train"),
         validation_part=open_part(images, "validation"),
     )
@@ -156,7 +165,11 @@ def save(
 
     def add_onnx(unfinished: Path) -> dict[str, Any]:
         written = export_onnx(classifier, description.image_size, unfinished / ONNX, export, description.metadata())
-        description.metrics = validate(classifier, unfinished / ONNX, session.validation_part, batch_size, threads)
+        onnx, names = unfinished / ONNX, description.classes
+        accuracy, description.metrics = validate(classifier, onnx, session.validation_part, batch_size, threads)
+        description.never_right = accuracy.never_right(names)
+        for line in accuracy.warnings(names, source.never_right):
+            print(f"{session.key}: warning: {line}")
         return written
 
     save_artifact(folder, quantized.network, description, add_onnx)
@@ -175,7 +188,7 @@ def quantize_one(params: Params, variant: str) -> None:
     print(
         f"{variant}: model.onnx {onnx['bytes'] / 1e6:.2f} MB, {onnx['quantized_operators']} int8 operators, validation"
         f" top-1 {100 * metrics['validation_top1']:.2f} % (PyTorch {100 * metrics['validation_top1_torch']:.2f} %,"
-        f" n = {metrics['n_validation']})"
+        f" n = {metrics['n_validation']}), balanced accuracy {100 * metrics['validation_balanced_accuracy']:.2f} %"
     )
 
 

@@ -51,6 +51,7 @@ edge_benchmark:
   windows: 2
   window_seconds: 0.02
 report:
+  metric: top1
   confidence: 0.95
 """
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from sklearn.metrics import balanced_accuracy_score
 from toy_network import UNCOUNTABLE
 from toy_project import PARAMS, pruned_project
 
@@ -67,6 +68,7 @@ def test_ctrl_c_ends_a_training_with_one_line_that_says_what_is_kept(folder: Pat
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(stages.__file__).parents[1])},
     )
+    assert process.stdout.readline().startswith("toy: a constant answer, ")
     assert process.stdout.readline().startswith("finetune toy: epoch 1/1000")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -100,7 +102,9 @@ def test_zero_epochs_take_the_given_weights_and_their_normalization_as_they_are(
     assert (description.mean, description.std) == ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5])
     part = open_part(folder / "data/images", "validation")
     logits = predict_logits(Classifier(description.preprocess(), network), part.images, 64)
-    assert description.metrics == {"validation_top1": top1(logits, part.labels), "epoch": 0}
+    balanced = balanced_accuracy_score(part.labels, logits.argmax(1))
+    expected = {"validation_top1": top1(logits, part.labels), "validation_balanced_accuracy": balanced, "epoch": 0}
+    assert description.metrics == pytest.approx(expected)
     assert (
         f"validation top-1 as loaded: {100 * description.metrics['validation_top1']:.2f} %" in capsys.readouterr().out
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from sklearn.metrics import balanced_accuracy_score
 from toy_project import compressed_project
 
 from stages import profile
@@ -59,13 +60,16 @@ def test_the_row_agrees_with_the_files_and_predictions(project, monkeypatch, var
     assert np.array_equal(predictions["predicted"], logits.argmax(1))
     assert np.array_equal(predictions["predicted_torch"], torch_classes)
     assert row["top1"] == np.mean(logits.argmax(1) == part.labels)
+    assert row["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(part.labels, logits.argmax(1)))
     assert row["agreement"] == np.mean(logits.argmax(1) == torch_classes)
     assert row["n_test"] == len(part) == 50
     assert row["size_bytes"] == onnx.stat().st_size
     assert row["size_gzip_bytes"] == len(gzip.compress(onnx.read_bytes(), 9))
     assert row["artifact_bytes"] == (folder / "model.safetensors").stat().st_size
     assert row["onnx_sha256"] == sha256_of(onnx) == description.onnx["sha256"]
-    assert row["validation_top1"] == description.metrics["validation_top1"]
+    for key in ("validation_top1", "validation_balanced_accuracy", "n_validation_smallest_class"):
+        assert row[key] == description.metrics[key]
+    assert row["validation_never_right"] == description.never_right
     assert (row["variant"], row["model"], row["pruner"], row["seed"]) == (variant, "toy", "none", 3)
     assert row["quantizer"] == variant.rpartition("-")[2]
     assert (row["data_name"], row["data_source"], row["image_size"]) == ("noise", "blurred noise", 24)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from toy_project import compressed_project, pruned_project
+from sklearn.metrics import recall_score
+from toy_project import CLASSES, compressed_project, pruned_project
 
 from stages import quantize
 from stages.artifacts.artifact import load_artifact, load_classifier, save_artifact
@@ -18,7 +19,7 @@ from stages.datasets.store import open_part
 from stages.export.session import open_session, session_logits
 from stages.networks.dynamic_int8 import dynamic_layers
 from stages.networks.pixel_stem import PIXEL_MEAN, PIXEL_STD
-from stages.networks.predict import top1
+from stages.networks.predict import VALIDATION, top1
 from stages.params.load import load_params
 from stages.params.quantizers import Int8Static
 from stages.params.variants import Variant
@@ -51,10 +52,13 @@ def test_the_stage_writes_the_whole_artifact(unquantized, monkeypatch, capsys):
     description = read_description(folder)
     assert (description.name, description.stage, description.model, description.seed) == (INT8, "quantize", "toy", 3)
     sha256 = sha256_of(paths.pruned("toy-none") / "model.json")
-    assert description.parent == {"name": "toy-none", "sha256": sha256, "metrics": {"validation_top1": 0.2}}
+    assert description.parent == {"name": "toy-none", "sha256": sha256, "metrics": dict.fromkeys(VALIDATION, 0.2)}
     assert description.parameters == {"method": "int8_dynamic", "per_channel": True, "exclude": []}
     assert description.onnx["sha256"] == sha256_of(folder / "model.onnx")
-    assert re.search(r"validation top-1 \d+\.\d\d % \(PyTorch \d+\.\d\d %, n = 60\)$", capsys.readouterr().out.strip())
+    assert re.search(
+        r"validation top-1 \d+\.\d\d % \(PyTorch \d+\.\d\d %, n = 60\), balanced accuracy \d+\.\d\d %$",
+        capsys.readouterr().out.strip(),
+    )
 
 
 def test_static_int8_that_takes_stored_pixels_is_described_so_and_comes_back(unquantized):
@@ -102,6 +106,11 @@ def test_the_stored_validation_figures_are_those_of_the_stored_file(project, var
     metrics = read_description(paths.compressed(variant)).metrics
     assert metrics["validation_top1"] == top1(logits, part.labels)
     assert metrics["n_validation"] == 60
+    recalls = recall_score(part.labels, logits.argmax(1), average=None)
+    assert metrics["validation_balanced_accuracy"] == pytest.approx(recalls.mean())
+    assert metrics["n_validation_smallest_class"] == min(np.bincount(part.labels))
+    never = [name for name, recall in zip(CLASSES, recalls, strict=True) if recall == 0]
+    assert read_description(paths.compressed(variant)).never_right == never
     assert metrics["validation_agreement"] > (0.999 if variant == FP32 else 0.9)
     assert abs(metrics["validation_top1"] - metrics["validation_top1_torch"]) <= 0.005
     assert len(np.unique(logits.argmax(1))) > 1

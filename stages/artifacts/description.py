@@ -72,6 +72,8 @@ class Description:
     search: dict[str, Any] = field(default_factory=dict)
     """A bit search's record: the loss of each allocation that it tried, the budget, each layer's sensitivity."""
     metrics: dict[str, int | float] = field(default_factory=dict)  # figures on validation images, never on test images
+    never_right: list[str] = field(default_factory=list)
+    """Classes with validation images of which the model classifies none correctly."""
     onnx: dict[str, Any] = field(default_factory=dict)
     """`sha256` and `bytes` of `model.onnx`, and what `export_onnx` returns; empty without the file."""
     versions: dict[str, str] = field(default_factory=dict)

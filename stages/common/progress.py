@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-FIGURES_WIDTH = len("loss 0.123 validation top-1 100.00 %")
+FIGURES_WIDTH = len("loss 0.123 validation top-1 100.00 %, balanced 100.00 %")
 LEFT_WIDTH = len("123:45 left")
 LINE_SECONDS = 20.0
 """Minimum time between the lines of a search outside a terminal."""
@@ -33,9 +33,10 @@ class EpochProgress:
             self._bar.advance(self._task)
             self._bar.update(self._task, text=self._text(self.done + 1))
 
-    def epoch(self, loss: float, top1: float, images_per_second: float) -> None:
+    def epoch(self, loss: float, top1: float, balanced_accuracy: float, images_per_second: float) -> None:
         self.done += 1
-        self._figures = f"loss {loss:.3f} validation top-1 {100 * top1:.2f} %"
+        top1_text, balanced_text = (f"{100 * fraction:.2f} %" for fraction in (top1, balanced_accuracy))
+        self._figures = f"loss {loss:.3f} validation top-1 {top1_text}, balanced {balanced_text}"
         if self._bar is None:
             speed = f"{images_per_second:,.0f} images/s"
             line = f"epoch {self.done}/{self.epochs} {self._figures} {speed} {self._left()}"

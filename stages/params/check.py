@@ -30,9 +30,13 @@ def check(path: Path = paths.PARAMS) -> Params:
 
 
 def left_out(params: Params) -> Iterator[str]:
-    """Sections that are not in the file: DVC knows no defaults."""
+    """Sections and single keys that `dvc.yaml` names and the file lacks: DVC knows no defaults."""
     for name in Params.model_fields.keys() - params.model_fields_set:
         yield f"{name}: is required and missing"
+    for name, section, key in (("base", params.base, "threads"), ("report", params.report, "metric")):
+        if name in params.model_fields_set and key not in section.model_fields_set:
+            default = getattr(section, key)
+            yield f"{name}.{key}: is required and missing; its usual value is {default}"
 
 
 def bad_settings(params: Params) -> Iterator[str]:

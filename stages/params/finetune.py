@@ -57,6 +57,9 @@ class Finetune(Section):
     """Shape of the decay to 0 after the warm-up."""
     label_smoothing: Fraction = 0.1
     """Probability mass that cross entropy spreads over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` multiplies the loss of each training image by N / (classes * images of its class), so that every class
+    counts the same, also in pruning and in recovery."""
     horizontal_flip: bool = True
     """Mirror half of the training images at random. Use false if a mirrored image has another meaning, as with
     digits."""

@@ -2,17 +2,19 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from stages.params.section import Section
+from stages.params.metric import Metric
 
 
-class Report(Section):
+class Report(Metric):
+    model_config = ConfigDict(extra="forbid")
+
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """Confidence level of the intervals of accuracies."""
     headline_max_drop: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest drop of validation top-1 below the best dense network, as a fraction (0.01 is 1 point). The headline is
-    the smallest variant within it."""
+    """Largest drop of the validation figure (see `metric`) below the best dense network, as a fraction (0.01 is 1
+    point). The headline is the smallest variant within it."""
     claims: str | None = None
     """File with the claims of a published study, relative to `params.yaml`. `python -m studies.edge_ai.claims` computes
     the verdicts from a finished report."""

@@ -14,7 +14,7 @@ from stages.artifacts.description import DESCRIPTION, ONNX, check_onnx
 from stages.common.files import sha256_of
 from stages.datasets.store import open_part, read_info
 from stages.export.session import open_session, session_logits
-from stages.networks.predict import predict_logits, top1
+from stages.networks.predict import VALIDATION, accuracy_of, predict_logits, top1
 from stages.params.profile import Profile
 from stages.profiling.corruptions import cells, sample
 from stages.profiling.counts import LayerCount, count_layers, macs_visible, params_visible, totals
@@ -76,7 +76,7 @@ def measure(folder: Path, images: Path, section: Profile, threads: int) -> Measu
     description.require_images(folder, info.sha256)
     session = open_session(folder / ONNX, threads)
     check_onnx(folder, description)
-    validation = ("n_validation", "validation_top1", "validation_agreement")
+    validation = ("n_validation", "n_validation_smallest_class", *VALIDATION, "validation_agreement")
     description.require_metrics(folder, *validation)
     part = open_part(images, "test")
     batch_size = 1 if description.spans_batch() else section.batch_size
@@ -95,9 +95,11 @@ def measure(folder: Path, images: Path, section: Profile, threads: int) -> Measu
     row: dict[str, Any] = {
         "n_test": len(part),
         "top1": top1(logits, part.labels),
+        "balanced_accuracy": accuracy_of(logits, part.labels).balanced_accuracy,
         "top1_torch": top1(torch_logits, part.labels),
         "agreement": float(np.mean(predictions.predicted == predictions.predicted_torch)),
         **{key: description.metrics[key] for key in validation},
+        "validation_never_right": description.never_right,
         **totals(layers),
         "params_visible": params_visible(classifier.network),
         "macs_visible": macs_visible(classifier.network, description.input_size),

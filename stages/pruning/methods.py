@@ -10,6 +10,7 @@ from torch import nn
 from stages.common.errors import UserError
 from stages.networks.build import build_network
 from stages.networks.modules import excluded_modules
+from stages.networks.predict import VALIDATION, Accuracy
 from stages.networks.reparameterize import fold_layer_scale
 from stages.networks.spec import NetworkSpec
 from stages.params.pruners import (
@@ -54,6 +55,8 @@ class Pruned:
     metrics: dict[str, float]
     """Figures on validation images, and counts of what was removed."""
     curve: list[dict[str, float]] = field(default_factory=list)
+    accuracy: Accuracy | None = None
+    """On validation images; None for the parent's network."""
 
 
 def prune(session: Session) -> Pruned:
@@ -66,7 +69,7 @@ def prune(session: Session) -> Pruned:
         UserError: If the network cannot be pruned exactly or the target cannot be met.
     """
     if isinstance(session.settings, NonePruner):
-        metrics = {"validation_top1": session.parent.metrics["validation_top1"]}
+        metrics = {figure: session.parent.metrics[figure] for figure in VALIDATION}
         return Pruned(session.network, session.parent.network, metrics)
     network = copy.deepcopy(session.network)
     fold_layer_scale(network)
@@ -74,7 +77,7 @@ def prune(session: Session) -> Pruned:
     match session.settings:
         case Continued():
             trained = session.train(network)
-            return Pruned(trained.network, spec, _metrics(trained), trained.curve)
+            return _trained(trained, spec, {})
         case Unstructured() as pruner:
             return prune_unstructured(session, pruner, network, spec)
         case Oto() as pruner:
@@ -93,12 +96,12 @@ def prune_unstructured(session: Session, pruner: Unstructured, network: nn.Modul
     keep = KeepZeros(network, pruner, session.steps, session.seed, session.param)
     trained = session.train(network, keep)
     keep.project(trained.network)  # makes all zeros positive, so that gzip sees equal bytes
-    metrics = _metrics(trained) | {"sparsity": sparsity_of(trained.network)}
+    metrics: dict[str, float] = {"sparsity": sparsity_of(trained.network)}
     if pruner.pattern == "2:4":
         unfit = left_dense(network)
         metrics["layers_unpruned"] = len(unfit)
         print(f"{session.key}: dense, since 4 does not divide their inputs: {', '.join(unfit) or 'no layer'}")
-    return Pruned(trained.network, spec, metrics, trained.curve)
+    return _trained(trained, spec, metrics)
 
 
 def prune_oto(session: Session, pruner: Oto, network: nn.Module, spec: NetworkSpec) -> Pruned:
@@ -152,7 +155,7 @@ def train_small_dense(session: Session, pruner: SmallDense, network: nn.Module, 
     dense_epochs = session.parent.parameters["finetune"]["epochs"]
     recipe = session.finetune.model_copy(update={"epochs": dense_epochs + pruner.epochs})
     trained = session.train(narrow, recipe=recipe)
-    return Pruned(trained.network, spec, _metrics(trained) | _channels(groups, pruned) | whole, trained.curve)
+    return _trained(trained, spec, _channels(groups, pruned) | whole)
 
 
 def prune_by_depgraph(session: Session, pruner: Depgraph, network: nn.Module, spec: NetworkSpec) -> Pruned:
@@ -182,11 +185,10 @@ def recover(
     """
     done = len(before.curve) if before else 0
     if before and done == session.recipe.epochs:
-        metrics |= {"validation_top1": session.validation_top1(subnet), "epoch": done}
-        return Pruned(subnet, spec, metrics, before.curve)
+        return _trained(Trained(subnet, before.curve, session.accuracy(subnet), done), spec, metrics)
     trained = session.train(subnet, epochs=(done, session.recipe.epochs), phase="recovery")
-    curve = (before.curve if before else []) + trained.curve
-    return Pruned(trained.network, spec, metrics | _metrics(trained), curve)
+    trained.curve = (before.curve if before else []) + trained.curve
+    return _trained(trained, spec, metrics)
 
 
 def groups_of(
@@ -273,8 +275,8 @@ def _around_the_cut(session: Session, uncut: nn.Module, subnet: nn.Module, diffe
         difference: Of the cut network from the zeroed one, or from the whole one where no channel is ever zeroed.
     """
     return {
-        "validation_top1_uncut": session.validation_top1(uncut),
-        "validation_top1_cut": session.validation_top1(subnet),
+        "validation_top1_uncut": session.accuracy(uncut).top1,
+        "validation_top1_cut": session.accuracy(subnet).top1,
         "cut_difference": difference,
     }
 
@@ -292,5 +294,6 @@ def _channels(groups: list[ChannelGroup], pruned: dict[str, torch.Tensor]) -> di
     return {"channels_dense": total, "channels": total - gone, "group_sparsity": gone / total}
 
 
-def _metrics(trained: Trained) -> dict[str, float]:
-    return {"validation_top1": trained.validation_top1, "epoch": trained.epoch}
+def _trained(trained: Trained, spec: NetworkSpec, metrics: dict[str, float]) -> Pruned:
+    metrics = metrics | trained.accuracy.metrics | {"epoch": trained.epoch}
+    return Pruned(trained.network, spec, metrics, trained.curve, trained.accuracy)

@@ -29,6 +29,7 @@ class Evaluator:
         rounded: The integers of each layer by name and number of bits.
         images: uint8 `[n, H, W, C]`.
         labels: int64 `[n]`.
+        class_weights: float32 `[classes]`; without them, all images count the same in the mean.
     """
 
     def __init__(
@@ -38,13 +39,14 @@ class Evaluator:
         rounded: Mapping[str, Mapping[int, Rounded]],
         images: np.ndarray,
         labels: np.ndarray,
+        class_weights: torch.Tensor | None = None,
     ) -> None:
         self._classifier = copy.deepcopy(classifier).eval()
         self.layers, self._rounded = list(layers), rounded
         self._modules = {name: self._classifier.network.get_submodule(name) for name in layers}
         self._float = {name: module.weight.detach().clone() for name, module in self._modules.items()}
         self._bits: dict[str, int | None] = dict.fromkeys(layers)
-        self._labels = torch.from_numpy(labels)
+        self._labels, self._class_weights = torch.from_numpy(labels), class_weights
         self.evaluations = 0
         """Number of evaluations, without that of the float network."""
         with torch.no_grad():
@@ -75,8 +77,10 @@ class Evaluator:
         loss = 0.0
         with self._prefix.before(self._modules[first] if first else None) as network:
             for index, (x, labels) in enumerate(zip(self._inputs, self._labels.split(BATCH), strict=True)):
-                loss += F.cross_entropy(network(index, x).float(), labels, reduction="sum").item()
-        return loss / len(self._labels)
+                logits = network(index, x).float()
+                loss += F.cross_entropy(logits, labels, self._class_weights, reduction="sum").item()
+        weights = self._class_weights
+        return loss / (len(self._labels) if weights is None else weights[self._labels].sum().item())
 
 
 class _Prefix:

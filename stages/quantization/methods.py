@@ -41,6 +41,7 @@ from stages.quantization.searches import (
     search_by_ilp,
     search_greedily,
 )
+from stages.training.class_weights import balanced_weights
 from stages.training.distributed import broadcast
 from stages.training.session import Session
 
@@ -157,7 +158,10 @@ def allocate(
         The bits by layer name, and the record of the search for `model.json`.
     """
     images, labels = calibration_images(session.train_part, quantizer, session.param)
-    evaluator = Evaluator(session.classifier, [layer.name for layer in layers], by_bits, images, labels)
+    balanced = session.metric == "balanced_accuracy"
+    class_weights = balanced_weights(labels, len(session.parent.classes)) if balanced else None
+    names = [layer.name for layer in layers]
+    evaluator = Evaluator(session.classifier, names, by_bits, images, labels, class_weights)
     weights = {name: evaluator.float_weight(name) for name in by_bits}
     errors = [
         [float((found.values() - weights[name]).square().sum()) for found in choices.values()]

@@ -23,6 +23,7 @@ def train_from_weights(
     seed: int,
     checkpoints: Path,
     title: str,
+    metric: str = "top1",
 ) -> Trained:
     """Train in place by `recipe` and `recipe.pretrained`.
 
@@ -47,7 +48,9 @@ def train_from_weights(
         for parameter in body:
             parameter.requires_grad_(True)
     keep = settings.batch_norm == "frozen"
-    trainer = Trainer(network, data, recipe, device, seed=seed, title=title, fresh=fresh, frozen_batch_norm=keep)
+    trainer = Trainer(
+        network, data, recipe, device, seed=seed, metric=metric, title=title, fresh=fresh, frozen_batch_norm=keep
+    )
     trained = trainer.fit((head_epochs, recipe.epochs), checkpoints=checkpoints)
     trained.curve = curve + trained.curve
     return trained

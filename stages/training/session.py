@@ -10,13 +10,14 @@ from torch import nn
 
 from stages.artifacts.description import Description
 from stages.datasets.store import Part
-from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
+from stages.networks.predict import EVALUATION_BATCH, Accuracy, accuracy_of, predict_logits
 from stages.networks.preprocess import Classifier
 from stages.params.base import Base
 from stages.params.budget import Budget
 from stages.params.finetune import Finetune
 from stages.params.section import Section
 from stages.training.batches import steps_per_epoch
+from stages.training.class_weights import refuse_empty_classes
 from stages.training.constraint import Constraint
 from stages.training.distillation import Distillation
 from stages.training.host import prepare_host
@@ -43,6 +44,8 @@ class Session:
     train_part: Part
     validation_part: Part
     checkpoints: Path | None = None
+    metric: str = "top1"
+    """The validation figure that chooses, as `report.metric`."""
 
     @property
     def seed(self) -> int:
@@ -90,6 +93,7 @@ class Session:
             "settings": self.settings.model_dump(),
             "finetune": self.finetune.model_dump(),
             "base": self.base.model_dump(),
+            "metric": self.metric,
             "seed": self.seed,
         }
 
@@ -110,6 +114,8 @@ class Session:
             recipe: Replaces the session's recipe.
         """
         budget, distillation = self._budget, None
+        if self.finetune.class_weights == "balanced":
+            refuse_empty_classes(self.train_part.labels, self.parent.classes)
         if budget.distillation:
             teacher = copy.deepcopy(self.network)
             distillation = Distillation(teacher, budget.distillation, budget.distillation_temperature)
@@ -125,14 +131,15 @@ class Session:
             constraint=constraint,
             distillation=distillation,
             fresh=None if recipe else self.parent.fresh,
+            metric=self.metric,
             title=f"{self.stage} {self.key}",
             rate_key="finetune.learning_rate" if recipe else f"{self.param}.learning_rate_factor",
         )
         return trainer.fit(epochs, keep, checkpoints)
 
-    def validation_top1(self, network: nn.Module) -> float:
-        """Top-1 on the validation images in float32. The network, on the CPU, stays as it is."""
+    def accuracy(self, network: nn.Module) -> Accuracy:
+        """Accuracy on the validation images in float32. The network, on the CPU, stays as it is."""
         device = prepare_host(self.base)
         classifier = copy.deepcopy(Classifier(self.parent.preprocess(), network)).to(device)
         logits = predict_logits(classifier, self.validation_part.images, EVALUATION_BATCH, device)
-        return top1(logits, self.validation_part.labels)
+        return accuracy_of(logits, self.validation_part.labels)

@@ -25,13 +25,14 @@ from stages.common.progress import EpochProgress, epoch_progress
 from stages.datasets.store import Part
 from stages.networks.architectures import more_than_logits
 from stages.networks.modules import channels_of, load_tensors, norms_of_one_value
-from stages.networks.predict import EVALUATION_BATCH, predict_logits, top1
+from stages.networks.predict import EVALUATION_BATCH, Accuracy, accuracy_of, predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.params.finetune import Finetune
 from stages.training import distributed
 from stages.training.augment import Augmentation, positions_of
 from stages.training.batches import Images, steps_per_epoch
 from stages.training.checkpoint import Spacing, load_checkpoint, save_checkpoint
+from stages.training.class_weights import balanced_weights, weighted
 from stages.training.constraint import Constraint
 from stages.training.convolutions import mended_convolutions
 from stages.training.distillation import Distillation, soft_loss
@@ -41,8 +42,9 @@ from stages.training.optimizers import Optimizers, schedule
 
 CURVE_COLUMNS = (
     *("epoch", "learning_rate", "training_loss", "validation_loss", "validation_top1"),
-    *("images_per_second", "seconds"),
+    *("validation_balanced_accuracy", "images_per_second", "seconds"),
 )
+PROGRESS = ("training_loss", "validation_top1", "validation_balanced_accuracy", "images_per_second")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,14 @@ class Trained:
     """The network on the CPU, in evaluation mode, with the weights of the chosen epoch."""
     curve: list[dict[str, float]]
     """One row of `CURVE_COLUMNS` for each epoch."""
-    validation_top1: float
-    """Top-1 accuracy of the chosen weights in float32."""
+    accuracy: Accuracy
+    """Accuracy of the chosen weights on validation images, in float32."""
     epoch: int
     """The chosen epoch, counted from 1."""
+
+    @property
+    def validation_top1(self) -> float:
+        return self.accuracy.top1
 
 
 class Trainer:
@@ -78,6 +84,7 @@ class Trainer:
             same batches as the network.
         fresh: names of the parameters that did not come from weights; None if none were loaded (see `Optimizers`).
         frozen_batch_norm: batch norm normalizes by its running statistics, and keeps them.
+        metric: the validation figure that chooses the epoch, as `report.metric`.
         title: names the training in messages.
         rate_key: names the learning rate in messages.
 
@@ -97,13 +104,14 @@ class Trainer:
         distillation: Distillation | None = None,
         fresh: Collection[str] | None = None,
         frozen_batch_norm: bool = False,
+        metric: str = "top1",
         title: str = "training",
         rate_key: str = "finetune.learning_rate",
     ) -> None:
         self.network, self.data, self.recipe, self.device, self.seed = network, data, recipe, device, seed
         self.constraint, self.distillation = constraint or Constraint(), distillation
         self.fresh, self.frozen_batch_norm = fresh, frozen_batch_norm
-        self.title, self.rate_key = title, rate_key
+        self.metric, self.title, self.rate_key = metric, title, rate_key
         self.bfloat16 = use_bfloat16(recipe.precision, device)
         self.steps_per_epoch = steps_per_epoch(recipe, len(data.train))
         self.steps = recipe.epochs * self.steps_per_epoch
@@ -124,6 +132,9 @@ class Trainer:
             _count_classes(network, small.input_size, self.title, "finetune.progressive_resize.input_size")
         self.classes = _count_classes(network, self.preprocess.input_size, self.title, "input_size")
         self._refuse_batches_of_one()
+        self.class_weights: torch.Tensor | None = None
+        if recipe.class_weights == "balanced":
+            self.class_weights = balanced_weights(self.data.train.labels, self.classes).to(device)
         self.augment = Augmentation(recipe, len(self.data.train), self.classes, self.seed)
         self.call = distributed.data_parallel(network, device)
         if recipe.compile:
@@ -139,7 +150,7 @@ class Trainer:
         keep: Literal["best", "last"] = "best",
         checkpoints: Path | None = None,
     ) -> Trained:
-        """Train and return the weights of the best epoch by validation top-1; the lower loss breaks ties.
+        """Train and return the weights of the best epoch by the validation metric; the lower loss breaks ties.
 
         Args:
             epochs: `(first, last)` trains only the epochs [first, last) of the recipe, counted from 0, with the
@@ -176,7 +187,7 @@ class Trainer:
                 row, candidate = self._run_epoch(epoch, progress)
                 curve.append(row)
                 finished, end = epoch + 1 == last, (epoch + 1) * self.steps_per_epoch - 1
-                score = [row["validation_top1"], -row["validation_loss"]]
+                score = [row[f"validation_{self.metric}"], -row["validation_loss"]]
                 wanted = finished if keep == "last" else not chosen or score > chosen["score"]
                 if wanted and self.constraint.met_after(end):
                     kept = self.network if keep == "last" else candidate
@@ -187,7 +198,7 @@ class Trainer:
                     with spacing.measured():
                         save_checkpoint(checkpoints, state | {"trainer": self.state_dict(finished)})
                     progress.kept = epoch + 1
-                progress.epoch(row["training_loss"], row["validation_top1"], row["images_per_second"])
+                progress.epoch(*(row[key] for key in PROGRESS))
 
         if not chosen:
             raise UserError(
@@ -197,7 +208,7 @@ class Trainer:
         self.network.to(memory_format=torch.contiguous_format).eval()
         with clear_training_errors(self.title, self.recipe.batch_size):
             logits = self.predict(self.network, self.data.validation)
-        return Trained(self.network.cpu(), curve, top1(logits, self.data.validation.labels), chosen["epoch"])
+        return Trained(self.network.cpu(), curve, accuracy_of(logits, self.data.validation.labels), chosen["epoch"])
 
     def _run_epoch(self, epoch: int, progress: EpochProgress) -> tuple[dict[str, float], nn.Module]:
         """Train one epoch and validate: the row of `CURVE_COLUMNS`, and the network (or its EMA) that it describes."""
@@ -226,7 +237,7 @@ class Trainer:
             "learning_rate": round(self.recipe.learning_rate * factor, 8),
             "training_loss": round(loss, 6),
             "validation_loss": round(validation_loss, 6),
-            "validation_top1": round(top1(logits, labels), 6),
+            **{key: round(figure, 6) for key, figure in accuracy_of(logits, labels).metrics.items()},
             "images_per_second": round(images / seconds, 1),
             "seconds": round(time.perf_counter() - started, 2),
         }
@@ -270,6 +281,8 @@ class Trainer:
                 teacher_logits = None if distillation is None else distillation.teacher(x)
             logits = self.call(x)
         smoothing = self.recipe.label_smoothing if targets.dim() == 1 else 0.0  # mixed targets are smoothed already
+        if self.class_weights is not None:
+            targets, smoothing = weighted(targets, self.class_weights, self.recipe.label_smoothing), 0.0
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         if distillation is None:
             return loss

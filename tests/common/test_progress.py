@@ -12,10 +12,12 @@ def test_outside_a_terminal_each_epoch_is_one_line(capsys):
         for epoch in range(2):
             for _ in range(3):
                 progress.step()
-            progress.epoch(loss=1.5 - epoch, top1=0.25, images_per_second=1234.0)
+            progress.epoch(loss=1.5 - epoch, top1=0.25, balanced_accuracy=0.5, images_per_second=1234.0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("finetune a: epoch 1/2 loss 1.500 validation top-1 25.00 % 1,234 images/s")
+    assert lines[0].startswith(
+        "finetune a: epoch 1/2 loss 1.500 validation top-1 25.00 %, balanced 50.00 % 1,234 images/s"
+    )
     assert lines[1].endswith("0:00 left")
 
 
@@ -29,7 +31,7 @@ def test_in_a_terminal_the_bar_shows_epoch_figures_and_time_left():
             for _ in range(10):
                 progress.step()
                 texts.append(bar.tasks[0].fields["text"])
-            progress.epoch(loss=0.5, top1=top1, images_per_second=10.0)
+            progress.epoch(loss=0.5, top1=top1, balanced_accuracy=top1, images_per_second=10.0)
             texts.append(bar.tasks[0].fields["text"])
         assert bar.tasks[0].completed == 30
     assert len({len(text) for text in texts}) == 1  # a constant width keeps the bar's width
@@ -44,7 +46,7 @@ def test_the_time_left_counts_epochs_with_small_images_by_their_cost(capsys, mon
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     with epoch_progress("finetune a", epochs=5, steps_per_epoch=1, small=(3.0, 0.25)) as progress:
         for _ in range(4):
-            progress.epoch(loss=1.0, top1=0.5, images_per_second=1.0)
+            progress.epoch(loss=1.0, top1=0.5, balanced_accuracy=0.5, images_per_second=1.0)
     ends = [line.split()[-2] for line in capsys.readouterr().out.splitlines()]
     assert ends == ["1:40", "1:30", "1:20", "0:40"]
 

@@ -8,6 +8,7 @@ from stages.networks.preprocess import Classifier, Preprocess
 from stages.quantization import evaluation
 from stages.quantization.evaluation import Evaluator
 from stages.quantization.rounding import round_nearest
+from stages.training.class_weights import balanced_weights
 
 
 class InPlace(nn.Module):
@@ -37,12 +38,12 @@ def classifier() -> Classifier:
     return Classifier(Preprocess([0.5] * 3, [0.25] * 3, 8), InPlace()).eval()
 
 
-def evaluator_of(classifier: Classifier, count: int = 100) -> Evaluator:
+def evaluator_of(classifier: Classifier, count: int = 100, class_weights: torch.Tensor | None = None) -> Evaluator:
     generator = np.random.default_rng(0)
     images, labels = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), generator.integers(0, 4, count)
     weights = {name: classifier.network.get_submodule(name).weight for name in NAMES}
     rounded = {name: {bits: round_nearest(weight, bits) for bits in (2, 4)} for name, weight in weights.items()}
-    return Evaluator(classifier, NAMES, rounded, images, labels)
+    return Evaluator(classifier, NAMES, rounded, images, labels, class_weights)
 
 
 @pytest.mark.parametrize("changed", [[], ["head"], ["blocks.1.0"], ["blocks.2.0", "head"], NAMES])
@@ -60,6 +61,19 @@ def test_the_loss_is_that_of_the_whole_network_run_anew(classifier, changed):
         logits = classifier(torch.from_numpy(images))
     assert loss == pytest.approx(F.cross_entropy(logits, torch.from_numpy(labels)).item(), abs=1e-6)
     assert evaluator.evaluations == 2
+
+
+def test_with_balanced_weights_the_loss_is_the_mean_over_the_classes(classifier):
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (100, 8, 8, 3), dtype=np.uint8), generator.integers(0, 4, 100)
+    with torch.no_grad():
+        logits = classifier(torch.from_numpy(images))
+    losses = F.cross_entropy(logits, torch.from_numpy(labels), reduction="none").numpy()
+    expected = np.mean([losses[labels == k].mean() for k in range(4)])
+    weights = balanced_weights(labels, 4)
+    assert evaluator_of(classifier, class_weights=weights)(dict.fromkeys(NAMES)) == pytest.approx(expected, abs=1e-6)
+    assert evaluator_of(classifier)(dict.fromkeys(NAMES)) == pytest.approx(losses.mean(), abs=1e-6)
+    assert abs(losses.mean() - expected) > 1e-4
 
 
 def test_modules_before_the_first_changed_layer_are_not_computed_again(classifier, monkeypatch):

@@ -12,13 +12,13 @@ from stages.training.trainer import Trained, Trainer, TrainingData
 
 
 @pytest.fixture
-def parts() -> tuple[Part, Part]:
+def parts() -> list[Part]:
     """96 + 32 images of 8x8 in two classes that differ in brightness: learnable in a few steps."""
     rng = np.random.default_rng(0)
     labels = np.arange(128) % 2
     images = rng.integers(0, 120, (128, 8, 8, 3)) + 130 * labels[:, None, None, None]
     images = images.astype(np.uint8)
-    return Part(images[:96], labels[:96]), Part(images[96:], labels[96:])
+    return [Part(images[:96], labels[:96]), Part(images[96:], labels[96:])]
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ def test_the_recipe_is_that_of_finetune_with_the_budget_of_the_settings(session)
         {"settings": CONTINUED.model_copy(update={"epochs": 4})},
         {"finetune": FINETUNE.model_copy(update={"batch_size": 2})},
         {"base": Base(seed=1)},
+        {"metric": "balanced_accuracy"},
         {"parent": {"seed": 8}},
         {"parent": {"data": {"sha256": "2"}}},
         {"parent": {"tensors": {"sha256": "3"}}},
