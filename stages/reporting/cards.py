@@ -9,7 +9,7 @@ import yaml
 from stages.reporting import wording
 from stages.reporting.edge import describe_run, marks_of
 from stages.reporting.inputs import CompletedRun
-from stages.reporting.rows import Group, Row
+from stages.reporting.rows import Group, Row, dense_of
 
 
 @cache
@@ -31,6 +31,8 @@ def environment(autoescape: bool) -> Any:
 
 def card(run: CompletedRun, row: Row, groups: dict[str, Group]) -> str:
     """The card of the variant of `row`; it ends in a newline."""
+    rows = {one["variant"]: one for group in groups.values() for one in group.rows}
+    lost = wording.lost_text(row, dense_of(row, rows))
     params, variant = run.params, row["variant"]
     measured, model = run.variants[variant], params.models[row["model"]]
     quantizer = params.variants[variant].quantizer
@@ -52,6 +54,7 @@ def card(run: CompletedRun, row: Row, groups: dict[str, Group]) -> str:
         batch=run.batch,
         run=describe_run(run),
         machine=wording.machine_text(run.edge),
+        lost=lost,
         marks=marks_of(run, [variant]),
     )
 
@@ -62,7 +65,10 @@ def _metadata(run: CompletedRun, row: Row) -> dict[str, Any]:
     result = {
         "task": {"type": "image-classification"},
         "dataset": {"name": profile.data_name, "type": profile.data_name, "split": "test"},
-        "metrics": [{"type": "accuracy", "value": round(row["top1"], 6), "name": "top-1"}],
+        "metrics": [
+            {"type": "accuracy", "value": round(row["top1"], 6), "name": "top-1"},
+            {"type": "balanced_accuracy", "value": row["balanced_accuracy"], "name": "balanced accuracy"},
+        ],
     }
     return {
         "library_name": "onnx",
@@ -70,6 +76,6 @@ def _metadata(run: CompletedRun, row: Row) -> dict[str, Any]:
         "license": "other",
         "license_name": "see-the-section-licences",
         "tags": ["edge", "model-compression", "onnxruntime", row["pruner"], row["quantizer"]],
-        "metrics": ["accuracy"],
+        "metrics": ["accuracy", "balanced_accuracy"],
         "model-index": [{"name": row["variant"], "results": [result]}],
     }

@@ -19,29 +19,34 @@ from stages.reporting.inputs import CompletedRun, Params, read_run
 from stages.reporting.rows import (
     Row,
     assemble_rows,
-    best_dense_top1,
+    best_dense,
     dense_of,
     groups_of,
-    least_top1,
+    least_accuracy,
+    metric_of,
     most_accurate,
     smallest,
+    validation,
 )
 from stages.reporting.wording import (
     BYTE_UNITS,
+    FIGURES,
     bytes_text,
     change_sentence,
     drop_text,
     fraction_text,
+    lost_text,
     machine_text,
     percent_text,
     ratio_text,
     seeds_text,
+    worst_text,
 )
 
 DROP, LATENCY, SIZE = "--max-drop", "--max-latency-ms", "--max-size"
 RULE = (
-    f"With {DROP}, the choice is the smallest file that fits all limits; without it, the highest validation top-1 that"
-    " fits. Ties go to the other of the two."
+    f"With {DROP}, the choice is the smallest file that fits all limits; without it, the highest validation figure that"
+    " fits, which is top-1 or balanced accuracy (report.metric). Ties go to the other of the two."
 )
 NEAREST = (
     "If no variant fits, the nearest is the one with the smallest worst excess, as a fraction of the limit;"
@@ -54,12 +59,12 @@ Limits = dict[str, float]
 
 def costs(row: Row) -> dict[str, float]:
     """What each option limits: the error rate on validation images (a fraction), median milliseconds, bytes."""
-    return {DROP: 1 - row["validation_top1"], LATENCY: row["latency_ms_p50"], SIZE: row["size_bytes"]}
+    return {DROP: 1 - validation(row), LATENCY: row["latency_ms_p50"], SIZE: row["size_bytes"]}
 
 
 def limits_of(rows: list[Row], max_drop: float | None, ms: float | None, size: int | None) -> Limits:
     """Those of the limits that are given."""
-    error = None if max_drop is None else 1 - least_top1(rows, max_drop)
+    error = None if max_drop is None else 1 - least_accuracy(rows, max_drop)
     given = {DROP: error, LATENCY: ms, SIZE: size}
     return {option: most for option, most in given.items() if most is not None}
 
@@ -85,23 +90,29 @@ def distance(row: Row, limits: Limits) -> float:
 
 
 def nearest(rows: list[Row], limits: Limits) -> Row:
-    """The choice by `NEAREST` if none fits; ties go to the higher validation top-1."""
-    return min(rows, key=lambda row: (distance(row, limits), -row["validation_top1"]))
+    """The choice by `NEAREST` if none fits; ties go to the higher `validation`."""
+    return min(rows, key=lambda row: (distance(row, limits), -validation(row)))
 
 
 def answer(run: CompletedRun, rows: list[Row], limits: Limits, fits: list[Row]) -> str:
     """The best of the variants that fit, the reason, its test figures and the command that deploys it."""
     chosen, total = best(fits, limits), f"{len(rows)} variants"
-    rule = f"the smallest file (because of {DROP})" if DROP in limits else "the highest validation top-1"
+    highest = f"the highest validation {FIGURES[metric_of(chosen)]}"
+    rule = f"the smallest file (because of {DROP})" if DROP in limits else highest
     only = f"the only one of {total} that fits"
     lines = [
         ("chosen", chosen["variant"]),
         ("why", only if len(fits) == 1 else f"{rule} of {len(fits)} that fit, of {total}"),
         *_figures(run, rows, chosen, limits),
         *_tested(run, rows, chosen),
-        *(("warning", mark) for mark in marks_of(run, [chosen["variant"]])),
+        *(("warning", mark) for mark in _warnings(run, rows, chosen)),
     ]
     return f"{_written(lines)}\n{'deploy':<{LABEL}}uv run edgewise bundle {chosen['variant']}"
+
+
+def _warnings(run: CompletedRun, rows: list[Row], chosen: Row) -> list[str]:
+    lost = lost_text(chosen, dense_of(chosen, {row["variant"]: row for row in rows}))
+    return [*([lost] if lost else []), *marks_of(run, [chosen["variant"]])]
 
 
 def refusal(run: CompletedRun, rows: list[Row], limits: Limits) -> str:
@@ -121,14 +132,18 @@ def refusal(run: CompletedRun, rows: list[Row], limits: Limits) -> str:
 
 
 def _figures(run: CompletedRun, rows: list[Row], row: Row, limits: Limits) -> list[tuple[str, str]]:
-    """A line for each of `costs` with its limit and its excess."""
+    """Both validation figures, then a line for each of the other `costs`; with the limit and its excess."""
     found, over = costs(row), excesses(row, limits)
     bounds = {option: f"; {_limit(rows, option, most)}" for option, most in limits.items()}
     for option, excess in over.items():
         bounds[option] += f", missed by {_amount(option, excess)}"
-    top1, dense = (percent_text(fraction, 2) for fraction in (row["validation_top1"], best_dense_top1(rows)))
+    lines = []
+    for label, figure in (("validation top-1", "top1"), ("and balanced", "balanced_accuracy")):
+        ours, dense = (percent_text(part, 2) for part in (row[f"validation_{figure}"], best_dense(rows, figure)))
+        bound = bounds.get(DROP, "") if figure == metric_of(row) else ""
+        lines.append((label, f"{ours} (best dense {dense}){bound}"))
     return [
-        ("validation top-1", f"{top1} (best dense {dense}){bounds.get(DROP, '')}"),
+        *lines,
         ("latency", f"{_amount(LATENCY, found[LATENCY])}{bounds.get(LATENCY, '')}"),
         ("timed on", f"{machine_text(run.edge)}: median in ONNX Runtime, batch {run.batch}"),
         ("model.onnx", f"{_amount(SIZE, found[SIZE])}{bounds.get(SIZE, '')}"),
@@ -137,7 +152,7 @@ def _figures(run: CompletedRun, rows: list[Row], row: Row, limits: Limits) -> li
 
 def _limit(rows: list[Row], option: str, most: float) -> str:
     if option == DROP:
-        return f"at most {_amount(DROP, round(most - 1 + best_dense_top1(rows), 9))} below dense"
+        return f"at most {_amount(DROP, round(most - 1 + best_dense(rows, metric_of(rows[0])), 9))} below dense"
     return f"at most {_amount(option, most)}"
 
 
@@ -152,12 +167,20 @@ def _amount(option: str, amount: float) -> str:
 def _tested(run: CompletedRun, rows: list[Row], row: Row) -> list[tuple[str, str]]:
     """The test figures, which had no part in the choice, and the costs of the dense network of the same seed."""
     group, dense = groups_of(rows)[row["group"]], dense_of(row, {one["variant"]: one for one in rows})
+    figure = metric_of(row)
+    against_dense = group.change_of(figure, "delta")
     confidence, itself = run.params.report.confidence, "it is the dense network itself"
     top1 = fraction_text(row["top1"], row["top1_ci_low"], row["top1_ci_high"])
-    change = itself if group.change is None else change_sentence(group.change, "the dense network", group, confidence)
+    balanced = fraction_text(*(row[f"balanced_accuracy{end}"] for end in ("", "_ci_low", "_ci_high")))
+    change = (
+        itself
+        if against_dense is None
+        else change_sentence(against_dense, "the dense network", group, confidence, figure)
+    )
     size, time = (ratio_text(dense[key] / row[key]) for key in ("size_bytes", "latency_ms_p50"))
     return [
         ("test top-1", f"{top1} ({percent_text(confidence, 0)} Wilson interval), n = {row['n_test']:,}"),
+        ("and balanced", f"{balanced}; worst class: {worst_text(row)}"),
         ("change", change),
         ("seeds", seeds_text(group)),
         (
@@ -189,7 +212,7 @@ def number(text: str, least: float, most: float, expected: str) -> float:
 
 def points(text: str) -> float:
     """Points as typed, as a fraction."""
-    return number(text, 0, 100, "points of top-1 from 0 to 100, such as 1.0") / 100
+    return number(text, 0, 100, "points of accuracy from 0 to 100, such as 1.0") / 100
 
 
 def milliseconds(text: str) -> float:
@@ -207,7 +230,7 @@ def size(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Give at least one limit. {RULE} {NEAREST}"
-    parser.add_argument(DROP, type=points, metavar="POINTS", help="of validation top-1 below the best dense network")
+    parser.add_argument(DROP, type=points, metavar="POINTS", help="of validation accuracy below the best dense network")
     parser.add_argument(LATENCY, type=milliseconds, metavar="MS", help="median latency in ONNX Runtime in this run")
     parser.add_argument(SIZE, type=size, metavar="SIZE", help="of model.onnx: 300000 (bytes), 500KB, 1.5MB")
 

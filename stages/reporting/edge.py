@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from stages.reporting.inputs import EAGER, ONNX_RUNTIME, CompletedRun
-from stages.reporting.statistics import wilson_interval
-from stages.reporting.wording import ms_text, percent_text, ratio_text
+from stages.reporting.statistics import recall_interval, wilson_interval
+from stages.reporting.wording import FIGURES, ms_text, names_text, percent_text, ratio_text
 
 LEAST_AGREEMENT = 0.995
 """Fraction of the test images on which a float `model.onnx` must predict PyTorch's class."""
@@ -29,6 +29,7 @@ def describe_run(run: CompletedRun) -> dict[str, Any]:
         "printed": run.printed,
         "versions": run.first.artifact.versions,
         "confidence": report.confidence,
+        "metric": report.metric,
         "headline_max_drop": report.headline_max_drop,
         "marks": marks_of(run, run.variants),
         "inconclusive": bool(too_few_images(run, run.variants)),
@@ -82,27 +83,58 @@ def marks_of(run: CompletedRun, variants: Collection[str]) -> list[str]:
             )
     if unfaithful := exports_of(run, variants):
         marks.append(f"model.onnx and the PyTorch artifact predict different classes: {', '.join(unfaithful)}.")
-    return marks + too_few_images(run, variants)
+    return marks + lost_classes(run, variants) + too_few_images(run, variants)
+
+
+def lost_classes(run: CompletedRun, variants: Collection[str]) -> list[str]:
+    """Warnings about variants that answer one class only, or that give up classes that the dense network knows."""
+    constant: dict[int, list[str]] = {}
+    lost: dict[tuple[str, ...], list[str]] = {}
+    for variant in variants:
+        answers = np.unique(run.variants[variant].predicted)
+        known = run.variants[run.params.baseline_of(variant)].profile.validation_never_right
+        given_up = tuple(name for name in run.variants[variant].profile.validation_never_right if name not in known)
+        if len(answers) == 1 and len(np.unique(run.labels)) > 1:
+            constant.setdefault(int(answers[0]), []).append(variant)
+        elif given_up:
+            lost.setdefault(given_up, []).append(variant)
+    return [
+        *(f"Every test image is classified as {run.classes[k]} by {names_text(v)}." for k, v in constant.items()),
+        *(
+            f"Recall on validation images fell to 0, where the dense network's is above, for {names_text(names)} in"
+            f" {names_text(which)}."
+            for names, which in lost.items()
+        ),
+    ]
 
 
 def too_few_images(run: CompletedRun, variants: Collection[str]) -> list[str]:
     """Warnings that the data or the dense network cannot support the report's conclusions."""
-    found, params = [], run.params
-    largest = float(np.bincount(run.labels).max() / len(run.labels))
-    for dense in dict.fromkeys(params.baseline_of(variant) for variant in variants):
-        top1 = run.variants[dense].profile.top1
-        low, _ = wilson_interval(round(top1 * len(run.labels)), len(run.labels), params.report.confidence)
-        if low <= largest:
+    found, report = [], run.params.report
+    balanced = report.metric == "balanced_accuracy"
+    for dense in dict.fromkeys(run.params.baseline_of(variant) for variant in variants):
+        right, images = run.variants[dense].by_class
+        right, images = right[images > 0], images[images > 0]
+        if balanced:
+            accuracy, constant = float((right / images).mean()), 1 / len(images)
+            low, _ = recall_interval(right, images, report.confidence)
+        else:
+            accuracy, constant = float(right.sum() / images.sum()), float(images.max() / images.sum())
+            low, _ = wilson_interval(int(right.sum()), int(images.sum()), report.confidence)
+        if low <= constant:
             found.append(
-                f"{dense} is not measurably better than always predicting the most frequent class (top-1"
-                f" {percent_text(top1)}, lower end of its interval {percent_text(low)}; that class has"
-                f" {percent_text(largest)} of the test images): the cost of compression cannot be measured with it."
+                f"{dense} is not measurably better than always predicting the most frequent class"
+                f" ({FIGURES[report.metric]} {percent_text(accuracy)}, lower end of its interval {percent_text(low)}; a"
+                f" constant answer has {percent_text(constant)}): the cost of compression cannot be measured with it."
             )
-    n = min((run.variants[variant].profile.n_validation for variant in variants), default=0)
-    if n and 1 / n > params.report.headline_max_drop:
+    first = run.first.profile
+    n = first.n_validation_smallest_class if balanced else first.n_validation
+    weight = 1 / (n * len(run.classes) if balanced else n)
+    if variants and weight > report.headline_max_drop:
+        images = f"{n} validation images" + (" of the smallest class" if balanced else "")
         found.append(
-            f"One of the {n} validation images is {percent_text(1 / n)}, more than the allowed drop"
-            f" ({percent_text(params.report.headline_max_drop)}): chance decides which variants are within it."
+            f"One of the {images} is {percent_text(weight)} of {FIGURES[report.metric]}, more than the allowed drop"
+            f" ({percent_text(report.headline_max_drop)}): chance decides which variants are within it."
         )
     return found
 

@@ -23,7 +23,7 @@ from stages.params.section import Name
 from stages.params.variants import Joins
 
 ONNX_RUNTIME, EAGER = "onnxruntime", "torch-eager"
-CURVE_COLUMNS = ("epoch", "training_loss", "validation_top1")
+CURVE_COLUMNS = ("epoch", "training_loss", "validation_top1", "validation_balanced_accuracy")
 Text = Annotated[str, Field(min_length=1)]
 Number = int | float
 
@@ -54,9 +54,12 @@ class ProfileFile(StoredFile):
     seed: int
     n_test: int
     n_validation: int
+    n_validation_smallest_class: int
     top1: Number
     agreement: Number
     validation_top1: Number
+    validation_balanced_accuracy: Number
+    validation_never_right: list[str]
     params: int
     params_nonzero: int
     params_visible: int
@@ -178,6 +181,20 @@ class Measured:
     def correct(self) -> np.ndarray:
         """`[n_test]` bool."""
         return self.predicted == self.label
+
+    @cached_property
+    def by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two arrays `[classes]` of integers: test images that are classified correctly, and all test images."""
+        classes = len(self.profile.classes)
+        right = np.bincount(self.label[self.correct], minlength=classes)
+        return right, np.bincount(self.label, minlength=classes)
+
+    @property
+    def worst_classes(self) -> list[int]:
+        """The classes that have test images, those with the lowest recall first; ties go to more images."""
+        right, images = self.by_class
+        order = np.lexsort((-images, right / np.maximum(images, 1)))
+        return order[images[order] > 0].tolist()
 
 
 @dataclass(frozen=True)

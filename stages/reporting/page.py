@@ -1,5 +1,6 @@
 """`reports/index.html`: one file that opens from disk without a network (the template: `page.html.j2`)."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ from stages.reporting.edge import runtimes_of
 from stages.reporting.inputs import CompletedRun
 from stages.reporting.robustness import headline_variants, robustness_of
 from stages.reporting.rows import Choices, Group, Row, dense_of, extra_training, groups_of, is_control
-from stages.reporting.tables import confusion_counts, worst_classes
+from stages.reporting.statistics import wilson_interval
+from stages.reporting.tables import confusion_counts
 from stages.reporting.wording import (
     bytes_text,
     describe,
+    fraction_text,
     headline_of,
     machine_text,
     ms_text,
@@ -26,7 +29,8 @@ from stages.reporting.wording import (
 
 Line = tuple[str, ...]
 CONFUSION_TABLE = 20
-"""The page shows the whole confusion matrix up to this number of classes; beyond that, this many of the worst."""
+"""The page shows the whole confusion matrix up to this number of classes; beyond that, this many pairs of classes. The
+table of recalls has this many classes."""
 BYTES = ("size_bytes", "size_gzip_bytes", "weight_bytes", "scale_bytes", "graph_bytes", "artifact_bytes")
 
 
@@ -47,6 +51,8 @@ def render_page(
     groups = groups_of(rows)
     by_name = {row["variant"]: row for row in rows}
     chosen = groups[by_name[choices.headline]["group"]]
+    errors = {variant: _errors(run, variant) for variant in run.variants}
+    shown = errors[choices.headline]
     params, corrupted, layers = run.params, run.first.corrupted, run.variants[choices.headline].layers
     template = environment(autoescape=True).get_template("page.html.j2")
     return template.render(
@@ -77,8 +83,12 @@ def render_page(
         printed=printed_lines(facts),
         pictures=pictures,
         classes=run.classes,
-        confusion=confusion_counts(run, choices.headline).tolist() if len(run.classes) <= CONFUSION_TABLE else [],
-        worst=_worst(run, choices),
+        matrix=len(run.classes) <= CONFUSION_TABLE,
+        errors=errors,
+        errors_json=json.dumps(errors, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        shown_errors=shown + [None] * (max(map(len, errors.values())) - len(shown)),
+        recalls=_recalls(run, choices.headline),
+        dense=params.baseline_of(choices.headline),
         layer_heads=list(next(iter(layers), {})),
         layers=[tuple(line.values()) for line in layers],
         environment=_environment(run),
@@ -155,14 +165,32 @@ def _by_corruption(run: CompletedRun, choices: Choices) -> list[Line]:
     return lines
 
 
-def _worst(run: CompletedRun, choices: Choices) -> list[Line]:
-    """The classes with the lowest recall of the headline variant: recall, images, most frequent wrong prediction."""
-    counts = confusion_counts(run, choices.headline)
+def _errors(run: CompletedRun, variant: str) -> list[list[Any]]:
+    """The confusion matrix, true class by predicted class; for many classes, the most frequent confusions as true
+    class, predicted class, number of images, and images of the true class."""
+    counts = confusion_counts(run, variant)
+    if len(counts) <= CONFUSION_TABLE:
+        return counts.tolist()
+    images = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    pairs = np.argsort(-counts, axis=None, kind="stable")[:CONFUSION_TABLE]
+    places = [divmod(int(pair), len(counts)) for pair in pairs]
+    return [[run.classes[a], run.classes[b], int(counts[a, b]), int(images[a])] for a, b in places if counts[a, b]]
+
+
+def _recalls(run: CompletedRun, variant: str) -> list[Line]:
+    """The classes with the lowest recall, worst first: images, recall with Wilson's interval of the variant and of its
+    dense network (if it is another), and the variant's most frequent wrong prediction."""
+    dense, counts = run.params.baseline_of(variant), confusion_counts(run, variant)
     lines: list[Line] = []
-    for k in worst_classes(counts, CONFUSION_TABLE):
+    for k in run.variants[variant].worst_classes[:CONFUSION_TABLE]:
+        cells = []
+        for name in dict.fromkeys((variant, dense)):
+            right, images = (int(numbers[k]) for numbers in run.variants[name].by_class)
+            cells.append(fraction_text(right / images, *wilson_interval(right, images, run.params.report.confidence)))
         wrong = counts[k] * (np.arange(len(counts)) != k)
         mistaken = f"{run.classes[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
-        lines.append((run.classes[k], percent_text(counts[k, k] / counts[k].sum()), str(counts[k].sum()), mistaken))
+        lines.append((run.classes[k], f"{counts[k].sum():,}", *cells, mistaken))
     return lines
 
 

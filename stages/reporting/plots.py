@@ -21,8 +21,17 @@ from stages.reporting.drawing import (
 )
 from stages.reporting.inputs import CompletedRun
 from stages.reporting.labels import place_labels
-from stages.reporting.rows import Choices, Point, Row, points_of
-from stages.reporting.wording import BYTE_UNITS, PLUS_MINUS, bytes_text, ms_text, percent_text, short_name, wrapped
+from stages.reporting.rows import Choices, Point, Row, metric_of, points_of
+from stages.reporting.wording import (
+    BYTE_UNITS,
+    FIGURES,
+    PLUS_MINUS,
+    bytes_text,
+    ms_text,
+    percent_text,
+    short_name,
+    wrapped,
+)
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H", "8")
@@ -58,7 +67,9 @@ def draw_all(run: CompletedRun, rows: list[Row], choices: Choices) -> dict[str, 
 def pareto(run: CompletedRun, rows: list[Row], choices: Choices, cost: str, name: str) -> Picture:
     """Top-1 against a cost with the front as a line; labels on the front and the headline variant.
 
-    A variant has its Wilson interval; several seeds are one point with their standard deviation. Points far below the
+    If the run chooses by balanced accuracy, that figure takes the place of top-1.
+
+    A variant has its interval; several seeds are one point with their standard deviation. Points far below the
     rest are listed under the axis instead, so that the axis fits those that a reader chooses from.
     """
     words, unit, write = COSTS[cost]
@@ -67,10 +78,11 @@ def pareto(run: CompletedRun, rows: list[Row], choices: Choices, cost: str, name
     def is_headline(point: Point) -> bool:
         return choices.headline in point.group.variants
 
+    figure_name = FIGURES[metric_of(rows[0])]
     points = points_of(rows, cost)
-    lowest = _axis_floor(points, [point.top1 for point in points if point.on_front or is_headline(point)])
-    listed = [f"{_name(run, point)} {percent_text(point.top1)}" for point in points if point.top1 < lowest]
-    points = [point for point in points if point.top1 >= lowest]
+    lowest = _axis_floor(points, [point.accuracy for point in points if point.on_front or is_headline(point)])
+    listed = [f"{_name(run, point)} {percent_text(point.accuracy)}" for point in points if point.accuracy < lowest]
+    points = [point for point in points if point.accuracy >= lowest]
     prefixes = BYTE_UNITS.items() if unit == "bytes" else ()
     dearest = max(point.cost for point in points)
     scale, unit = next(((one, name) for name, one in prefixes if dearest >= one), (1.0, unit))
@@ -82,29 +94,29 @@ def pareto(run: CompletedRun, rows: list[Row], choices: Choices, cost: str, name
         look, x = quantizers[point.first["quantizer"]] | pruners[point.first["pruner"]], point.cost / scale
         axes.plot([x, x], [100 * point.low, 100 * point.high], color=look["color"], lw=1, alpha=0.6)
         emphasis = {"ms": 8, "mew": 1.4, "mec": INK, "zorder": 3.5} if is_headline(point) else {"ms": 6, "zorder": 3}
-        (mark,) = axes.plot([x], [100 * point.top1], **look | emphasis)
+        (mark,) = axes.plot([x], [100 * point.accuracy], **look | emphasis)
         mark.set_gid(f"{name}-point-{index}")
         titles[f"{name}-point-{index}"] = (
-            f"{_accuracy_words(point)}, {write(point.cost)}{', on the front' if point.on_front else ''}"
+            f"{_accuracy_words(point, figure_name)}, {write(point.cost)}{', on the front' if point.on_front else ''}"
         )
     front = sorted((point for point in points if point.on_front), key=lambda point: point.cost)
     if len(front) > 1:
-        xs, ys = [point.cost / scale for point in front], [100 * point.top1 for point in front]
+        xs, ys = [point.cost / scale for point in front], [100 * point.accuracy for point in front]
         axes.plot(xs, ys, color=INK, lw=0.9, ls="--", drawstyle="steps-post", zorder=1)
     below = f"\N{DOWNWARDS ARROW} far below: {', '.join(listed)}".replace(" %", "\N{NO-BREAK SPACE}%") if listed else ""
     lines = textwrap.wrap(below, LEGEND_LETTERS, break_on_hyphens=False)
     axes.set_xlabel("\n".join([f"{words} ({unit})", *lines]))
     grow(figure, len(lines))
     several = any(point.group.seeds > 1 for point in points)
-    axes.set_ylabel("test top-1 (%), mean over seeds" if several else "test top-1 (%)")
+    axes.set_ylabel(f"test {figure_name} (%)" + (", mean over seeds" if several else ""))
     axes.margins(y=0.12)
     _legend(figure, pruners, quantizers, front=len(front) > 1)
     named = [*filter(is_headline, points), *(point for point in front if not is_headline(point))]
-    texts = [(p.cost / scale, 100 * p.top1, wrapped(_name(run, p), LABEL_LETTERS)) for p in named]
+    texts = [(p.cost / scale, 100 * p.accuracy, wrapped(_name(run, p), LABEL_LETTERS)) for p in named]
     labels = place_labels(figure, axes, texts, INK)
-    spread = "standard deviation over seeds" if several else "Wilson interval"
+    spread = "standard deviation over seeds" if several else "interval"
     alt = (
-        f"Scatter plot of test top-1 accuracy with {spread} against {words}. On the front, from cheapest:"
+        f"Scatter plot of test {figure_name} with {spread} against {words}. On the front, from cheapest:"
         f" {', '.join(point.first['variant'] for point in front)}."
     )
     alt += f" Far below: {', '.join(listed)}." if listed else ""
@@ -116,8 +128,8 @@ def _axis_floor(points: list[Point], kept: list[float]) -> float:
 
     It is at least `FAR_BELOW` under the lower quartile and never above the `kept` accuracies.
     """
-    top1s = [point.top1 for point in points]
-    low, _, high = quantiles(top1s, n=4, method="inclusive") if len(top1s) > 1 else top1s * 3
+    accuracies = [point.accuracy for point in points]
+    low, _, high = quantiles(accuracies, n=4, method="inclusive") if len(accuracies) > 1 else accuracies * 3
     return min([low - max(3 * (high - low), FAR_BELOW), *kept])
 
 
@@ -125,12 +137,12 @@ def _name(run: CompletedRun, point: Point) -> str:
     return short_name(run.params, point.first["variant"])
 
 
-def _accuracy_words(point: Point) -> str:
-    name, top1 = point.first["variant"], percent_text(point.top1)
+def _accuracy_words(point: Point, figure: str) -> str:
+    name, accuracy = point.first["variant"], percent_text(point.accuracy)
     if point.group.seeds == 1:
-        return f"{name}: top-1 {top1} [{percent_text(point.low)}, {percent_text(point.high)}]"
-    std = percent_text(point.high - point.top1)
-    return f"{name} and {point.group.seeds - 1} more seeds: top-1 {top1} {PLUS_MINUS} {std}"
+        return f"{name}: {figure} {accuracy} [{percent_text(point.low)}, {percent_text(point.high)}]"
+    std = percent_text(point.high - point.accuracy)
+    return f"{name} and {point.group.seeds - 1} more seeds: {figure} {accuracy} {PLUS_MINUS} {std}"
 
 
 def looks_of(run: CompletedRun) -> tuple[dict[str, Look], dict[str, Look]]:
@@ -177,9 +189,12 @@ def soak(run: CompletedRun) -> Picture | None:
 
 
 def training(run: CompletedRun) -> Picture | None:
-    """Validation top-1 and training loss by epoch, with a line for each network; None if nothing was trained."""
+    """The validation figure that chooses and the training loss by epoch, with a line for each network; None if nothing
+    was trained."""
     if not run.curves:
         return None
+    metric = run.params.report.metric
+    key, words = f"validation_{metric}", f"validation {FIGURES[metric]}"
     figure, (upper, lower) = new_figure(4.8, rows=2)
     shown = dict(list(run.curves.items())[:MOST_CURVES])
     for index, (name, curve) in enumerate(shown.items()):
@@ -192,14 +207,14 @@ def training(run: CompletedRun) -> Picture | None:
             "markevery": max(1, len(curve) // 8),
         }
         epochs = [row["epoch"] for row in curve]
-        upper.plot(epochs, [100 * row["validation_top1"] for row in curve], label=name, **look)
+        upper.plot(epochs, [100 * row[key] for row in curve], label=name, **look)
         lower.plot(epochs, [row["training_loss"] for row in curve], **look)
-    upper.set_ylabel("validation top-1 (%)")
+    upper.set_ylabel(f"{words} (%)")
     lower.set_ylabel("training loss")
     lower.set_xlabel("epoch")
     lower.xaxis.get_major_locator().set_params(integer=True)
     legend_below(figure, *upper.get_legend_handles_labels())
-    best = ", ".join(f"{name} {percent_text(max(r['validation_top1'] for r in rows))}" for name, rows in shown.items())
-    alt = f"Line plots of validation top-1 accuracy and training loss by epoch. Best validation top-1: {best}."
+    best = ", ".join(f"{name} {percent_text(max(row[key] for row in rows))}" for name, rows in shown.items())
+    alt = f"Line plots of {words} and training loss by epoch. Best {words}: {best}."
     rest = f" (the first {MOST_CURVES} of {len(run.curves)})" if len(shown) < len(run.curves) else ""
     return finish(figure, "training", f"Training curves{rest}", alt)

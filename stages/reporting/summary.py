@@ -26,7 +26,7 @@ from stages.reporting.wording import (
 )
 
 COLUMNS = (
-    *("variant", "top-1 (%)", "Δ dense (points)", "p", "Δ control (points)", "p control"),
+    *("variant", "top-1 (%)", "balanced (%)", "Δ dense (points)", "p", "Δ control (points)", "p control"),
     *("size", "parameters", "MACs", "latency", "speed-up"),
 )
 
@@ -34,7 +34,8 @@ COLUMNS = (
 def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -> str:
     """The whole file; one line of the table for each variant, or for each group of seeds with its means."""
     headline = headline_of(rows, run, metrics)
-    size, latency, top1 = (value for _, value, _ in headline.figures)
+    size, latency, top1, *balanced = (value for _, value, _ in headline.figures)
+    accuracy = f"{top1} top-1" + "".join(f", {value} balanced accuracy" for value in balanced)
     groups = groups_of(rows)
     table = [list(COLUMNS), *map(_line, groups.values())]
     shown = [index for index in range(len(COLUMNS)) if any(line[index] for line in table[1:])]
@@ -47,8 +48,8 @@ def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) ->
         [
             f"# {run['data_name']}: results",
             "",
-            f"**{verdict} `{headline.variant}`: {size}, {latency}, {top1} top-1.** It is {headline.rule}."
-            f" {headline.comparison} {headline.change}",
+            f"**{verdict} `{headline.variant}`: {size}, {latency}, {accuracy}.** It is {headline.rule}."
+            f" {headline.comparison} {headline.change}" + (f" **{headline.warning}**" if headline.warning else ""),
             "",
             *(f"| {' | '.join(line)} |" for line in lines),
             "",
@@ -72,7 +73,11 @@ def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) ->
 def _line(group: Group) -> list[str]:
     first, std = group.rows[0], group.std("top1")
     spread = std_text(std) or f" [{100 * first['top1_ci_low']:.2f}, {100 * first['top1_ci_high']:.2f}]"
-    cells = [group.name if group.seeds > 1 else first["variant"], f"{100 * group.mean('top1'):.2f}{spread}"]
+    cells = [group.name if group.seeds > 1 else first["variant"], f"{100 * group.mean('top1'):.2f}{spread}", ""]
+    if "balanced_accuracy" in first:
+        interval = (f"{100 * first[f'balanced_accuracy_ci_{end}']:.2f}" for end in ("low", "high"))
+        spread = std_text(group.std("balanced_accuracy")) or f" [{', '.join(interval)}]"
+        cells[-1] = f"{100 * group.mean('balanced_accuracy'):.2f}{spread}"
     for change in (group.change, group.control):
         if change is None:
             cells += ["", ""]

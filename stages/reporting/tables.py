@@ -22,14 +22,14 @@ def _training(run: CompletedRun, variant: str) -> Table:
     """All epochs that led to a variant, counted from 1: dense training, pruning, and the quantizer's recovery."""
     stages = (run.params.model_of(variant), run.params.variants[variant].pruned, variant)
     steps = [(name, row) for name in stages for row in run.curves.get(name, [])]
-    columns = ("epoch", "network", "validation_top1", "training_loss")
+    columns = ("epoch", "network", "validation_top1", "validation_balanced_accuracy", "training_loss")
     lines = [row | {"network": name, "epoch": epoch} for epoch, (name, row) in enumerate(steps, 1)]
     return columns, [{column: line[column] for column in columns} for line in lines]
 
 
 def _confusion(run: CompletedRun, variant: str) -> Table:
     """A line for each test image, of at most `CONFUSION_CLASSES` classes; DVC's `confusion` template counts them."""
-    shown = set(worst_classes(confusion_counts(run, variant), CONFUSION_CLASSES))
+    shown = set(run.variants[variant].worst_classes[:CONFUSION_CLASSES])
     pairs = zip(run.labels.tolist(), run.variants[variant].predicted.tolist(), strict=True)
     lines = [{"actual": run.classes[a], "predicted": run.classes[p]} for a, p in pairs if a in shown]
     return ("actual", "predicted"), lines
@@ -40,10 +40,3 @@ def confusion_counts(run: CompletedRun, variant: str) -> np.ndarray:
     k = len(run.classes)
     pairs = run.labels * k + run.variants[variant].predicted
     return np.bincount(pairs, minlength=k * k)[: k * k].reshape(k, k)
-
-
-def worst_classes(counts: np.ndarray, most: int) -> list[int]:
-    """The classes with the lowest recall, worst first; classes without test images are left out."""
-    images = counts.sum(axis=1)
-    order = np.argsort(np.diag(counts) / np.maximum(images, 1), kind="stable")
-    return order[images[order] > 0][:most].tolist()

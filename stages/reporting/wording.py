@@ -1,16 +1,20 @@
 """How size, speed, accuracy and change are worded: the same text on the page, in the summary, cards and command."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stages.params.section import Section
 from stages.reporting.inputs import Params
-from stages.reporting.rows import Group, Row, dense_of, group_of, groups_of, model_family
+from stages.reporting.rows import Group, Row, dense_of, group_of, groups_of, metric_of, model_family
 from stages.reporting.statistics import Change
 
 BYTE_UNITS = {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+FIGURES = {"top1": "top-1", "balanced_accuracy": "balanced accuracy"}
+NAMED = 5
+"""Names that a sentence lists at most."""
 
 
 def bytes_text(size: float) -> str:
@@ -105,10 +109,10 @@ def change_text(change: Change) -> str:
     return words if change.p_value is None else f"{words}, {p_equals(change.p_value)}"
 
 
-def change_sentence(change: Change, other: str, group: Group, confidence: float) -> str:
-    """The change against another network, and whether the test images can show it."""
+def change_sentence(change: Change, other: str, group: Group, confidence: float, figure: str = "top1") -> str:
+    """The change of a figure against another network, and whether the test images can show it."""
     pooled = f", pooled over {group.seeds} seeds" if group.seeds > 1 else ""
-    sentence = f"Against {other}, top-1 changes by {change_text(change)}{pooled}"
+    sentence = f"Against {other}, {FIGURES[figure]} changes by {change_text(change)}{pooled}"
     if change.p_value is None:
         return f"{sentence}."
     return f"{sentence}: " + ("a measurable" if change.p_value < 1 - confidence else "no measurable") + " difference."
@@ -118,7 +122,31 @@ def seeds_text(group: Group) -> str:
     """The spread over training runs as far as the seeds of the run show it."""
     if group.seeds == 1:
         return "one seed, so the spread over training runs is unknown"
-    return f"mean of {group.seeds} seeds {percent_text(group.mean('top1'), 2)}{std_text(group.std('top1'))}"
+    figure = metric_of(group.rows[0])
+    mean = f"{percent_text(group.mean(figure), 2)}{std_text(group.std(figure))}"
+    return f"mean of {group.seeds} seeds {mean}" + (f" {FIGURES[figure]}" if figure != "top1" else "")
+
+
+def names_text(names: Sequence[str]) -> str:
+    """At most `NAMED` names."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def worst_text(row: Row) -> str:
+    """`defect 25.0 % of 4 images`."""
+    return f"{row['worst_class']} {percent_text(row['worst_recall'])} of {plural(row['worst_images'], 'image')}"
+
+
+def lost_text(row: Row, dense: Row) -> str:
+    """A sentence about the classes that a variant never classifies correctly; empty without any."""
+    if not (lost := row.get("classes_at_zero")):
+        return ""
+    classes = "1 class" if lost == 1 else f"{lost:,} classes"
+    return (
+        f"On test images, the recall of {row['variant']} is 0 for {classes} (dense network:"
+        f" {dense['classes_at_zero']:,}), the largest of them {row['worst_class']} with"
+        f" {plural(row['worst_images'], 'image')}."
+    )
 
 
 def short_name(params: Params, variant: str) -> str:
@@ -162,11 +190,13 @@ class Headline:
     rule: str
     """Why it is the headline."""
     figures: list[tuple[str, str, str]]
-    """Name, value and note of size, latency and accuracy."""
+    """Name, value and note of size, latency, top-1 and balanced accuracy."""
     comparison: str
     """Sentences: the same figures beside those of the dense network."""
     change: str
     """Sentences: the change against the dense network and against the control."""
+    warning: str
+    """`lost_text` of the variant."""
 
 
 def headline_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -> Headline:
@@ -175,14 +205,15 @@ def headline_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     chosen = by_name[metrics["headline_variant"]]
     dense = dense_of(chosen, by_name)
     drop = drop_text(run["headline_max_drop"]) if "headline_max_drop" in run else "the allowed drop"
+    figure = metric_of(chosen)
     best = "the best dense network" if len(run["baseline_latency_ms_p50"]) > 1 else "the dense network"
     baseline = f"{ms_text(run['baseline_latency_ms_p50'][chosen['model']])} in {run['baseline_runtime']}"
     top1 = f"[{percent_text(chosen['top1_ci_low'])}, {percent_text(chosen['top1_ci_high'])}], n = {chosen['n_test']:,}"
     smaller = ratio_text(dense["size_bytes"] / chosen["size_bytes"])
     sizes = f"dense: {bytes_text(dense['size_bytes'])}, {smaller} as large"
     times = f"dense: {ms_text(dense['latency_ms_p50'])} in ONNX Runtime, {baseline}"
-    accuracy = fraction_text(chosen["top1"], chosen["top1_ci_low"], chosen["top1_ci_high"])
-    comparison = f"Its top-1 is {accuracy}, n = {chosen['n_test']:,}"
+    accuracy = fraction_text(chosen[figure], chosen[f"{figure}_ci_low"], chosen[f"{figure}_ci_high"])
+    comparison = f"Its {FIGURES[figure]} is {accuracy}, n = {chosen['n_test']:,}"
     if chosen is dense:
         comparison += f". It takes {ms_text(dense['latency_ms_p50'])} in ONNX Runtime ({baseline})."
     else:
@@ -190,31 +221,43 @@ def headline_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
             f"It is {size_ratio_text(dense['size_bytes'] / chosen['size_bytes'])} the dense network"
             f" ({bytes_text(dense['size_bytes'])}) and takes {ms_text(chosen['latency_ms_p50'])} instead of"
             f" {ms_text(dense['latency_ms_p50'])} in ONNX Runtime ({baseline}). {comparison};"
-            f" that of the dense network is {percent_text(dense['top1'], 2)}."
+            f" that of the dense network is {percent_text(dense[figure], 2)}."
         )
     return Headline(
         chosen["variant"],
-        f"the smallest file whose validation top-1 is within {drop} of {best}",
+        f"the smallest file whose validation {FIGURES[figure]} is within {drop} of {best}",
         [
             ("Size of model.onnx", bytes_text(chosen["size_bytes"]), sizes),
             ("Median latency", ms_text(chosen["latency_ms_p50"]), times),
             ("Test top-1", percent_text(chosen["top1"]), f"{top1}; dense: {percent_text(dense['top1'])}"),
+            *_balanced(chosen, dense),
         ],
         comparison,
         _headline_change(chosen, groups_of(rows)[chosen["group"]], run, only=len(rows) == 1),
+        lost_text(chosen, dense),
     )
 
 
+def _balanced(chosen: Row, dense: Row) -> list[tuple[str, str, str]]:
+    """The figure of balanced accuracy, which reports of older code lack."""
+    if "balanced_accuracy" not in chosen:
+        return []
+    interval = (percent_text(chosen[f"balanced_accuracy_ci_{end}"]) for end in ("low", "high"))
+    note = f"[{', '.join(interval)}]; dense: {percent_text(dense['balanced_accuracy'])}; worst: {worst_text(chosen)}"
+    return [("Test balanced accuracy", percent_text(chosen["balanced_accuracy"]), note)]
+
+
 def _headline_change(chosen: Row, group: Group, run: dict[str, Any], only: bool) -> str:
-    confidence = run.get("confidence", 0.95)
-    if group.change is None:
+    confidence, figure = run.get("confidence", 0.95), metric_of(chosen)
+    change, control = (group.change_of(figure, kind) for kind in ("delta", "control"))
+    if change is None:
         return "This is the dense network: " + (
             "the run has no compressed variant." if only else "no smaller variant is within the allowed drop."
         )
-    sentences = [change_sentence(group.change, "the dense network", group, confidence)]
-    if group.control is not None:
-        control = f"the control `{chosen['control']}`, which trained as long without compression"
-        sentences.append(change_sentence(group.control, control, group, confidence))
+    sentences = [change_sentence(change, "the dense network", group, confidence, figure)]
+    if control is not None:
+        other = f"the control `{chosen['control']}`, which trained as long without compression"
+        sentences.append(change_sentence(control, other, group, confidence, figure))
         sentences.append("Only the second comparison isolates compression; the first includes the longer training.")
     return " ".join(sentences)
 

@@ -6,7 +6,7 @@ import pytest
 from synthetic_run import change_edge, change_profile, page_of, read
 
 from stages.common.errors import UserError
-from stages.reporting.edge import describe_run, exports_of, marks_of, runtimes_of, too_few_images
+from stages.reporting.edge import describe_run, exports_of, marks_of, runtimes_of, lost_classes, too_few_images
 from stages.reporting.plots import soak
 from stages.reporting.wording import printed_lines, soak_lines
 
@@ -110,16 +110,53 @@ def test_a_soak_or_printed_samples_of_another_run_are_refused_by_name(edge_folde
         read()
 
 
+def test_with_balanced_accuracy_chance_is_one_in_as_many_classes_and_an_image_counts_by_its_class(run):
+    dense = "atto-none-fp32"
+    report = run.params.report.model_copy(update={"metric": "balanced_accuracy"})
+    run = replace(run, params=run.params.model_copy(update={"report": report}))
+    assert too_few_images(run, run.variants) == []
+    measured = run.variants[dense]
+    profile = measured.profile.model_copy(update={"n_validation_smallest_class": 4})
+    constant = replace(measured, profile=profile, predicted=np.zeros_like(run.labels))
+    chance, few = too_few_images(replace(run, variants=run.variants | {dense: constant}), [dense])
+    assert "(balanced accuracy 20.0 %" in chance
+    assert "a constant answer has 20.0 %" in chance
+    assert "One of the 4 validation images of the smallest class is 5.0 % of balanced accuracy" in few
+
+
+def test_variants_that_give_up_a_class_or_all_but_one_are_told(run):
+    assert lost_classes(run, run.variants) == []
+
+    def losing(names: list[str], **others: list[str]) -> list[str]:
+        found = dict(run.variants)
+        for variant, never in {"atto-none-fp32": names, **others}.items():
+            profile = found[variant].profile.model_copy(update={"validation_never_right": never})
+            found[variant] = replace(found[variant], profile=profile)
+        return lost_classes(replace(run, variants=found), found)
+
+    [mark] = losing([], **{"atto-l1-fp32": ["cat"], "atto-none-int8": ["cat"]})
+    assert "for cat in atto-l1-fp32, atto-none-int8" in mark or "for cat in atto-none-int8, atto-l1-fp32" in mark
+    assert losing(["cat"], **{"atto-l1-fp32": ["cat"]}) == []  # the dense network never got it right either
+    [mark] = losing(["cat"], **{"atto-l1-fp32": ["bird", "cat"]})
+    assert "for bird in atto-l1-fp32" in mark
+    constant = replace(run.variants["atto-l1-fp32"], predicted=np.full_like(run.labels, 3))
+    [mark] = lost_classes(replace(run, variants=run.variants | {"atto-l1-fp32": constant}), run.variants)
+    assert mark == "Every test image is classified as cat by atto-l1-fp32."
+
+
 def test_a_dense_network_at_chance_and_very_few_validation_images_are_told(run):
     dense = "atto-none-fp32"
     assert too_few_images(run, run.variants) == []
     most = float(np.bincount(run.labels).max() / len(run.labels))
     measured = run.variants[dense]
-    profile = measured.profile.model_copy(update={"top1": most + 0.01, "n_validation": 24})
-    too_poor = replace(run, variants=run.variants | {dense: replace(measured, profile=profile)})
+    profile = measured.profile.model_copy(update={"n_validation": 24})
+    answers = np.where(np.arange(len(run.labels)) < most * len(run.labels) + 4, run.labels, run.labels - 1)
+    poor = replace(measured, profile=profile, predicted=answers % len(run.classes))
+    assert most < poor.correct.mean() < most + 0.02
+    too_poor = replace(run, variants=run.variants | {dense: poor})
     chance, few = too_few_images(too_poor, [dense])
     assert "Ship this one: " in page_of(run)
     assert "Ship this one: " not in page_of(too_poor)
     assert "Nothing to ship yet" in page_of(too_poor)
     assert chance.startswith(f"{dense} is not measurably better than always predicting")
-    assert "24 validation images is 4.2 %, more than the allowed drop (1.0 %)" in few
+    assert "One of the 24 validation images is 4.2 % of top-1, more than the allowed drop (1.0 %)" in few

@@ -34,7 +34,9 @@ def test_the_summary_has_headline_table_and_findings(made: report.Report):
     row = rows["atto-l1-fp32"]
     top1 = f"{100 * row['top1']:.2f} [{100 * row['top1_ci_low']:.2f}, {100 * row['top1_ci_high']:.2f}]"
     assert table["atto-l1-fp32"][1] == top1
-    assert table["atto-l1-fp32"][3] == "< 0.001"
+    balanced = (f"{100 * row[f'balanced_accuracy{end}']:.2f}" for end in ("", "_ci_low", "_ci_high"))
+    assert table["atto-l1-fp32"][2] == "{} [{}, {}]".format(*balanced)
+    assert table["atto-l1-fp32"][4] == "< 0.001"
     for words in ("## Findings", "`atto-oto50-int8` is the smallest", "n = 400", "A CPU of the tests"):
         assert words in rest
 
@@ -68,12 +70,13 @@ def test_committed_files_give_the_same_text_without_a_rerun(folder: Path, capsys
 
 
 def test_files_of_an_older_report_give_a_summary_too(made: report.Report):
-    new = ("delta_ci", "control", "validation")
+    new = ("delta_ci", "control", "validation", "balanced", "worst", "classes_at_zero", "metric")
     rows = [{key: value for key, value in row.items() if not key.startswith(new)} for row in made.rows]
     run = {key: value for key, value in made.run.items() if key not in ("confidence", "headline_max_drop", "marks")}
     summary = summary_of(rows, run, made.metrics)
     assert list(table_of(summary)) == [row["variant"] for row in rows]
     assert "control" not in summary
+    assert "balanced" not in summary
 
 
 def test_files_of_two_runs_or_without_a_value_are_refused(folder: Path):
