@@ -131,9 +131,9 @@ def too_few_images(run: CompletedRun, variants: Collection[str]) -> list[str]:
     n = first.n_validation_smallest_class if balanced else first.n_validation
     weight = 1 / (n * len(run.classes) if balanced else n)
     if variants and weight > report.headline_max_drop:
-        images = f"{n} validation images" + (" of the smallest class" if balanced else "")
+        which = f"{n} validation images" + (" of the smallest class" if balanced else "")
         found.append(
-            f"One of the {images} is {percent_text(weight)} of {FIGURES[report.metric]}, more than the allowed drop"
+            f"One of the {which} is {percent_text(weight)} of {FIGURES[report.metric]}, more than the allowed drop"
             f" ({percent_text(report.headline_max_drop)}): chance decides which variants are within it."
         )
     return found

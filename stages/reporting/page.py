@@ -14,6 +14,7 @@ from stages.reporting.rows import Choices, Group, Row, dense_of, extra_training,
 from stages.reporting.statistics import wilson_interval
 from stages.reporting.tables import confusion_counts
 from stages.reporting.wording import (
+    FIGURES,
     bytes_text,
     describe,
     fraction_text,
@@ -57,6 +58,7 @@ def render_page(
     template = environment(autoescape=True).get_template("page.html.j2")
     return template.render(
         run=facts,
+        figure=FIGURES[params.report.metric],
         measured=run.variants,
         rows=rows,
         groups=groups,

@@ -5,8 +5,9 @@ A pure function of `variants.json`, `run.json` and `metrics.json`, so it can be 
 
 from typing import Any
 
-from stages.reporting.rows import Group, Row, dense_of, groups_of
+from stages.reporting.rows import Group, Row, dense_of, groups_of, metric_of
 from stages.reporting.wording import (
+    FIGURES,
     bytes_text,
     change_text,
     count_text,
@@ -56,6 +57,7 @@ def summary_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) ->
             f"{run['data_name']}, n = {run['n_test']:,} test images, {plural(seeds, 'seed')}. Brackets hold"
             f" {percent_text(run.get('confidence', 0.95), 0)} intervals; p-values are of exact paired tests, corrected"
             f" over the table (Holm)."
+            + (f" Δ is the change of {FIGURES[run['metric']]}." if run.get("metric", "top1") != "top1" else "")
             + (" Values are means over seeds, ± is the standard deviation over seeds." if seeds > 1 else "")
             + (" The control is the dense network, trained for as many extra epochs." if controls else "")
             + f" Size is that of `model.onnx`; latency is the median in ONNX Runtime at batch"
@@ -78,7 +80,7 @@ def _line(group: Group) -> list[str]:
         interval = (f"{100 * first[f'balanced_accuracy_ci_{end}']:.2f}" for end in ("low", "high"))
         spread = std_text(group.std("balanced_accuracy")) or f" [{', '.join(interval)}]"
         cells[-1] = f"{100 * group.mean('balanced_accuracy'):.2f}{spread}"
-    for change in (group.change, group.control):
+    for change in (group.change_of(metric_of(first), kind) for kind in ("delta", "control")):
         if change is None:
             cells += ["", ""]
         else:
@@ -102,21 +104,22 @@ def findings_of(rows: list[Row], run: dict[str, Any], metrics: dict[str, Any]) -
     extremes: dict[str, list[str]] = {}
     for word, key in (("smallest", "size_bytes"), ("fastest", "latency_ms_p50")):
         extremes.setdefault(min(rows, key=lambda row: row[key])["variant"], []).append(word)
-    best = min(rows, key=lambda row: (-row["top1"], row["size_bytes"]))
+    figure = metric_of(chosen)
+    best = min(rows, key=lambda row: (-row[figure], row["size_bytes"]))
     extremes.setdefault(best["variant"], []).append("most accurate")
     found = []
     for variant, words in extremes.items():
         row = by_name[variant]
-        change, own = groups[row["group"]].change, dense_of(row, by_name)
+        change, own = groups[row["group"]].change_of(figure, "delta"), dense_of(row, by_name)
         size, latency = bytes_text(row["size_bytes"]), ms_text(row["latency_ms_p50"])
-        top1 = f"{percent_text(row['top1'], 2)} top-1"
+        accuracy = f"{percent_text(row[figure], 2)} {FIGURES[figure]}"
         if row is not own:
             size += f" ({size_ratio_text(own['size_bytes'] / row['size_bytes'])} dense)"
             faster = ratio_text(own["latency_ms_p50"] / row["latency_ms_p50"])
             latency += f" ({faster} as fast as dense in ONNX Runtime)"
         if change is not None:
-            top1 += f" ({change_text(change)})"
-        found.append(f"`{variant}` is the {' and the '.join(words)} variant: {size}, {latency}, {top1}.")
+            accuracy += f" ({change_text(change)})"
+        found.append(f"`{variant}` is the {' and the '.join(words)} variant: {size}, {latency}, {accuracy}.")
     if chosen.get("corrupted_top1") is not None and chosen is not dense:
         ours, theirs = (percent_text(row["corrupted_top1"]) for row in (chosen, dense))
         found.append(f"On corrupted test images, top-1 of `{chosen['variant']}` is {ours}; that of dense is {theirs}.")

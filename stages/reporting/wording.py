@@ -141,12 +141,12 @@ def lost_text(row: Row, dense: Row) -> str:
     """A sentence about the classes that a variant never classifies correctly; empty without any."""
     if not (lost := row.get("classes_at_zero")):
         return ""
-    classes = "1 class" if lost == 1 else f"{lost:,} classes"
-    return (
-        f"On test images, the recall of {row['variant']} is 0 for {classes} (dense network:"
-        f" {dense['classes_at_zero']:,}), the largest of them {row['worst_class']} with"
-        f" {plural(row['worst_images'], 'image')}."
-    )
+    images, known = plural(row["worst_images"], "test image"), dense["classes_at_zero"]
+    which = f"the {images} of {row['worst_class']}"
+    if lost > 1:
+        which = f"the test images of {lost:,} classes, such as {images} of {row['worst_class']},"
+    others = f"{known:,} such class{'es' * (known != 1)}"
+    return f"{row['variant']} classifies none of {which} correctly (dense network: {others})."
 
 
 def short_name(params: Params, variant: str) -> str:

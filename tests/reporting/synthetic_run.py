@@ -303,3 +303,25 @@ def _write_curve(path: Path, epochs: int, number: int) -> None:
         top1 = 0.8 - 0.5 / (epoch + number)
         lines.append(f"{epoch},0.001,{2 / epoch:.4f},{2.2 / epoch:.4f},{top1:.4f},{top1 - 0.1:.4f},400,2.5")
     path.write_text("\n".join(lines) + "\n")
+
+
+def write_defects(folder: Path, params: dict, found: dict[str, int], metric: str = "top1") -> None:
+    """As `write_run` with 20 defects among 2,000 parts, of which each pruner's variants find so many (default: none).
+
+    Each found defect costs five false alarms. The validation figures are the same.
+    """
+    report = {"metric": metric, "headline_max_drop": 0.1}
+    write_run(folder, params | {"report": report}, n=2000, classes=["ok", "defect"])
+    labels = (np.arange(2000) % 100 == 0).astype(np.int64)
+    for variant, entry in params["variants"].items():
+        defects = found.get(params["pruned"][entry["pruned"]]["pruner"], 0)
+        predicted = np.zeros_like(labels)
+        predicted[np.flatnonzero(labels)[:defects]] = 1
+        predicted[np.flatnonzero(labels == 0)[: 5 * defects]] = 1
+        path = folder / "reports/profile" / variant
+        change_arrays(path / "predictions.npz", lambda arrays, p=predicted: arrays | {"label": labels, "predicted": p})
+        top1, balanced = float((predicted == labels).mean()), float(balanced_accuracy_score(labels, predicted))
+        figures = {"top1": top1, "balanced_accuracy": balanced}
+        figures |= {f"validation_{figure}": value for figure, value in figures.items()}
+        never = ["defect"] if defects == 0 else []
+        change_profile(folder, variant, **figures, validation_never_right=never, n_validation_smallest_class=4)

@@ -7,11 +7,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from synthetic_run import EDGE, params_of, write_run
+from synthetic_run import EDGE, params_of, read, write_run
 
 from stages import report
+from stages.reporting.inputs import CompletedRun
+from stages.reporting.rows import assemble_rows, choose
+from stages.reporting.tables import confusion_counts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
@@ -68,6 +72,12 @@ addEventListener("load", () => setTimeout(() => {
   found.tip_escaped = tip.hidden;
   found.mark = mark.getAttribute("aria-label");
   found.first_stop = document.querySelector("a[href], button, [tabindex='0'], summary").className;
+  const picker = document.getElementById("picker");
+  picker.value = picker.options[picker.options.length - 2].value;
+  picker.dispatchEvent(new Event("change"));
+  found.picked = picker.value;
+  const lines = [...document.getElementById("confusions").tBodies[0].rows].filter(row => !row.hidden);
+  found.confusions = lines.map(row => [...row.cells].map(cell => cell.textContent));
   document.documentElement.dataset.found = JSON.stringify(found);
 }));
 </script>"""
@@ -121,8 +131,21 @@ def page_of(folder: Path, settings: dict, **more) -> str:
 
 
 @pytest.fixture(scope="module")
-def edge_page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return page_of(tmp_path_factory.mktemp("edge"), {}, edge_benchmark=EDGE)
+def edge_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    page_of(folder := tmp_path_factory.mktemp("edge"), {}, edge_benchmark=EDGE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def edge_page(edge_made: Path) -> str:
+    return (edge_made / "reports/index.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def edge_run(edge_made: Path) -> CompletedRun:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(edge_made)
+        return read()
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +173,33 @@ def test_the_table_sorts_both_ways_and_says_so(desktop: dict):
     assert desktop["falling"] == sorted(desktop["falling"], reverse=True)
     assert len(set(desktop["rising"])) > 1
     assert (desktop["said_rising"], desktop["said_falling"]) == ("ascending", "descending")
+
+
+def test_the_confusions_are_those_of_the_variant_that_is_picked(desktop: dict, edge_run: CompletedRun):
+    counts = confusion_counts(edge_run, desktop["picked"])
+    assert desktop["picked"] != choose(edge_run, assemble_rows(edge_run)).headline
+    expected = [
+        [name, *map(str, line), f"{100 * line[place] / sum(line):.1f} %"]
+        for place, (name, line) in enumerate(zip(edge_run.classes, counts.tolist(), strict=True))
+    ]
+    assert desktop["confusions"] == expected
+
+
+def test_of_a_thousand_classes_the_most_frequent_confusions_are_shown(tmp_path: Path):
+    write_run(tmp_path, params_of(), n=3000, classes=[f"class <{k}>" for k in range(1000)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        report.main()
+        run = read()
+    found = look((tmp_path / "reports/index.html").read_text(), tmp_path, 1300)
+    assert (found["errors"], found["sideways"]) == ([], [])
+    counts = confusion_counts(run, found["picked"])
+    np.fill_diagonal(counts, 0)
+    numbers = [int(line[2]) for line in found["confusions"]]
+    assert numbers == sorted(counts.flatten().tolist(), reverse=True)[:20]
+    for true, predicted, number, images in found["confusions"]:
+        assert counts[run.classes.index(true), run.classes.index(predicted)] == int(number)
+        assert int(images) == 3
 
 
 def test_marks_tell_what_they_are_to_pointer_and_keyboard(desktop: dict):

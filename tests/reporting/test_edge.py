@@ -6,7 +6,7 @@ import pytest
 from synthetic_run import change_edge, change_profile, page_of, read
 
 from stages.common.errors import UserError
-from stages.reporting.edge import describe_run, exports_of, marks_of, runtimes_of, lost_classes, too_few_images
+from stages.reporting.edge import describe_run, exports_of, lost_classes, marks_of, runtimes_of, too_few_images
 from stages.reporting.plots import soak
 from stages.reporting.wording import printed_lines, soak_lines
 

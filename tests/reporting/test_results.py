@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from synthetic_run import params_of, read, write_defects
 
 from stages import cli, report
 from stages.common.errors import UserError
@@ -92,3 +93,40 @@ def test_files_of_two_runs_or_without_a_value_are_refused(folder: Path):
     path.unlink()
     with pytest.raises(UserError, match=r"run\.json is missing"):
         results.summary_in(folder)
+
+
+def test_a_constant_answer_is_never_recommended_in_silence(tmp_path: Path, capsys, monkeypatch):
+    write_defects(tmp_path, params_of(), {})
+    monkeypatch.chdir(tmp_path)
+    made = report.make_report(read())
+    constant = "classifies none of the 20 test images of defect correctly (dense network: 1 such class)."
+    assert "**Ship" not in made.summary
+    assert f"**atto-oto50-int8 {constant}**" in made.summary
+    assert "99.0 % top-1, 50.0 % balanced accuracy" in made.summary
+    assert made.page.index(constant) < made.page.index("</section>")
+    assert all(constant in card for card in made.cards.values())
+    assert any("Every test image is classified as ok by" in mark for mark in made.run["marks"])
+    monkeypatch.setattr("sys.argv", ["edgewise", "choose", "--max-size", "1MB"])
+    cli.main()
+    assert f"atto-oto50-int8 {constant}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_class_that_only_the_headline_gives_up_is_named(tmp_path: Path, monkeypatch):
+    write_defects(tmp_path, params_of(), {"none": 8})
+    monkeypatch.chdir(tmp_path)
+    made = report.make_report(read())
+    assert "of defect correctly (dense network: 0 such classes)." in made.summary
+
+
+def test_with_balanced_accuracy_as_the_metric_all_words_are_about_it(tmp_path: Path, capsys, monkeypatch):
+    write_defects(tmp_path, params_of(), {"none": 8}, "balanced_accuracy")
+    monkeypatch.chdir(tmp_path)
+    made = report.make_report(read())
+    assert "the smallest file whose validation balanced accuracy is within 10 points" in made.summary
+    assert "Against the dense network, balanced accuracy changes by" in made.summary
+    assert "classifies none" not in made.summary
+    assert "\N{MINUS SIGN}18.99 [" in table_of(made.summary)["atto-oto50-int8"][3]
+    assert "test balanced accuracy" in made.pictures["pareto_size"].alt
+    monkeypatch.setattr("sys.argv", ["edgewise", "choose", "--max-drop", "5"])
+    cli.main()
+    assert capsys.readouterr().out.startswith("chosen            atto-none-int8\n")

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import change_profile, params_of, read, write_run
+from sklearn.metrics import balanced_accuracy_score, recall_score
+from synthetic_run import change_profile, params_of, read, write_defects, write_run
 
 from stages.reporting.inputs import CompletedRun, Params
 from stages.reporting.rows import (
@@ -198,3 +199,47 @@ def test_seeds_stand_on_the_front_by_their_mean_and_not_by_the_luckiest_of_them(
     assert (lucky.cost, lucky.accuracy) == pytest.approx((12, 0.77))
     assert (lucky.low, lucky.high) == pytest.approx((0.77 - 0.07 * 2**0.5, 0.77 + 0.07 * 2**0.5))
     assert (steady.on_front, lucky.on_front) == (True, False)
+
+
+def test_balanced_figures_are_those_of_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_defects(tmp_path, params_of(), {"none": 8, "oto50": 2, "continued": 6})
+    monkeypatch.chdir(tmp_path)
+    run = read()
+    rows = {row["variant"]: row for row in assemble_rows(run)}
+    for variant, row in rows.items():
+        predicted = run.variants[variant].predicted
+        recalls = recall_score(run.labels, predicted, average=None)
+        assert row["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(run.labels, predicted), abs=1e-6)
+        assert row["balanced_accuracy_ci_low"] < row["balanced_accuracy"] < row["balanced_accuracy_ci_high"]
+        assert (row["worst_class"], row["worst_images"]) == ("defect", 20)
+        assert row["worst_recall"] == pytest.approx(recalls[1])
+        assert row["classes_at_zero"] == (recalls == 0).sum()
+    dense, control, pruned = (rows[f"atto-{pruner}-fp32"] for pruner in ("none", "continued", "oto50"))
+    for key, other in (("balanced_accuracy_delta", dense), ("balanced_control_delta", control)):
+        assert pruned[key] == pytest.approx(pruned["balanced_accuracy"] - other["balanced_accuracy"], abs=2e-6)
+    assert pruned["balanced_delta_ci_low"] < pruned["balanced_accuracy_delta"] < pruned["balanced_delta_ci_high"]
+    assert pruned["top1_delta"] > 0 > pruned["balanced_accuracy_delta"]
+    assert pruned["balanced_p_value"] > pruned["p_value"]  # 6 defects against 30 false alarms
+    assert dense["balanced_p_value"] is dense["balanced_accuracy_delta"] is None
+
+
+def test_with_classes_of_one_size_balanced_accuracy_and_its_tests_are_those_of_top1(rows: list[Row]):
+    for row in rows:
+        assert row["balanced_accuracy"] == pytest.approx(row["top1"], abs=1e-6)
+        assert row["balanced_p_value"] == row["p_value"]
+        assert row["balanced_control_p_value"] == row["control_p_value"]
+
+
+def test_the_metric_decides_whether_a_network_that_finds_defects_is_chosen(tmp_path, monkeypatch):
+    """Without any defect found top-1 is 99 %, with 8 of 20 found 97.4 %: top-1 prefers the constant answer."""
+    for metric, expected in (("top1", "atto-oto50-int8"), ("balanced_accuracy", "atto-none-int8")):
+        folder = tmp_path / metric
+        folder.mkdir()
+        write_defects(folder, params_of(), {"none": 8}, metric)
+        monkeypatch.chdir(folder)
+        run = read()
+        rows = assemble_rows(run)
+        choices = choose(run, rows)
+        assert choices.headline == expected
+        accurate = next(row for row in rows if row["variant"] == choices.most_accurate)
+        assert (accurate["worst_recall"] > 0) == (metric == "balanced_accuracy")

@@ -12,7 +12,9 @@ from stages.reporting.statistics import (
     mcnemar_p,
     mean_and_std,
     paired_difference,
+    recall_interval,
     sign_flip_p,
+    weighted_sign_flip_p,
     wilson_interval,
 )
 
@@ -130,3 +132,77 @@ def test_calibration_error_by_hand():
 def test_errors_in_both_directions_do_not_cancel_between_bins():
     confidence, correct = np.array([0.9] * 10 + [0.3] * 10), np.array([False] * 10 + [True] * 10)
     assert calibration_error(confidence, correct) == pytest.approx((0.9 + 0.7) / 2)
+
+
+@pytest.mark.parametrize("correct", [0, 1, 37, 50])
+def test_the_interval_of_one_class_is_wilsons(correct: int):
+    found = recall_interval(np.array([correct]), np.array([50]), 0.9)
+    assert found == pytest.approx(wilson_interval(correct, 50, 0.9), abs=1e-9)
+
+
+def test_a_class_without_a_hit_leaves_the_interval_its_width():
+    low, high = recall_interval(np.array([396, 0]), np.array([396, 4]))
+    assert low == pytest.approx((wilson_interval(396, 396)[0] + 0) / 2)  # no recall is below 0
+    assert high == pytest.approx((1 + wilson_interval(0, 4)[1]) / 2, abs=0.005)
+    assert recall_interval(np.array([396, 4]), np.array([396, 4]))[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("images", "recalls"),
+    [([500, 20], [0.97, 0.8]), ([50] * 10, [0.9] * 10), ([10] * 1000, [0.95] * 1000), ([2] * 100, [0.8] * 100)],
+)
+def test_the_interval_of_the_mean_recall_covers_the_truth(images: list[int], recalls: list[float]):
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        low, high = recall_interval(random.binomial(images, recalls), np.array(images))
+        covered += low <= np.mean(recalls) <= high
+    assert 0.91 <= covered / 300 <= 0.99
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_weighted_sign_flip_is_the_share_of_all_sign_patterns(seed: int):
+    random = np.random.default_rng(seed)
+    differences, weights = random.choice([-2, -1, 1, 3], 11), random.choice([1, 1 / 2, 1 / 7, 0.02], 11)
+    totals = [
+        sum(s * abs(d) * w for s, d, w in zip(signs, differences, weights, strict=True))
+        for signs in product((1, -1), repeat=len(differences))
+    ]
+    expected = np.mean([abs(total) >= abs((differences * weights).sum()) - 1e-9 for total in totals])
+    assert weighted_sign_flip_p(differences, weights) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_weighted_sign_flip_of_many_images_is_that_of_a_normal_total():
+    random = np.random.default_rng(0)
+    differences, weights = random.choice([-1, 0, 1], 20_000, p=[0.1, 0.79, 0.11]), random.choice([1, 1 / 30], 20_000)
+    deviation = np.sqrt((weights**2 * differences**2).sum())
+    expected = 2 * norm.sf(abs((weights * differences).sum()) / deviation)
+    assert weighted_sign_flip_p(differences, weights) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_difference_of_balanced_accuracy_by_hand():
+    labels = np.array([0] * 96 + [1] * 4)
+    differences = np.array([1] * 12 + [0] * 84 + [-1] * 2 + [0] * 2)
+    found = paired_difference(differences, labels=labels)
+    assert found.delta == pytest.approx((12 / 96 - 2 / 4) / 2)
+    assert found.low < found.delta < found.high
+    weights = np.where(labels == 0, 1 / 96, 1 / 4)
+    assert found.p_value == weighted_sign_flip_p(differences, weights)
+    assert paired_difference(differences, labels=np.zeros(100, int)) == paired_difference(differences)
+
+
+@pytest.mark.parametrize(
+    ("images", "gained", "lost"),
+    [
+        ([500, 20], [0.05, 0.2], [0.02, 0.05]),
+        ([30] * 10, [0.1] * 10, [0.05] * 10),
+        ([2] * 200, [0.1] * 200, [0.05] * 200),
+    ],
+)
+def test_the_interval_of_a_balanced_difference_covers_the_truth(images, gained, lost):
+    random, labels, covered = np.random.default_rng(0), np.repeat(np.arange(len(images)), images), 0
+    gain, loss, truth = np.array(gained)[labels], np.array(lost)[labels], np.mean(gained) - np.mean(lost)
+    for _ in range(300):
+        draws = random.random(len(labels))
+        found = paired_difference(np.where(draws < gain, 1, np.where(draws < gain + loss, -1, 0)), labels=labels)
+        covered += found.low <= truth <= found.high
+    assert 0.91 <= covered / 300 <= 0.99
