@@ -12,6 +12,7 @@ the next run resumes from the last checkpoint.
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from stages.artifacts.artifact import save_artifact
@@ -20,7 +21,8 @@ from stages.artifacts.initial_weights import load_weights, statistics
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import write_csv
-from stages.datasets.store import Info, constant_answer, open_part, read_info
+from stages.datasets.findings import constant_top1
+from stages.datasets.store import Info, open_part, read_info
 from stages.networks.build import build_network, spec_of, state_hash
 from stages.networks.predict import EVALUATION_BATCH, accuracy_of, predict_logits
 from stages.networks.preprocess import Classifier
@@ -112,8 +114,8 @@ def finetune(params: Params, key: str, device: torch.device) -> None:
         count_products(network, model.input_size)  # `profile` needs the counts, and would refuse the network at the end
     except UserError as error:
         raise UserError(f"models.{key}: {error}") from None
-    most, share = constant_answer(validation.labels)
-    print(f"{key}: a constant answer, {info.classes[most]}, has validation top-1 {100 * share:.2f} %")
+    constant = constant_top1(np.bincount(validation.labels).tolist())
+    print(f"{key}: validation top-1 of a constant answer: {100 * constant:.2f} %")
     if model.weights != "none":
         try:
             loaded, line = load_weights(network, spec, model, info.classes)

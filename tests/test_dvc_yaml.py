@@ -117,6 +117,15 @@ def test_a_stage_lists_the_params_sections_that_it_loads(stage):
     assert {name.split(".")[0] for name in definition(stage)["params"]} == set(loaded)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_lists_one_key_of_the_report_cannot_read_another(stage):
+    """So that a new key of the report retrains nothing."""
+    listed = [name for name in definition(stage)["params"] if name.split(".")[0] == "report"]
+    if listed and listed != ["report"]:
+        fields = importlib.import_module(module_of(stage)).Params.model_fields["report"].annotation.model_fields
+        assert listed == [f"report.{key}" for key in fields]
+
+
 def test_no_folder_imports_a_stage_and_domain_folders_stand_side_by_side():
     ground = {"common", "networks", "params"}
     lower = ground | {"artifacts", "export", "datasets"}

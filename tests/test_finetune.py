@@ -68,7 +68,7 @@ def test_ctrl_c_ends_a_training_with_one_line_that_says_what_is_kept(folder: Pat
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(stages.__file__).parents[1])},
     )
-    assert process.stdout.readline().startswith("toy: a constant answer, ")
+    assert process.stdout.readline().startswith("toy: validation top-1 of a constant answer: ")
     assert process.stdout.readline().startswith("finetune toy: epoch 1/1000")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -37,12 +37,6 @@ class Part:
         return np.array(self.images[np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(np.int64)])
 
 
-def constant_answer(labels: np.ndarray) -> tuple[int, float]:
-    """The most frequent class, and the top-1 of a classifier that always answers it."""
-    counts = np.bincount(labels)
-    return int(counts.argmax()), float(counts.max() / len(labels))
-
-
 @dataclass(frozen=True)
 class Info:
     """The content of `images.json`.

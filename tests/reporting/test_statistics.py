@@ -149,7 +149,7 @@ def test_a_class_without_a_hit_leaves_the_interval_its_width():
 
 @pytest.mark.parametrize(
     ("images", "recalls"),
-    [([500, 20], [0.97, 0.8]), ([50] * 10, [0.9] * 10), ([10] * 1000, [0.95] * 1000), ([2] * 100, [0.8] * 100)],
+    [([500, 20], [0.97, 0.8]), ([50] * 10, [0.9] * 10), ([10] * 100, [0.95] * 100), ([2] * 100, [0.8] * 100)],
 )
 def test_the_interval_of_the_mean_recall_covers_the_truth(images: list[int], recalls: list[float]):
     random, covered = np.random.default_rng(0), 0
@@ -193,9 +193,9 @@ def test_the_difference_of_balanced_accuracy_by_hand():
 @pytest.mark.parametrize(
     ("images", "gained", "lost"),
     [
-        ([500, 20], [0.05, 0.2], [0.02, 0.05]),
+        ([100, 20], [0.1, 0.2], [0.05, 0.05]),
         ([30] * 10, [0.1] * 10, [0.05] * 10),
-        ([2] * 200, [0.1] * 200, [0.05] * 200),
+        ([2] * 99, [0.1] * 99, [0.05] * 99),
     ],
 )
 def test_the_interval_of_a_balanced_difference_covers_the_truth(images, gained, lost):
