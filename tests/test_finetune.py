@@ -10,7 +10,7 @@ import torch
 import yaml
 from sklearn.metrics import balanced_accuracy_score
 from toy_network import UNCOUNTABLE
-from toy_project import PARAMS, pruned_project
+from toy_project import CLASSES, PARAMS, pruned_project
 
 import stages
 from stages import finetune
@@ -105,9 +105,11 @@ def test_zero_epochs_take_the_given_weights_and_their_normalization_as_they_are(
     balanced = balanced_accuracy_score(part.labels, logits.argmax(1))
     expected = {"validation_top1": top1(logits, part.labels), "validation_balanced_accuracy": balanced, "epoch": 0}
     assert description.metrics == pytest.approx(expected)
-    assert (
-        f"validation top-1 as loaded: {100 * description.metrics['validation_top1']:.2f} %" in capsys.readouterr().out
-    )
+    right = set(part.labels[logits.argmax(1) == part.labels])
+    assert description.never_right == [name for k, name in enumerate(CLASSES) if k not in right]
+    out = capsys.readouterr().out
+    assert "toy: warning: " in out  # random weights do not know all classes
+    assert f"validation top-1 as loaded: {100 * description.metrics['validation_top1']:.2f} %" in out
     assert len((folder / "reports/curves/dense/toy.csv").read_text().splitlines()) == 1
 
 
@@ -128,6 +130,7 @@ def test_a_fresh_head_gives_every_class_the_same_chance(folder: Path, monkeypatc
         ({}, {"weights": "no.pth"}, r"models\.toy: weights 'no\.pth': no such file"),
         ({}, {"weights": "given.pth", "arguments": {}}, r"models\.toy: weights 'given\.pth' .* is not of this network"),
         ({}, {"normalization": [[0.1, 0.2], 0.5]}, r"models\.toy\.normalization: 2 means and 3 standard deviations"),
+        ({"class_weights": "balanced"}, {}, r"class_weights = 'balanced': the training part has no image of "),
         ({"pretrained": {"freeze": ["x.*"]}}, {"weights": "given.pth"}, r"freeze: 'x\.\*' matches no tensor"),
     ],
 )
