@@ -10,7 +10,6 @@ from stages.datasets.store import Info, PartName
 
 LOW_CONTRAST = 8.0
 """Standard deviation of pixels from 0 to 255 below which an image shows almost nothing, as 12-bit gray in 16 bits."""
-SHOWN = 3
 SMALL_PART = 300
 """Images below which the accuracy of a part is uncertain by several points."""
 EXAMPLES, SHOWN = 100, 3
