@@ -56,20 +56,20 @@ def exact_copies(
 
 
 def near_copies_of(
-    contents: Mapping[PartName, Contents], perceptual: Mapping[PartName, np.ndarray]
+    contents: Mapping[PartName, Contents], fingerprints: Mapping[PartName, np.ndarray]
 ) -> dict[str, list[str]]:
     """Held-out images that look like a training image without being the same file.
 
     Args:
-        perceptual: hashes of the images in each written part, uint64 `[N, 2]`; 0 for an image without contrast.
+        fingerprints: of the images in each written part, uint8 `[N, 97]`; 0 for an image without contrast.
     """
     found: dict[str, list[str]] = {"near": [], "not_compared": []}
-    usable = np.flatnonzero(perceptual["train"].any(1))
+    usable = np.flatnonzero(fingerprints["train"].any(1))
     train_names, train_hashes = contents["train"]
     for part in ("validation", "test"):
         names, hashes = contents[part]
-        candidates = np.flatnonzero(perceptual[part].any(1))
-        near, nearest, compared = near_copies(perceptual[part][candidates], perceptual["train"][usable])
+        candidates = np.flatnonzero(fingerprints[part].any(1))
+        near, nearest, compared = near_copies(fingerprints[part][candidates], fingerprints["train"][usable])
         for one, other in zip(candidates[near], usable[nearest], strict=True):
             if hashes[one] != train_hashes[other]:
                 found["near"].append(f"{names[one]} ~ {train_names[other]}")

@@ -15,7 +15,7 @@ from PIL import UnidentifiedImageError
 
 from stages.common.errors import UserError
 from stages.common.files import sha256_of, write_json
-from stages.datasets.copies import perceptual_hash, read_contents
+from stages.datasets.copies import HASH_BYTES, SIDE, fingerprint, read_contents
 from stages.datasets.decode import decode
 from stages.datasets.findings import LOW_CONTRAST, exact_copies, near_copies_of, shortened
 from stages.datasets.source import RawImage, Source
@@ -25,6 +25,7 @@ from stages.params.data import Data
 
 CHUNK = 64  # images decoded at once
 LEFT_OUT = -1  # in place of an index into PARTS
+NO_FINGERPRINT = np.zeros(HASH_BYTES + SIDE**2, np.uint8)
 
 
 class PartFile:
@@ -36,7 +37,7 @@ class PartFile:
         self.labels: list[int] = []
         self.names: list[str] = []
         self.contents: list[bytes] = []
-        self.perceptual: list[np.ndarray] = []
+        self.fingerprints: list[np.ndarray] = []
         self.histogram = np.zeros((channels, 256), dtype=np.int64)
         self.file = path.open("wb")
         self._write_header()
@@ -46,12 +47,12 @@ class PartFile:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *self.shape)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
-    def append(self, pixels: np.ndarray, label: int, name: str, content: bytes, perceptual: np.ndarray) -> None:
+    def append(self, pixels: np.ndarray, label: int, name: str, content: bytes, seen: np.ndarray) -> None:
         self.file.write(pixels.tobytes())
         self.labels.append(label)
         self.names.append(name)
         self.contents.append(content)
-        self.perceptual.append(perceptual)
+        self.fingerprints.append(seen)
         for channel, counts in enumerate(self.histogram):
             counts += np.bincount(pixels[..., channel].ravel(), minlength=256)
 
@@ -123,7 +124,7 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
     _check_filled(files, source.classes, ["train", *cut], len(unreadable), int(left_out.sum()))
     findings |= near_copies_of(
         {part: (file.names, file.contents) for part, file in files.items()},
-        {part: np.array(file.perceptual, np.uint64).reshape(-1, 2) for part, file in files.items()},
+        {part: np.array(file.fingerprints, np.uint8).reshape(-1, NO_FINGERPRINT.size) for part, file in files.items()},
     )
 
     arrays = {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))}
@@ -173,13 +174,13 @@ def _decoded(
 
 
 def _try_decode(image: RawImage, data: Data) -> tuple[np.ndarray, str | None, np.ndarray] | Exception:
-    """Pixels, format and perceptual hash (0 for an image without contrast), or the error."""
+    """Pixels, format and fingerprint (0 for an image without contrast), or the error."""
     if image.content is None:
         return ValueError("the source lists it but does not contain it")
     try:
         pixels, image_format = decode(image.content, data.image_size, data.geometry, data.channels, data.levels)
-        plain = pixels.std() < LOW_CONTRAST  # its hash would be that of noise
-        return pixels, image_format, np.zeros(2, np.uint64) if plain else perceptual_hash(pixels)
+        plain = pixels.std() < LOW_CONTRAST  # its fingerprint would be that of noise
+        return pixels, image_format, NO_FINGERPRINT if plain else fingerprint(pixels)
     except MemoryError:
         raise
     except Exception as error:  # Pillow has no common class for broken files

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.datasets.copies import NEAR_BITS, near_copies, perceptual_hash, read_contents
+from stages.datasets.copies import HASH_BYTES, NEAR_BITS, fingerprint, near_copies, read_contents
+from stages.datasets.decode import decode
 from stages.datasets.findings import lines
 from stages.datasets.source import RawImage, Source
+from stages.datasets.sources.digits import digits_source
 from stages.datasets.store import PARTS, Info, open_part, read_info
 from stages.datasets.writer import write_images
 from stages.params.data import Data
@@ -123,17 +125,24 @@ def test_images_of_equal_bytes_have_equal_hashes_wherever_they_are_stored(tmp_pa
 
 
 def test_other_photos_have_far_hashes_and_gray_ones_that_of_their_color_picture() -> None:
-    hashes = np.stack([perceptual_hash(np.asarray(photo(seed))) for seed in range(80)])
-    bits = np.bitwise_count(hashes[:, None] ^ hashes[None]).sum(2)
+    prints = np.stack([fingerprint(np.asarray(photo(seed))) for seed in range(80)])
+    bits = np.bitwise_count(prints[:, None, :HASH_BYTES] ^ prints[None, :, :HASH_BYTES]).sum(2)
     assert bits[~np.eye(80, dtype=bool)].min() > NEAR_BITS
     gray = np.asarray(photo(0).convert("L"))[..., None]
-    assert np.array_equal(perceptual_hash(gray), hashes[0])
+    assert np.array_equal(fingerprint(gray), prints[0])
+
+
+def test_similar_drawings_are_no_copies() -> None:
+    images = digits_source({}).images("train")
+    prints = np.stack([fingerprint(decode(image.content, 32, "crop", 3)[0]) for image in images])
+    assert len(near_copies(prints[:300], prints[300:])[0]) == 0
+    assert near_copies(prints[:300], prints)[1].tolist() == list(range(300))
 
 
 def test_very_large_sets_are_compared_in_part(monkeypatch) -> None:
     monkeypatch.setattr("stages.datasets.copies.MOST_PAIRS", 500)
-    train = RNG.integers(0, 2**63, (100, 2)).astype(np.uint64)
-    held_out = np.concatenate([train[7:8], RNG.integers(0, 2**63, (49, 2)).astype(np.uint64)])
+    train = RNG.integers(0, 256, (100, 97), dtype=np.uint8)
+    held_out = np.concatenate([train[7:8], RNG.integers(0, 256, (49, 97), dtype=np.uint8)])
     near, nearest, compared = near_copies(held_out, train)
     assert (near.tolist(), nearest.tolist(), compared) == ([0], [7], 5)
     assert near_copies(held_out, train[:0])[2] == 50

@@ -139,7 +139,7 @@ def test_geometry_and_channels_are_those_of_the_params_and_are_recorded(tmp_path
 def test_a_growing_file_is_a_valid_array_at_any_length(length: int, tmp_path: Path) -> None:
     file = PartFile(tmp_path / "images.npy", 4, 3)
     for index in range(length):
-        file.append(PIXELS[index % 100], 0, "image", b"", np.zeros(2, np.uint64))
+        file.append(PIXELS[index % 100], 0, "image", b"", np.zeros(97, np.uint8))
     file.finish(tmp_path / "labels.npy")
 
     assert np.load(tmp_path / "images.npy", mmap_mode="r").shape == (length, 4, 4, 3)
