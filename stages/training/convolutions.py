@@ -1,8 +1,11 @@
-"""Weight gradients of convolutions that oneDNN computes slowly, or wrongly, on CPUs.
+"""Gradients of convolutions that oneDNN computes slowly, or wrongly, on CPUs.
 
 oneDNN is fast at depthwise 3x3 kernels on maps of at least 3x3. For larger kernels on small maps, which the last stages
 of a ConvNeXt have on small images, and for kernels larger than the map, it takes about ten times as long: this module
 computes these weight gradients as matrix products.
+
+In bfloat16, oneDNN takes 5 times float32's time for the weight gradient of larger depthwise kernels and 40 to 300 times
+for the input gradient of a depthwise convolution with a stride: this module computes these gradients in float32.
 
 A pointwise convolution with a stride on a large channels-last map of fewer than 16 channels, such as RepVGG's first,
 writes its gradient outside its memory (torch 2.15, AVX2 and AVX-512): the process crashes, or continues with a wrong
@@ -48,8 +51,8 @@ class MendedConvolutions(TorchFunctionMode):
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.conv2d and len(args) == 7 and torch.is_grad_enabled():
             call = Call(*args)
-            if slow(call):
-                return _depthwise(call.x, call.weight, call.bias)
+            if slow(call) or slow_in_bfloat16(call):
+                return _depthwise(call)
             if skips_pixels(call):
                 down, right = call.stride
                 return function(call.x[:, :, ::down, ::right], call.weight, call.bias)
@@ -57,15 +60,26 @@ class MendedConvolutions(TorchFunctionMode):
 
 
 def slow(call: Call) -> bool:
-    """True if oneDNN is slow at the weight gradient of this convolution and `_Depthwise` can compute it."""
-    x, weight, _, stride, padding, dilation, groups = call
-    channels, depth, *kernel = weight.shape
-    keeps_size = all(side % 2 for side in kernel) and padding == tuple(side // 2 for side in kernel)
-    settings = keeps_size and (stride, dilation) == ((1, 1), (1, 1)) and depth == 1 and groups == channels
-    if not settings or x.dim() != 4 or not weight.requires_grad:
+    """True if oneDNN is slow at the weight gradient of this convolution and `weight_gradient` can compute it."""
+    kernel = call.weight.shape[2:]
+    keeps_size = all(side % 2 for side in kernel) and call.padding == tuple(side // 2 for side in kernel)
+    if not (is_depthwise(call) and keeps_size and (call.stride, call.dilation) == ((1, 1), (1, 1))):
         return False
-    height, width = x.shape[2:]
+    height, width = call.x.shape[2:]
     return height * width <= LARGEST_MAP and (max(kernel) > FAST_KERNEL or height < kernel[0] or width < kernel[1])
+
+
+def slow_in_bfloat16(call: Call) -> bool:
+    """True for a depthwise convolution that bfloat16 autocast applies to and whose gradients oneDNN computes slowly."""
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    large = max(call.weight.shape[2:]) > FAST_KERNEL or call.stride != (1, 1)
+    return autocast and large and is_depthwise(call) and not isinstance(call.padding, str)
+
+
+def is_depthwise(call: Call) -> bool:
+    """True for a batch of maps and one trained filter for each channel."""
+    channels, depth, *_ = call.weight.shape
+    return call.x.dim() == 4 and depth == 1 and call.groups == channels and call.weight.requires_grad
 
 
 def skips_pixels(call: Call) -> bool:
@@ -75,34 +89,59 @@ def skips_pixels(call: Call) -> bool:
     return few and pointwise and call.stride != (1, 1)
 
 
-def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _depthwise(call: Call) -> torch.Tensor:
+    x, weight, bias = call.x, call.weight, call.bias
     if torch.is_autocast_enabled("cpu"):
-        x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
-        bias = None if bias is None else bias.to(x.dtype)
-    return _Depthwise.apply(x, weight, bias)
+        kind = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+    return _Depthwise.apply(x, weight, bias, call.stride, call.padding, call.dilation, slow(call))
 
 
 class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution of stride 1 whose output has the input's size."""
+    """A depthwise convolution whose weight gradient is computed by products, or both gradients in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        by_products: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        padding = [side // 2 for side in weight.shape[2:]]
-        return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
+        ctx.settings, ctx.by_products = (stride, padding, dilation), by_products
+        return F.conv2d(x, weight, bias, stride, padding, dilation, len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        padding, channels = [side // 2 for side in weight.shape[2:]], len(weight)
-        of_x = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = F.conv2d(gradient, weight.flip(2, 3), padding=padding, groups=channels)
+        (stride, padding, dilation), channels = ctx.settings, len(weight)
+        of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[2]:  # oneDNN would compute the gradient of the weight too
             of_bias = gradient.sum((0, 2, 3))
-        of_weight = torch.empty_like(weight).copy_(weight_gradient(x, gradient, weight.shape[2:]))
-        return of_x, of_weight, of_bias
+        if ctx.by_products:
+            if ctx.needs_input_grad[0]:
+                of_x = F.conv2d(gradient, weight.flip(2, 3), padding=padding, groups=channels)
+            of_weight = torch.empty_like(weight).copy_(weight_gradient(x, gradient, weight.shape[2:]))
+        else:
+            operands = gradient.float(), x.float(), weight.float()
+            of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+                *operands,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                channels,
+                [ctx.needs_input_grad[0], True, False],
+            )
+            of_x, of_weight = None if of_x is None else of_x.to(x.dtype), of_weight.to(weight.dtype)
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 def weight_gradient(x: torch.Tensor, gradient: torch.Tensor, kernel: tuple[int, int]) -> torch.Tensor:

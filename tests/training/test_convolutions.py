@@ -73,6 +73,40 @@ def test_gradients_under_autocast_equal_those_of_the_rounded_layer(replaced):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
 
 
+DEPTHWISE = [
+    # oneDNN is slow at the input gradient in bfloat16
+    nn.Conv2d(6, 6, 3, padding=1, groups=6, stride=2),
+    nn.Conv2d(6, 6, 3, groups=6, stride=(1, 2), bias=False),
+    # at the weight gradient
+    nn.Conv2d(6, 6, 5, padding=2, groups=6),
+    nn.Conv2d(6, 6, 7, padding=(2, 0), groups=6, dilation=2),
+    # at both
+    nn.Conv2d(6, 6, (5, 3), padding=2, groups=6, stride=2, bias=False),
+]
+
+
+@pytest.mark.parametrize("layer", DEPTHWISE)
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
+def test_depthwise_gradients_under_autocast_are_computed_in_float32(layer, memory):
+    torch.manual_seed(0)
+    layer, x = copy.deepcopy(layer).to(memory_format=memory), torch.randn(3, 6, 17, 14).to(memory_format=memory)
+    expected = gradients(layer, x, bfloat16=True)
+    with MendedConvolutions(), torch.profiler.profile(record_shapes=True) as profile:
+        found = gradients(layer, x, bfloat16=True)
+    (backward,) = (event for event in profile.events() if event.name == "aten::convolution_backward")
+    assert backward.input_dtypes[:3] == ["float"] * 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("layer", DEPTHWISE)
+def test_depthwise_convolutions_in_float32_are_not_replaced(layer):
+    with MendedConvolutions():
+        y = layer(torch.randn(3, 6, 17, 14))
+    assert y.grad_fn.name() == "ConvolutionBackward0"
+
+
 @pytest.mark.parametrize(
     ("layer", "size"),
     [
@@ -131,19 +165,25 @@ def test_frozen_weights_and_evaluation_call_the_convolution_itself(replaced):
 
 
 @pytest.mark.parametrize(
-    ("layer", "size"), [(nn.Conv2d(7, 24, 1, stride=2), 112), (nn.Conv2d(6, 6, 7, padding=3, groups=6), 4)]
+    ("layer", "size", "bfloat16"),
+    [
+        (nn.Conv2d(7, 24, 1, stride=2), 112, False),
+        (nn.Conv2d(6, 6, 7, padding=3, groups=6), 4, False),
+        (nn.Conv2d(6, 6, 5, padding=2, groups=6, stride=2), 15, True),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
-def test_compiled_convolutions_have_the_same_gradients(layer, size):
+def test_compiled_convolutions_have_the_same_gradients(layer, size, bfloat16):
     torch.manual_seed(0)
     x = torch.randn(4, layer.in_channels, size, size)
-    expected = gradients(layer, x)
+    expected = gradients(layer, x, bfloat16)
     layer = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     compiled = torch.compile(layer, backend="aot_eager")  # traced as by default, without a C++ compiler
     with MendedConvolutions():
-        found = gradients(compiled, x.to(memory_format=torch.channels_last))
+        found = gradients(compiled, x.to(memory_format=torch.channels_last), bfloat16)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+        tolerance = 0.02 if bfloat16 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
 
 
 def test_only_cpus_replace_convolutions():
