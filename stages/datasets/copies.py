@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from stages.datasets.source import RawImage
 
@@ -15,9 +14,11 @@ NEAR_BITS = 6
 """Largest number of the 128 hash bits in which two encodings of one picture differ."""
 NEAR_CORRELATION = 0.995
 """Smallest correlation of the 9 x 9 pixels of two encodings; similar drawings with equal hashes correlate less."""
-MOST_PAIRS = 2 * 10**9
+MOST_PAIRS = 4 * 10**9
 """Pairs that `near_copies` compares at most, which take some seconds; of more, it takes evenly spaced images."""
 CHUNK_PAIRS, CHUNK_PICTURES = 1 << 22, 1 << 16
+LUMA = np.array([19595, 38470, 7471])
+"""Weights of red, green and blue in ITU-R 601-2 luma, times 2^16."""
 
 
 def read_contents(images: Iterable[RawImage]) -> tuple[list[str], list[bytes]]:
@@ -40,20 +41,30 @@ def read_contents(images: Iterable[RawImage]) -> tuple[list[str], list[bytes]]:
     return names, hashes
 
 
-def fingerprint(pixels: np.ndarray) -> np.ndarray:
-    """What hardly changes if an image is encoded again or scaled: uint8 `[16 + 81]`.
+def fingerprints(pixels: np.ndarray) -> np.ndarray:
+    """What hardly changes if an image is encoded again or scaled: uint8 `[N, 16 + 81]`.
 
     The first 16 bytes are a difference hash: whether brightness rises to the right, and downwards, at 8 x 8 places. The
-    others are the image as 9 x 9 gray pixels.
+    others are the image as 9 x 9 gray pixels. All sums are of integers, so that every machine finds the same.
 
     Args:
-        pixels: uint8 `[H, W, C]`.
+        pixels: uint8 `[N, H, W, C]`.
     """
-    gray = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("L")
-    small = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.BOX))
+    sums, counts = pixels[..., 0].astype(np.int64), np.ones((), np.int64)
+    if pixels.shape[3] == 3:
+        sums = (pixels @ LUMA + (1 << 15)) >> 16
+    for axis in (1, 2):
+        length = sums.shape[axis]
+        start = np.arange(SIDE) * length // SIDE
+        stop = -(-np.arange(1, SIDE + 1) * length // SIDE)  # rounded up: windows are never empty
+        total = np.insert(sums.cumsum(axis), 0, 0, axis)
+        sums = total.take(stop, axis) - total.take(start, axis)
+        counts = np.multiply.outer(counts, stop - start)
+    small = np.rint(sums / counts).astype(np.uint8)
     signed = small.astype(np.int16)
-    bits = np.diff(signed, axis=1)[: SIDE - 1] > 0, np.diff(signed, axis=0)[:, : SIDE - 1] > 0
-    return np.concatenate([np.packbits(np.stack(bits)), small.ravel()])
+    bits = np.diff(signed, axis=2)[:, : SIDE - 1] > 0, np.diff(signed, axis=1)[:, :, : SIDE - 1] > 0
+    hashes = np.packbits(np.stack(bits, 1).reshape(len(small), -1), axis=1)
+    return np.concatenate([hashes, small.reshape(len(small), -1)], axis=1)
 
 
 def near_copies(held_out: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -70,16 +81,17 @@ def near_copies(held_out: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np
     if len(held_out) * len(train) > MOST_PAIRS:
         compared = np.linspace(0, len(held_out) - 1, max(1, MOST_PAIRS // len(train))).round().astype(np.int64)
     nearest: dict[int, tuple[float, int]] = {}
-    ours, theirs = (np.ascontiguousarray(a[:, :HASH_BYTES]).view(np.uint64) for a in (held_out, train))
+    theirs = _normalized(train).T.astype(np.float32)
     step = max(1, CHUNK_PAIRS // max(1, len(train)))
     for start in range(0, len(compared), step):
         some = compared[start : start + step]
-        bits = sum(np.bitwise_count(ours[some, None, word] ^ theirs[None, :, word]) for word in range(2))
-        rows, others = np.nonzero(bits <= NEAR_BITS)
+        products = _normalized(held_out[some]).astype(np.float32) @ theirs
+        rows, others = np.nonzero(products >= NEAR_CORRELATION - 1e-4)  # float32 finds candidates, float64 decides
         for slice_ in (slice(at, at + CHUNK_PICTURES) for at in range(0, len(rows), CHUNK_PICTURES)):
             ones, twins = some[rows[slice_]], others[slice_]
+            bits = np.bitwise_count(held_out[ones, :HASH_BYTES] ^ train[twins, :HASH_BYTES]).sum(1)
             correlation = (_normalized(held_out[ones]) * _normalized(train[twins])).sum(1)
-            for pair in np.flatnonzero(correlation >= NEAR_CORRELATION):
+            for pair in np.flatnonzero((correlation >= NEAR_CORRELATION) & (bits <= NEAR_BITS)):
                 nearest[int(ones[pair])] = max(
                     nearest.get(int(ones[pair]), (0.0, 0)), (float(correlation[pair]), int(twins[pair]))
                 )

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from PIL import UnidentifiedImageError
 
 from stages.common.errors import UserError
 from stages.common.files import sha256_of, write_json
-from stages.datasets.copies import HASH_BYTES, SIDE, fingerprint, read_contents
+from stages.datasets.copies import HASH_BYTES, SIDE, fingerprints, read_contents
 from stages.datasets.decode import decode
 from stages.datasets.findings import LOW_CONTRAST, exact_copies, near_copies_of, shortened
 from stages.datasets.source import RawImage, Source
@@ -23,7 +23,7 @@ from stages.datasets.split import split
 from stages.datasets.store import INFO, PARTS, Info, PartName
 from stages.params.data import Data
 
-CHUNK = 64  # images decoded at once
+CHUNK, GROUP = 64, 16  # images that are decoded at once, and by one thread
 LEFT_OUT = -1  # in place of an index into PARTS
 NO_FINGERPRINT = np.zeros(HASH_BYTES + SIDE**2, np.uint8)
 
@@ -38,7 +38,6 @@ class PartFile:
         self.names: list[str] = []
         self.contents: list[bytes] = []
         self.fingerprints: list[np.ndarray] = []
-        self.histogram = np.zeros((channels, 256), dtype=np.int64)
         self.file = path.open("wb")
         self._write_header()
 
@@ -53,8 +52,6 @@ class PartFile:
         self.names.append(name)
         self.contents.append(content)
         self.fingerprints.append(seen)
-        for channel, counts in enumerate(self.histogram):
-            counts += np.bincount(pixels[..., channel].ravel(), minlength=256)
 
     def finish(self, labels_path: Path) -> None:
         self.file.seek(0)
@@ -128,7 +125,7 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
     )
 
     arrays = {path.name: sha256_of(path) for path in sorted(folder.glob("*.npy"))}
-    mean, std = mean_and_std(files["train"].histogram)
+    mean, std = mean_and_std(histogram_of(np.load(folder / "train_images.npy", mmap_mode="r")))
     info = Info(
         name=data.name,
         source=", ".join([source.description, *([f"{' and '.join(sorted(formats))} images"] if formats else [])]),
@@ -153,6 +150,15 @@ def write_images(source: Source, data: Data, folder: Path, threads: int = 1) -> 
     return info
 
 
+def histogram_of(images: np.ndarray) -> np.ndarray:
+    """How often each channel has each value: int64 `[C, 256]` of uint8 `[N, H, W, C]`."""
+    counts = np.zeros((images.shape[3], 256), np.int64)
+    for start in range(0, len(images), CHUNK):
+        for channel, values in enumerate(np.moveaxis(images[start : start + CHUNK], 3, 0)):
+            counts[channel] += np.bincount(values.ravel(), minlength=256)
+    return counts
+
+
 def mean_and_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and population std of each channel with pixels scaled to [0, 1], from its histogram (int64 `[C, 256]`).
 
@@ -170,17 +176,27 @@ def _decoded(
     images: Iterator[RawImage], data: Data, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[RawImage, tuple[np.ndarray, str | None, np.ndarray] | Exception]]:
     while chunk := list(islice(images, CHUNK)):
-        yield from zip(chunk, pool.map(partial(_try_decode, data=data), chunk), strict=True)
+        groups = [chunk[start : start + GROUP] for start in range(0, len(chunk), GROUP)]
+        yield from zip(chunk, chain.from_iterable(pool.map(partial(_decode_group, data=data), groups)), strict=True)
 
 
-def _try_decode(image: RawImage, data: Data) -> tuple[np.ndarray, str | None, np.ndarray] | Exception:
-    """Pixels, format and fingerprint (0 for an image without contrast), or the error."""
+def _decode_group(images: list[RawImage], data: Data) -> list[tuple[np.ndarray, str | None, np.ndarray] | Exception]:
+    """Of each image its pixels, format and fingerprint (0 for an image without contrast), or the error."""
+    decoded = [_try_decode(image, data) for image in images]
+    if not (stack := [result[0] for result in decoded if not isinstance(result, Exception)]):
+        return [result for result in decoded if isinstance(result, Exception)]
+    pixels = np.stack(stack)
+    seen = fingerprints(pixels)
+    seen[pixels.reshape(len(pixels), -1).std(1) < LOW_CONTRAST] = 0  # it would be the fingerprint of noise
+    of_image = iter(seen)
+    return [result if isinstance(result, Exception) else (*result, next(of_image)) for result in decoded]
+
+
+def _try_decode(image: RawImage, data: Data) -> tuple[np.ndarray, str | None] | Exception:
     if image.content is None:
         return ValueError("the source lists it but does not contain it")
     try:
-        pixels, image_format = decode(image.content, data.image_size, data.geometry, data.channels, data.levels)
-        plain = pixels.std() < LOW_CONTRAST  # its fingerprint would be that of noise
-        return pixels, image_format, NO_FINGERPRINT if plain else fingerprint(pixels)
+        return decode(image.content, data.image_size, data.geometry, data.channels, data.levels)
     except MemoryError:
         raise
     except Exception as error:  # Pillow has no common class for broken files

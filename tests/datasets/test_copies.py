@@ -1,4 +1,5 @@
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.datasets.copies import HASH_BYTES, NEAR_BITS, fingerprint, near_copies, read_contents
+from stages.datasets.copies import HASH_BYTES, NEAR_BITS, fingerprints, near_copies, read_contents
 from stages.datasets.decode import decode
 from stages.datasets.findings import lines
 from stages.datasets.source import RawImage, Source
@@ -125,16 +126,28 @@ def test_images_of_equal_bytes_have_equal_hashes_wherever_they_are_stored(tmp_pa
 
 
 def test_other_photos_have_far_hashes_and_gray_ones_that_of_their_color_picture() -> None:
-    prints = np.stack([fingerprint(np.asarray(photo(seed))) for seed in range(80)])
+    prints = fingerprints(np.stack([np.asarray(photo(seed)) for seed in range(80)]))
     bits = np.bitwise_count(prints[:, None, :HASH_BYTES] ^ prints[None, :, :HASH_BYTES]).sum(2)
     assert bits[~np.eye(80, dtype=bool)].min() > NEAR_BITS
     gray = np.asarray(photo(0).convert("L"))[..., None]
-    assert np.array_equal(fingerprint(gray), prints[0])
+    assert np.array_equal(fingerprints(gray[None])[0], prints[0])
+
+
+@pytest.mark.parametrize("size", [4, 9, 10, 48])
+def test_small_pictures_of_fingerprints_are_means_over_windows_of_the_gray_image(size: int) -> None:
+    pixels = RNG.integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+    small = fingerprints(pixels)[:, HASH_BYTES:].reshape(3, 9, 9)
+    for image, picture in zip(pixels, small, strict=True):
+        gray = np.asarray(Image.fromarray(image).convert("L"), float)
+        for row, column in np.ndindex(9, 9):
+            top, left = math.floor(row * size / 9), math.floor(column * size / 9)
+            bottom, right = math.ceil((row + 1) * size / 9), math.ceil((column + 1) * size / 9)
+            assert picture[row, column] == np.rint(gray[top:bottom, left:right].mean())
 
 
 def test_similar_drawings_are_no_copies() -> None:
     images = digits_source({}).images("train")
-    prints = np.stack([fingerprint(decode(image.content, 32, "crop", 3)[0]) for image in images])
+    prints = fingerprints(np.stack([decode(image.content, 32, "crop", 3)[0] for image in images]))
     assert len(near_copies(prints[:300], prints[300:])[0]) == 0
     assert near_copies(prints[:300], prints)[1].tolist() == list(range(300))
 
