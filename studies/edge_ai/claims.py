@@ -17,16 +17,23 @@ from pydantic import BaseModel, ConfigDict
 from stages.common import paths
 from stages.common.errors import UserError, run_stage
 from stages.common.files import read_json, write_json, write_text
+from stages.params.finetune import Finetune
 from stages.params.load import load_params
 from stages.params.models import Model
-from stages.reporting.inputs import Params
-from stages.reporting.rows import Group, Row, control_of, dense_of, groups_of, is_control
+from stages.reporting import inputs
+from stages.reporting.rows import Group, Row, control_of, dense_of, extra_training, groups_of, is_control
 from stages.reporting.statistics import mean_and_std, normal_quantile, wilson_interval
 from stages.reporting.wording import change_text, fraction_text, ms_text, percent_text, points_text
 
 HOLDS, ONLY_AS_COUNTED, FAILS, NOT_TESTED = "holds", "holds only as counted there", "does not hold", "not tested"
 SHOWN = 20
 """Printed images in the study."""
+
+
+class Params(inputs.Params):
+    """What the report reads, and the epochs of fine-tuning."""
+
+    finetune: Finetune
 
 
 class Claim(BaseModel):
@@ -223,15 +230,37 @@ def pretraining(claim: Claim, evidence: Evidence) -> Finding:
 
 
 def fine_tuning(claim: Claim, evidence: Evidence) -> Finding:
-    """Whether a compressed network is more accurate if it was fine-tuned on the images before its compression."""
+    """Whether a compressed network is more accurate if some of its epochs fine-tuned it before its compression.
+
+    The other network is compressed from the same given weights, with as many epochs in all: otherwise the longer
+    training, not its order, would be compared.
+    """
+    rows, params = evidence.by_name.values(), evidence.params
+    pairs = [(ours, other) for ours in rows for other in rows if only_differ_in_fine_tuning(params, ours, other)]
     return difference(
-        twins(evidence, lambda model, twin: model.weights == twin.weights and model.epochs != 0 == twin.epochs),
+        pairs,
         "top1",
         ("top1_ci_low", "top1_ci_high"),
         evidence,
-        "Top-1 of compressed networks, fine-tuned before minus compressed from the given weights, with the same"
-        " training during and after compression",
-        "Needs the same network and weights with fine-tuning and with epochs: 0.",
+        "Top-1 of compressed networks, fine-tuned before minus compressed from the given weights, with as many epochs"
+        " in all",
+        "Needs the same network and weights with fine-tuning and with epochs: 0, compressed in the same way and with as"
+        " many epochs in all.",
+    )
+
+
+def only_differ_in_fine_tuning(params: Params, ours: Row, other: Row) -> bool:
+    """True if both are compressed alike, in as many epochs in all, and only the first was fine-tuned before."""
+    tuned, given = (params.models[row["model"]] for row in (ours, other))
+    epochs = params.finetune.epochs if tuned.epochs is None else tuned.epochs
+    totals = epochs + extra_training(params, ours["variant"])[0], extra_training(params, other["variant"])[0]
+    budget = {"epochs", "learning_rate_factor"}
+    networks = [model.model_dump(exclude={"epochs"}) for model in (tuned, given)]
+    prunings = [params.pruners[row["pruner"]].model_dump(exclude=budget) for row in (ours, other)]
+    return (
+        (epochs != 0 == given.epochs and totals[0] == totals[1])
+        and (networks[0] == networks[1] and prunings[0] == prunings[1] and ours["quantizer"] == other["quantizer"])
+        and not is_control(params, ours["variant"])
     )
 
 
