@@ -52,7 +52,7 @@ def test_the_stage_writes_the_digits_and_prints_what_to_know(workspace: Path, ca
     assert out.startswith("data/images: digits (")
     assert "10 classes, train 1,295, validation 143, test 359 images of 16x16 (crop, RGB), 1.4 MB" in out
     assert "top-1 of a constant answer, such as" in out
-    assert "validation has 143 images: an accuracy of 90 % on it is uncertain by 5 points" in out
+    assert "validation has 143 images: the 95 % interval of an accuracy of 90 % is ±5 points" in out
     assert "copies" not in out
     assert [path.name for path in Path("data").iterdir()] == ["images"]
     first = everything(paths.IMAGES)

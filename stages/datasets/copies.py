@@ -55,8 +55,9 @@ def fingerprints(pixels: np.ndarray) -> np.ndarray:
         sums = (pixels @ LUMA + (1 << 15)) >> 16
     for axis in (1, 2):
         length = sums.shape[axis]
-        start = np.arange(SIDE) * length // SIDE
-        stop = -(-np.arange(1, SIDE + 1) * length // SIDE)  # rounded up: windows are never empty
+        edges = (2 * np.arange(SIDE + 1) * length + SIDE) // (2 * SIDE)  # multiples of length / 9, rounded
+        start = np.minimum(edges[:-1], length - 1)
+        stop = np.maximum(edges[1:], start + 1)  # windows are never empty
         total = np.insert(sums.cumsum(axis), 0, 0, axis)
         sums = total.take(stop, axis) - total.take(start, axis)
         counts = np.multiply.outer(counts, stop - start)

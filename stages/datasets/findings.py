@@ -15,11 +15,11 @@ SMALL_PART = 300
 EXAMPLES, SHOWN = 100, 3
 """Examples of each kind in images.json, and in the line for a person."""
 MEANINGS = {
-    "left_out": "training images left out, since validation or test has the same file",
-    "shared": "test images whose file is in validation too",
-    "copies": "images that are copies of another file, in the part of that file",
-    "labels": "files that stand in two classes",
-    "near": "validation and test images that look like a training image (encoded again or scaled?)",
+    "left_out": "training images left out because validation or test has the same file",
+    "shared": "test images whose file is also in validation",
+    "copies": "images that are identical to another one, kept in the same part",
+    "labels": "identical images in two classes",
+    "near": "validation and test images that look like a training image (re-encoded or resized copies?)",
     "not_compared": "parts too large to compare every image with the training images",
     "low_contrast": "images with almost no contrast (16-bit gray needs data.levels; transparent pixels become white)",
 }
@@ -87,8 +87,8 @@ def lines(info: Info) -> list[str]:
     """The findings and the warnings about a set of images, for a person."""
     found = []
     for kind, finding in info.findings.items():
-        more = f" and {finding['count'] - SHOWN:,} more" if finding["count"] > SHOWN else ""
-        found.append(f"{finding['count']:,} {MEANINGS[kind]}: {', '.join(finding['examples'][:SHOWN])}{more}")
+        examples = ", ".join([*finding["examples"][:SHOWN], *(["..."] if finding["count"] > SHOWN else [])])
+        found.append(f"{MEANINGS[kind]}: {finding['count']:,} ({examples})")
     largest = info.classes[int(np.argmax(info.class_counts["train"]))]
     shares = (f"{100 * constant_top1(info.class_counts[part]):.1f} % on {part}" for part in ("validation", "test"))
     found.append(f"top-1 of a constant answer, such as {largest!r}: {', '.join(shares)}")
@@ -96,8 +96,8 @@ def lines(info: Info) -> list[str]:
         if (count := info.counts[part]) < SMALL_PART:
             half = 100 * 1.96 * np.sqrt(0.9 * 0.1 / count)
             found.append(
-                f"{part} has {count} images: an accuracy of 90 % on it is uncertain by {half:.0f} points in each"
-                f" direction (95 %); more images, or a larger data.{part}_fraction, make it surer"
+                f"{part} has {count} images: the 95 % interval of an accuracy of 90 % is ±{half:.0f} points; more"
+                f" images or a larger data.{part}_fraction make it narrower"
             )
     return found
 

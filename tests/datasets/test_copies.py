@@ -1,5 +1,4 @@
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +64,9 @@ def test_copies_with_labels_drawn_by_coin_do_not_cross_a_split(tmp_path: Path) -
     assert info.findings["copies"]["count"] == 150
     assert info.findings["copies"]["examples"][0] == "train/50 = train/0"
     assert set(info.findings) == {"copies"}
-    assert any(line.startswith("150 images that are copies of another file") for line in lines(info))
+    assert any(
+        line.endswith("150 (train/50 = train/0, train/51 = train/1, train/52 = train/2, ...)") for line in lines(info)
+    )
 
 
 def test_training_images_that_a_given_part_has_too_are_left_out(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_images_without_contrast_are_named_and_levels_mend_those_of_12_bits(tmp_
     info = written(tmp_path / "dark", source)
     assert info.findings["low_contrast"]["count"] == 21
     assert info.mean[0] < 0.2
-    assert any("21 images with almost no contrast" in line for line in lines(info))
+    assert any(line.startswith("images with almost no contrast") and ": 21 (" in line for line in lines(info))
 
     info = written(tmp_path / "levels", source, DATA.model_copy(update={"levels": [0.0, 4095.0]}))
     assert info.levels == [0.0, 4095.0]
@@ -133,15 +134,14 @@ def test_other_photos_have_far_hashes_and_gray_ones_that_of_their_color_picture(
     assert np.array_equal(fingerprints(gray[None])[0], prints[0])
 
 
-@pytest.mark.parametrize("size", [4, 9, 10, 48])
+@pytest.mark.parametrize("size", [9, 10, 32, 160])
 def test_small_pictures_of_fingerprints_are_means_over_windows_of_the_gray_image(size: int) -> None:
     pixels = RNG.integers(0, 256, (3, size, size, 3), dtype=np.uint8)
     small = fingerprints(pixels)[:, HASH_BYTES:].reshape(3, 9, 9)
     for image, picture in zip(pixels, small, strict=True):
         gray = np.asarray(Image.fromarray(image).convert("L"), float)
         for row, column in np.ndindex(9, 9):
-            top, left = math.floor(row * size / 9), math.floor(column * size / 9)
-            bottom, right = math.ceil((row + 1) * size / 9), math.ceil((column + 1) * size / 9)
+            (top, bottom), (left, right) = ((round(i * size / 9), round((i + 1) * size / 9)) for i in (row, column))
             assert picture[row, column] == np.rint(gray[top:bottom, left:right].mean())
 
 
