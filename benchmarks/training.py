@@ -78,7 +78,7 @@ class Jpegs(Dataset):
         self.labels, self.files = part.labels[:JPEG_IMAGES].tolist(), []
         for image in part.images[:JPEG_IMAGES]:
             file = io.BytesIO()
-            Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY)
+            Image.fromarray(image.squeeze()).save(file, "JPEG", quality=JPEG_QUALITY)
             self.files.append(file.getvalue())
         stages = [
             transforms.RandomCrop(info.image_size, padding=4),
@@ -93,7 +93,7 @@ class Jpegs(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.open(io.BytesIO(self.files[index])).convert("RGB")), self.labels[index]
+        return self.transform(Image.open(io.BytesIO(self.files[index]))), self.labels[index]
 
 
 def plain(network: torch.nn.Module, size: int, recipe: Finetune, device: torch.device, steps: int) -> dict:

@@ -132,7 +132,9 @@ def bad_networks(params: Params, path: Path) -> Iterator[str]:
 
 
 def bad_excludes(params: Params, model: str) -> Iterator[str]:
-    """Names under `exclude` that a model's network does not have."""
+    """Names under `exclude` that a model's network does not have, and lists that leave no layer to compress."""
+    from torch import nn
+
     from stages.networks.architectures import CLASSES
     from stages.networks.build import build_network, spec_of
     from stages.networks.modules import excluded_modules
@@ -145,12 +147,18 @@ def bad_excludes(params: Params, model: str) -> Iterator[str]:
         for key, method in (methods | {f"quantizers.{name}": params.quantizers[name] for name in quantizers}).items()
         if isinstance(method, Excluding) and method.exclude
     }
-    network = build_network(spec_of(params.models[model], CLASSES, params.data.channels)) if excluding else None
+    if not excluding:
+        return
+    network = build_network(spec_of(params.models[model], CLASSES, params.data.channels))
+    layers = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     for key, method in excluding.items():
         try:
-            excluded_modules(network, method.exclude)
+            excluded = excluded_modules(network, method.exclude)
         except UserError as error:
             yield f"{key}.{error} (model {model})"
+        else:
+            if layers <= excluded:
+                yield f"{key}.exclude = {method.exclude}: leaves no layer to compress: shorten it (model {model})"
 
 
 def _norms_of_one_value(params: Params, model: str) -> list[str]:

@@ -495,3 +495,5 @@ def test_an_exclude_that_names_nothing_in_the_network_is_refused_with_the_neares
     assert f"{section}.{key}.exclude = 'stagse.0': names no module of this network; did you mean stages" in refusal(
         raw, tmp_path
     )
+    raw[section][key]["exclude"] = ["stem", "stages.*", "head.*"]
+    assert f"{section}.{key}.exclude = ['stem', 'stages.*', 'head.*']: leaves no layer" in refusal(raw, tmp_path)
