@@ -415,6 +415,25 @@ def test_zeros_survive_quantization_and_export(made, monkeypatch, method):
     assert sum(int((array == 0).sum()) for array in matrices) == zeros_stored
 
 
+def test_excludes_of_pruner_and_quantizer_hold_through_both_stages(workspace, dense):
+    outcome = run("oto", {"exclude": ["stages.3"], "group_sparsity": 0.5})
+    variant = {"toy-oto-static": {"pruned": "toy-oto", "quantizer": "static"}}
+    static = {"method": "int8_static", "calibration_images": 8, "exclude": ["stem", "stages.1"]}
+    sections = {"quantizers": {"static": static}, "variants": variant}
+    params = quantize.Params(base=PARAMS["base"], finetune=PARAMS["finetune"], **sections)
+    folder = paths.compressed("toy-oto-static")
+    quantize.compress(params, "toy-oto-static", paths.pruned("toy-oto"), folder, paths.IMAGES, 1)
+
+    whole, widths = layer_widths(dense[0]), layer_widths(outcome.network)
+    assert {name for name in whole if name.startswith("stages.3.blocks")} <= {n for n in whole if whole[n] == widths[n]}
+    assert any(widths[name] < whole[name] for name in whole if name.startswith("stages.1"))
+    description = read_description(folder)
+    stored = {name for name in widths if name not in description.layers}
+    assert {"stem.0", *(name for name in widths if name.startswith("stages.1"))} <= stored
+    assert any(name.startswith("stages.3") for name in description.layers)
+    assert description.parameters["exclude"] == ["stem", "stages.1"]
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_what_cannot_be_cut_is_named_where_that_is_allowed_and_refused_elsewhere(workspace, monkeypatch, allowed):
     layer = "stages.1.downsample.1"
