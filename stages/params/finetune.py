@@ -26,8 +26,8 @@ class Pretrained(Section):
     """Factor on the learning rate of all tensors that came from the weights, also in pruning and in recovery. A head
     that starts afresh has the whole learning rate."""
     batch_norm: Literal["frozen", "train"] = "frozen"
-    """`frozen` keeps the running statistics of batch norm while fine-tuning and normalizes by them; `train` normalizes
-    by each batch and updates them. Pruning always uses `train`, because a cut changes the statistics."""
+    """`frozen` keeps the running statistics of batch norm and normalizes by them, in fine-tuning, pruning and recovery;
+    `train` normalizes by each batch and updates them."""
     freeze: list[str] = []
     """Names or glob patterns of tensors (`blocks.0.*`) that fine-tuning does not change."""
 

@@ -74,6 +74,11 @@ class Session:
         return self.finetune.model_copy(update=changes)
 
     @property
+    def frozen_batch_norm(self) -> bool:
+        """True if batch norm keeps the statistics of the network's initial weights, in pruning as in fine-tuning."""
+        return self.parent.fresh is not None and self.finetune.pretrained.batch_norm == "frozen"
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole recipe."""
         return self.recipe.epochs * steps_per_epoch(self.recipe, len(self.train_part))
@@ -131,6 +136,7 @@ class Session:
             constraint=constraint,
             distillation=distillation,
             fresh=None if recipe else self.parent.fresh,
+            frozen_batch_norm=recipe is None and self.frozen_batch_norm,
             metric=self.metric,
             title=f"{self.stage} {self.key}",
             rate_key="finetune.learning_rate" if recipe else f"{self.param}.learning_rate_factor",

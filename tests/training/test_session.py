@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from stages.artifacts.description import Description
 from stages.datasets.store import Part
 from stages.params.base import Base
-from stages.params.finetune import Finetune, ProgressiveResize
+from stages.params.finetune import Finetune, Pretrained, ProgressiveResize
 from stages.params.pruners import Continued, NonePruner
 from stages.training.session import Session
 
@@ -54,3 +55,29 @@ def test_all_that_determines_the_result_is_in_the_identity(session, change):
     if isinstance(change.get("parent"), dict):
         change = {"parent": replace(session.parent, **change["parent"])}
     assert replace(session, **change).identity() != session.identity()
+
+
+@pytest.mark.parametrize(
+    ("weights", "mode", "frozen"),
+    [({"fresh": []}, "frozen", True), ({"fresh": []}, "train", False), (None, "frozen", False)],
+)
+def test_batch_norm_keeps_the_statistics_of_initial_weights_unless_it_shall_train(session, weights, mode, frozen):
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    session.parent = replace(session.parent, weights=weights)
+    session.finetune = FINETUNE.model_copy(update={"pretrained": Pretrained(batch_norm=mode)})
+    found = session.train(network).network.state_dict()
+    kept = {name for name in found if torch.equal(found[name], before[name])}
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert kept & statistics == (statistics if frozen else set())
+    assert "4.bias" not in kept
+
+
+def test_a_network_that_starts_afresh_trains_its_batch_norm(session):
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    session.parent = replace(session.parent, weights={"fresh": []})
+    assert session.train(network, recipe=session.recipe).network[1].num_batches_tracked > 0
