@@ -462,7 +462,8 @@ def test_every_params_file_in_the_repository_is_valid(name, tmp_path):
     path.write_text(committed(name))
     for model in load_params(Params, path).models.values():  # files of weights are not in git
         if model.weights.endswith(".safetensors"):
-            save_file(build_network(spec_of(model, 10)).state_dict(), path.parent / model.weights)
+            (weights := (path.parent / model.weights).resolve()).parent.mkdir(exist_ok=True)
+            save_file(build_network(spec_of(model, 10)).state_dict(), weights)
     check(path)
 
 
