@@ -11,7 +11,6 @@ validation images. Rows are appended to `reports/few_images.csv`.
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -23,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from ruamel.yaml import YAML
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from benchmarks.recipes import ROOT, append
 from stages.artifacts.artifact import load_artifact
 from stages.artifacts.initial_weights import load_weights, statistics
 from stages.common import paths
@@ -38,11 +37,10 @@ from stages.networks.predict import EVALUATION_BATCH, predict_logits
 from stages.networks.preprocess import Classifier, Preprocess
 from stages.params.load import load_params
 from stages.params.whole import Params
+from stages.reporting.statistics import mcnemar_p
 
-ROOT = Path(__file__).parents[1]
 LOG = Path("reports/few_images.csv")
 REGULARIZATION = (0.001, 0.01, 0.1, 1.0)
-COLUMNS = ("per_class", "seed", "validation_images", "probe_top1", "finetuned_top1", "p")
 
 
 def few(part: Part, per_class: int, seed: int) -> np.ndarray:
@@ -121,14 +119,14 @@ def compared(per_class: int, seed: int) -> dict[str, Any]:
     key, labels = next(iter(params.models)), open_part(paths.IMAGES, "validation").labels
     chosen = few(open_part(paths.IMAGES, "train"), per_class, seed)
     right = [predicted == labels for predicted in (probe(params, key, chosen), finetuned(key, chosen, seed))]
-    only = [int((one & ~other).sum()) for one, other in (right, right[::-1])]
+    gained, lost = (int((one & ~other).sum()) for one, other in (right[::-1], right))
     return {
         "per_class": per_class,
         "seed": seed,
         "validation_images": len(labels),
         "probe_top1": round(float(right[0].mean()), 6),
         "finetuned_top1": round(float(right[1].mean()), 6),
-        "p": round(float(binomtest(only[0], sum(only)).pvalue), 6) if sum(only) else 1.0,
+        "p": round(mcnemar_p(gained, lost), 6),
     }
 
 
@@ -137,17 +135,11 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
-    new = not LOG.exists()
     LOG.parent.mkdir(exist_ok=True)
-    with LOG.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for seed in arguments.seeds:
-            row = compared(arguments.per_class, seed)
-            writer.writerow(row)
-            file.flush()
-            print(", ".join(f"{name} {value}" for name, value in row.items()))
+    for seed in arguments.seeds:
+        row = compared(arguments.per_class, seed)
+        append(LOG, row)
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,6 @@ ROOT = Path(__file__).parents[1]
 LOG = Path("reports/recipes.csv")
 SECTIONS = {"finetune": ("base", "models", "finetune"), "prune": ("base", "finetune", "pruners")}
 """The sections that a stage reads beside those that only name its entry; the images are those of the profile."""
-COLUMNS = (
-    *("change", "epochs", "seed", "validation_images", "validation_top1", "seconds", "images_per_second", "threads"),
-    *("cpu", "commit"),
-)
 
 
 def apply(raw: dict, change: str, sections: tuple[str, ...]) -> None:
@@ -131,10 +127,10 @@ def tried(changes: list[str], seed: int, model: str | None, pruned: str | None) 
 
 
 def append(log: Path, row: dict[str, Any]) -> None:
-    """Add a row to the log; one write, since several processes may write."""
+    """Add a row to a CSV file with its keys as the columns; one write, since several processes may write."""
     new = not log.exists()
     with log.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
